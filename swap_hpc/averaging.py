@@ -1,0 +1,215 @@
+"""Weights averaged over groups and cycles, and batch norm re-estimated for them."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from swap_hpc.errors import RunError
+from swap_hpc.ranks import Team
+
+CHUNK = 64 * 2**20 // 8  # float64 elements per MPI call: 64 MiB
+
+
+@dataclass
+class WeightSum:
+    """The sum of weights so far, over a rank's groups and their cycles: float64, on the host."""
+
+    count: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)  # what is averaged
+    kept: dict[str, Tensor] = field(default_factory=dict)  # what is not (integer buffers, batch-norm statistics): the first one's
+
+    @torch.no_grad()
+    def add_(self, model: nn.Module) -> None:
+        averaged = averaged_tensors(model)
+        if self.count == 0:
+            self.kept = {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in averaged}
+            self.sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in averaged.items()}
+        for name, tensor in averaged.items():
+            self.sums[name] += tensor.cpu()
+        self.count += 1
+
+
+def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of what is averaged: the parameters, and floating-point buffers other than batch-norm statistics."""
+    statistics = {f"{name}.{buffer}".lstrip(".") for name, layer in batchnorm_layers(model) for buffer, _ in layer.named_buffers(recurse=False)}
+    return {name: t for name, t in model.state_dict().items() if t.is_floating_point() and name not in statistics}
+
+
+def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Name and module of the batch-norm layers that keep running statistics."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = None) -> None:
+    """Replaces the weights of `model` by their mean over `peers`, on every rank.
+
+    Each rank contributes `model` itself, or, where given, all that was added to `total`. Parameters and floating-point
+    buffers are summed in float64 by MPI_Allreduce, in chunks of at most 64 MiB, divided, and rounded once to their own
+    type: the result does not depend on the number or the layout of the ranks. Everything else (integer buffers,
+    batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes from the first rank's first contribution.
+    """
+    targets = averaged_tensors(model)
+    sources = total.sums if total else targets
+    count = peers.sums(total.count if total else 1)[0]
+    for pieces in _chunks(sources):
+        packed = torch.cat([sources[name].flatten()[a:b].to("cpu", torch.float64) for name, a, b in pieces])
+        mean = torch.from_numpy(peers.sum_(packed.numpy())) / count
+        for (name, a, b), values in zip(pieces, mean.split([b - a for _, a, b in pieces]), strict=True):
+            _flat(targets[name])[a:b].copy_(values)
+    for name, tensor in model.state_dict().items():
+        if name not in targets:
+            kept = (total.kept[name] if total else tensor).detach().cpu().contiguous()
+            tensor.copy_(torch.from_numpy(peers.broadcast_(_bytes(kept).copy())).view(kept.dtype).view(kept.shape))
+
+
+def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
+    """Lists of (name, first, end) that cover all elements of `tensors`, at most `CHUNK` of them per list."""
+    pieces: list[tuple[str, int, int]] = []
+    room = CHUNK
+    for name, tensor in tensors.items():
+        start = 0
+        while start < tensor.numel():
+            end = min(tensor.numel(), start + room)
+            pieces.append((name, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], CHUNK
+    if pieces:
+        yield pieces
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    assert tensor.is_contiguous(), "weights stay contiguous: Horovod, MPI and hashing rely on it"
+    return tensor.view(-1)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a CPU tensor, (nbytes,) uint8."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+@torch.no_grad()
+def average_running_statistics_(model: nn.Module, team: Team) -> None:
+    """Replaces the running statistics of batch norm by their mean over `team`: each rank saw other shares of the batches."""
+    buffers = [b for _, layer in batchnorm_layers(model) for b in (layer.running_mean, layer.running_var)]
+    if team.size == 1 or not buffers:
+        return
+    packed = torch.cat([b.flatten() for b in buffers]).to("cpu", torch.float64)
+    mean = torch.from_numpy(team.sum_(packed.numpy())) / team.size
+    for buffer, values in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(values)
+
+
+@torch.no_grad()
+def refresh_batchnorm_(model: nn.Module, batches: Iterable[Tensor], team: Team) -> None:
+    """Sets the running statistics of batch norm to those of all batches of all ranks of `team`.
+
+    Args:
+        model: its batch-norm layers are changed, in place, alike on all ranks.
+        batches: this rank's inputs of `model`, (n, C, H, W) or whatever it takes. Each is normalised by its own
+            statistics on its way through the layers, as in training. Only batch-norm layers are in training mode.
+        team: the ranks whose batches count.
+
+    A layer's mean is that of all its inputs' elements, its variance the pooled one (within and between batches, n - 1),
+    accumulated in float64: unlike the mean of batch variances it does not depend on how samples were cut into batches,
+    but for what normalisation of earlier layers did. A layer that no batch reached keeps its statistics.
+    """
+    layers = [layer for _, layer in batchnorm_layers(model)]
+    if not layers:
+        return
+    moments = {layer: _Moments.of(layer) for layer in layers}
+    with _only_batchnorm_trains(model, layers):
+        hooks = [layer.register_forward_hook(moments[layer].add_) for layer in layers]
+        for batch in batches:
+            model(batch)
+        for hook in hooks:
+            hook.remove()
+    packed = torch.cat([moments[layer].packed() for layer in layers]).cpu()
+    team.sum_(packed.numpy())
+    for layer, sums in zip(layers, packed.split([len(moments[layer].packed()) for layer in layers]), strict=True):
+        _set_statistics_(layer, sums)
+
+
+@dataclass
+class _Moments:
+    """Count of batches and of elements, sum and sum of squares of one layer's inputs: float64, per channel."""
+
+    batches: int
+    count: int
+    sum: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, layer: _BatchNorm) -> "_Moments":
+        zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        return cls(0, 0, zeros, zeros.clone())
+
+    def add_(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # with momentum 1 the layer has just left the batch's own mean and unbiased variance in its buffers
+        n = output.numel() // output.size(1)
+        mean, variance = layer.running_mean.double(), layer.running_var.double()  # type: ignore[operator,union-attr]
+        self.batches += 1
+        self.count += n
+        self.sum += n * mean
+        self.squares += (n - 1) * variance + n * mean**2
+
+    def packed(self) -> Tensor:
+        return torch.cat([self.sum.new_tensor([self.batches, self.count]), self.sum, self.squares])
+
+
+def _set_statistics_(layer: _BatchNorm, sums: Tensor) -> None:
+    batches, count = int(sums[0]), sums[1]
+    if batches == 0:
+        return
+    total, squares = sums[2:].chunk(2)
+    mean = total / count
+    layer.running_mean.copy_(mean)  # type: ignore[union-attr]
+    layer.running_var.copy_(((squares - count * mean**2) / (count - 1)).clamp(min=0))  # type: ignore[union-attr]
+    layer.num_batches_tracked.fill_(batches)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _only_batchnorm_trains(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    momenta = {layer: layer.momentum for layer in layers}
+    before = {layer: [b.clone() for b in layer.buffers()] for layer in layers}
+    model.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()  # a NaN left there would survive momentum 1
+        layer.momentum = 1.0
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for layer in layers:
+            layer.momentum = momenta[layer]
+            for buffer, old in zip(layer.buffers(), before[layer], strict=True):
+                buffer.copy_(old)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of the state dict: sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def check_equal(model: nn.Module, team: Team) -> str:
+    """The hash of `model`. Raises RunError where it differs between the ranks of `team`."""
+    digest = weights_sha256(model)
+    if len(set(team.allgather(digest))) > 1:
+        raise RunError("the ranks hold different averaged weights: a fault in MPI or in memory; run swap-hpc doctor")
+    return digest

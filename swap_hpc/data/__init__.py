@@ -1,0 +1,33 @@
+"""Data sets, and their batches through DALI. The only package that imports DALI and torchvision's data sets."""
+
+from pathlib import Path
+
+from swap_hpc.data.splits import Arrays, Dataset, Files
+from swap_hpc.errors import UserError
+from swap_hpc.ranks import Team, first_then_rest
+from swap_hpc.recipe import Data
+
+__all__ = ["Arrays", "Dataset", "Files", "download", "load"]
+
+
+def load(data: Data, team: Team, threads: int) -> Dataset:
+    """The data set that a recipe names, on every rank of `team`; one of them downloads what is missing.
+
+    Raises UserError: a folder that is missing, empty, or has other classes in test than in train; a download that
+    fails; an image that cannot be read.
+    """
+    from swap_hpc.data import sources
+
+    first_then_rest(team, lambda: download(data.name, data.path))
+    return team.agree(lambda: sources.SOURCES[data.name](data, threads))
+
+
+def download(name: str, path: Path) -> str:
+    """Makes sure that the data set's files are in `path`, verified, and says where they are. Raises UserError."""
+    from swap_hpc.data import sources
+
+    if name == "folder" and not (path / "train").is_dir():
+        raise UserError(f"no folder {path / 'train'}: point --data at a folder with train/<class>/ and test/<class>/")
+    if name in sources.TORCHVISION and not (path / "train").is_dir():
+        sources.torchvision_download(name, path)
+    return f"{name}: {path if name in (*sources.TORCHVISION, 'folder') else 'comes with the package'}"

@@ -1,0 +1,77 @@
+"""Which samples a step holds and how each is augmented: pure functions, of numbers only.
+
+Everything random is drawn by a counter-based generator keyed by (seed, phase, group, epoch) and indexed by the sample.
+So the samples of a step do not depend on how many ranks share them, and resuming needs no generator state.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+DRAWS = 5  # random numbers per sample: crop x, crop y, mirror, and two for cutout's place or the crop's area and ratio
+
+
+class Phase(IntEnum):
+    """The third of the numbers that key the random draws; never renumber them."""
+
+    LARGE_BATCH = 1
+    REFINE = 2
+    BATCHNORM = 3
+
+
+@dataclass(frozen=True)
+class Key:
+    seed: int
+    phase: Phase
+    group: int = 0
+
+    def generator(self, *counters: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters))))
+
+    def torch_seed(self, step: int, rank: int) -> int:
+        """What torch's generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
+        return int(np.random.SeedSequence((self.seed, self.phase, self.group, step, rank, 0x70726368)).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class Picks:
+    """One rank's samples of one step."""
+
+    indices: np.ndarray  # (n,) int64, into the training or test split
+    draws: np.ndarray | None  # (n, DRAWS) float32 in [0, 1): the samples' augmentation; None: no augmentation
+
+
+def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:
+    """All samples of one epoch, in its order. `epoch` counts from 0 since the phase began, over all its cycles."""
+    generator = key.generator(epoch)
+    order = generator.permutation(samples)
+    return Picks(order, generator.random((samples, DRAWS), dtype=np.float32)[order])
+
+
+def training_picks(key: Key, samples: int, batch_size: int, rank: int, size: int, epochs: range, first_step: int = 0) -> Iterator[Picks]:
+    """A rank's share of each step of `epochs`: contiguous, and together with the other ranks' the step's whole batch.
+
+    An epoch's last partial batch is dropped. `first_step` skips that many steps of the first epoch.
+    """
+    share = batch_size // size
+    for epoch in epochs:
+        whole = epoch_picks(key, epoch, samples)
+        for step in range(first_step if epoch == epochs.start else 0, samples // batch_size):
+            mine = slice(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
+            yield Picks(whole.indices[mine], whole.draws[mine])  # type: ignore[index]
+
+
+def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
+    """Each sample once: batches cut independently of the number of ranks (the last one may be smaller), dealt out to them."""
+    for start in range(rank * batch_size, samples, size * batch_size):
+        yield Picks(np.arange(start, min(start + batch_size, samples)), None)
+
+
+def batchnorm_picks(seed: int, samples: int, use: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
+    """`use // batch_size` whole batches of augmented training samples, cut independently of the number of ranks, dealt out."""
+    whole = epoch_picks(Key(seed, Phase.BATCHNORM), 0, samples)
+    for batch in range(rank, use // batch_size, size):
+        mine = slice(batch * batch_size, (batch + 1) * batch_size)
+        yield Picks(whole.indices[mine], whole.draws[mine])  # type: ignore[index]

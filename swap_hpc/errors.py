@@ -1,0 +1,9 @@
+"""The two errors that end in one clear line instead of a traceback."""
+
+
+class UserError(ValueError):
+    """The input is wrong; the message says what and how to mend it. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run failed in a way that a line explains (a non-finite loss, an unreadable image). Exit code 3."""

@@ -1,0 +1,80 @@
+"""The mean of a team's gradients, by Horovod. The only module that imports it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from swap_hpc.errors import UserError
+from swap_hpc.ranks import Team
+
+# Horovod fuses gradients as they happen to arrive, and a ring sums an element in an order that depends on its place in
+# the buffer. Fixed buckets, never fused with each other, make two identical runs identical to the bit. A handful of
+# them still overlaps communication with the backward pass.
+BUCKETS = 4
+os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
+
+
+def load_horovod() -> Any:
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise UserError(f"several ranks train one model with Horovod, which cannot be loaded here ({error}): make setup builds it") from None
+    return hvd
+
+
+@contextmanager
+def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, shared_gpu: bool) -> Iterator[torch.optim.Optimizer]:
+    """`optimizer`, stepping with gradients averaged over `team`, after `model` was made equal on all its ranks.
+
+    Horovod is started on the team's communicator and shut down at the end, so that no thread of it runs elsewhere. Its
+    hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one never touches Horovod.
+    """
+    if team.size == 1:
+        yield optimizer
+        return
+    hvd = load_horovod()
+    on_gpu = next(model.parameters()).is_cuda
+    through_host = on_gpu and team.any(shared_gpu)
+    if on_gpu and not through_host and not hvd.nccl_built():
+        raise UserError("this Horovod was built without NCCL and cannot reduce gradients on GPUs: make setup HOROVOD_BUILD=nccl")
+    hvd.init(team.comm)
+    _broadcast_(model, hvd)
+    if through_host:
+        hook = optimizer.register_step_pre_hook(lambda *_: _average_through_host(model, hvd))
+        yield optimizer
+        hook.remove()
+    else:
+        yield hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), groups=_buckets(model))
+    hvd.shutdown()
+
+
+def _buckets(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The trained parameters in `BUCKETS` groups of about equal size, in the order in which backward reaches them."""
+    parameters = [p for p in reversed(list(model.parameters())) if p.requires_grad]
+    total, seen = sum(p.numel() for p in parameters), 0
+    buckets: list[list[nn.Parameter]] = [[] for _ in range(BUCKETS)]
+    for p in parameters:
+        buckets[min(BUCKETS - 1, seen * BUCKETS // total)].append(p)
+        seen += p.numel()
+    return [bucket for bucket in buckets if bucket]
+
+
+def _average_through_host(model: nn.Module, hvd: Any) -> None:
+    """Gradients of ranks that share a GPU: packed, copied to the host, averaged there by MPI, copied back."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    packed = torch.cat([g.flatten() for g in gradients]).cpu()
+    hvd.allreduce_(packed, name="gradients", op=hvd.Average)
+    averaged = packed.to(gradients[0].device).split([g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, averaged, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _broadcast_(model: nn.Module, hvd: Any) -> None:
+    """Gives every rank the first one's parameters and buffers."""
+    for name, tensor in model.state_dict().items():
+        host = tensor.cpu().contiguous()
+        tensor.copy_(hvd.broadcast(host, root_rank=0, name=name))

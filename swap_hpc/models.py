@@ -1,0 +1,82 @@
+"""A name, or `package.module:function`, to a torch module."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_hpc.errors import UserError
+from swap_hpc.recipe import Model
+
+
+def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
+    """The module that a recipe names, (n, channels, H, W) -> (n, classes) logits, initialised from `seed`, on the CPU.
+
+    `resnet9` and functions of a user's own get `classes` and `channels`, torchvision's get `num_classes`; all get the
+    recipe's further keys. Raises UserError for a name that does not exist and for arguments that the builder refuses.
+    """
+    torch.manual_seed(seed)
+    package, colon, name = model.name.partition(":")
+    if model.name == "resnet9":
+        builder, arguments = ResNet9, {"classes": classes, "channels": channels}
+    elif package == "torchvision" and colon:
+        builder, arguments = _torchvision(name), {"num_classes": classes}
+    elif colon:
+        builder, arguments = _imported(package, name), {"classes": classes, "channels": channels}
+    else:
+        raise UserError(f'unknown model {model.name!r}: "resnet9", "torchvision:NAME" (resnet50, ...) or "package.module:function"')
+    try:
+        return builder(**arguments, **model.arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {model.name} refuses its arguments: {error}") from None
+
+
+def _torchvision(name: str) -> Any:
+    import torchvision
+
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise UserError(f"torchvision has no classification model {name!r}; it has resnet18, resnet50, ... (torchvision.models.list_models())")
+    return torchvision.models.get_model_builder(name)
+
+
+def _imported(package: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model {package}:{name} cannot be imported ({error}): is it on PYTHONPATH?") from None
+
+
+class ResNet9(nn.Module):
+    """The ResNet-9 of D. Page, "How to train your ResNet" (cifar10-fast, 2018), for images of 8x8 and larger.
+
+    `width`: channels of the first layer; the paper's network has 64. Sizes of 32x32 inputs are given below.
+    """
+
+    def __init__(self, classes: int, channels: int = 3, width: int = 64):
+        super().__init__()
+        w = width
+        self.prep = _convolution(channels, w)  # (n, w, 32, 32)
+        self.layer1 = nn.Sequential(_convolution(w, 2 * w), nn.MaxPool2d(2), _Residual(2 * w))  # (n, 2w, 16, 16)
+        self.layer2 = nn.Sequential(_convolution(2 * w, 4 * w), nn.MaxPool2d(2))  # (n, 4w, 8, 8)
+        self.layer3 = nn.Sequential(_convolution(4 * w, 8 * w), nn.MaxPool2d(2), _Residual(8 * w))  # (n, 8w, 4, 4)
+        self.linear = nn.Linear(8 * w, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.prep(x))))
+        return self.linear(x.amax(dim=(2, 3))) * 0.125
+
+
+def _convolution(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)

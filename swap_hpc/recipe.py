@@ -1,0 +1,274 @@
+"""What to run: a TOML file, typed, validated and frozen.
+
+Nothing is derived behind the user's back: batch sizes, epochs and learning rates are used as they are written, whatever
+the number of ranks. Only what depends on the ranks is checked later, by `check_ranks`.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import tomli_w
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from swap_hpc.errors import UserError
+from swap_hpc.schedule import Knots
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def _checked_knots(knots: Knots) -> Knots:
+    if not knots:
+        raise ValueError("needs at least one [epoch, value] pair")
+    if any(not math.isfinite(x) or x < 0 for knot in knots for x in knot):
+        raise ValueError("needs finite epochs and values of at least 0")
+    if any(left >= right for (left, _), (right, _) in pairwise(knots)):
+        raise ValueError("needs [epoch, value] pairs in ascending order of their epochs")
+    return knots
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("needs two positive numbers, the smaller one first")
+    return pair
+
+
+def _constant_as_knots(value: Any) -> Any:
+    return [[0, value]] if isinstance(value, int | float) else value
+
+
+Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Section):
+    """`name` and the builder's own arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str  # "resnet9", "torchvision:NAME" or "package.module:function"
+    weights: Path | None = None  # a .safetensors file to start from
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Data(_Section):
+    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
+    image_size: Count | None = None  # pixels; none: the files' own size, which must then be one for all
+    memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded once into memory up to this size, else read in every epoch
+    classes: Count = 10  # synthetic only
+    samples: Count = 1024  # synthetic only: training samples; a quarter as many test samples
+
+
+class Augment(_Section):
+    """Of training images. In memory: pad, crop, flip, cutout. Streamed from files: random resized crop and flip."""
+
+    pad: CountOrZero = 0  # pixels on each side, by reflection; then a random crop of the original size
+    flip: bool = False  # mirror half of the images
+    cutout: CountOrZero = 0  # side in pixels of a square set to the mean, after padding and cropping
+    crop_area: Range = (0.08, 1.0)  # streamed: share of the image's area that is cropped
+    crop_ratio: Range = (0.75, 4 / 3)  # streamed: width / height of the crop
+
+
+class Optimizer(_Section):
+    """SGD, in both phases. The momentum buffer starts at zero in each."""
+
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Optimizer":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true needs a momentum above 0")
+        return self
+
+
+class _Phase(_Section):
+    batch_size: Count  # samples per step, all ranks of the phase's team together
+    epochs: CountOrZero
+    learning_rate: Schedule  # [epoch, value] knots
+
+
+class LargeBatch(_Phase):
+    """Phase 1: all ranks train one model, for at most `epochs`."""
+
+    cycles: ClassVar[int] = 1
+    stop_accuracy: Fraction | None = None  # running accuracy of an epoch's augmented training samples at which the phase ends
+    batchnorm_batch_size: Count | None = None  # a rank's share of a batch; where stated, other shares are refused
+
+
+class Refine(_Phase):
+    """Phase 2: each group trains its copy alone, `epochs` per cycle; 0: no refinement and no averaging, plain SGD."""
+
+    stop_accuracy: ClassVar[float | None] = None
+    cycles: Count = 1  # the schedule restarts with each; a group's weights at each one's end enter the average
+
+
+class BatchNorm(_Section):
+    """The re-estimation of batch-norm statistics after averaging."""
+
+    batch_size: Count = 512  # samples of which each batch's statistics are taken, whatever the number of ranks
+    samples: Count | None = None  # training samples to pass; none: all (whole batches)
+
+
+class Evaluate(_Section):
+    batch_size: Count = 500  # samples per step of one rank
+    every: CountOrZero = 1  # epochs between evaluations within a phase; 0: only at its end
+
+
+class Recipe(_Section):
+    """An experiment."""
+
+    name: str = "recipe"
+    seed: CountOrZero = 0
+    groups: Count = 1  # SWAP workers: the paper's W
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass (autocast); weights and gradients stay float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: Model
+    data: Data
+    augment: Augment = Augment()
+    optimizer: Optimizer = Optimizer()
+    large_batch: LargeBatch
+    refine: Refine
+    batchnorm: BatchNorm = BatchNorm()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "Recipe":
+        if self.large_batch.epochs == 0 and self.refine.epochs == 0:
+            raise ValueError("large_batch.epochs and refine.epochs are both 0: there is nothing to train")
+        if self.large_batch.epochs == 0 and self.model.weights is None:
+            raise ValueError("large_batch.epochs = 0 refines a model that exists: name its file in model.weights")
+        return self
+
+    def to_toml(self) -> str:
+        """The recipe as resolved; `load_recipe` reads it again."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+# Fields that may differ between two starts of one run: where things lie, not what is computed.
+MAY_CHANGE = frozenset({"data.path"})
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = None) -> Recipe:
+    """The recipe `name`, a shipped one's name or a path, with `overrides` ("refine.epochs=10") applied.
+
+    Raises UserError, in one line: an unknown recipe, TOML that does not parse, an unknown or wrong field.
+    """
+    path = shipped_recipes().get(name, Path(name))
+    if not path.is_file():
+        raise UserError(f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}")
+    try:
+        fields = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    fields.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(override, fields)
+    if data is not None:
+        fields.setdefault("data", {})["path"] = str(data)
+    return parse(fields, str(path))
+
+
+def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A validated recipe from nested dictionaries. Raises UserError with every wrong field in one line."""
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_one_line(each) for each in error.errors())) from None
+
+
+def _apply(override: str, fields: dict[str, Any]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as --set section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, field = key.strip().split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise UserError(f"--set {override}: {section} is a field, not a section")
+    fields[field] = value
+
+
+def _one_line(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {where}; valid here: {', '.join(_fields_beside(error['loc']))}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = f" (given: {error['input']!r})" if where and error["type"] != "missing" else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+def _fields_beside(location: tuple[int | str, ...]) -> Iterable[str]:
+    section: Any = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        section = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)))
+    return section.model_fields
+
+
+def differing_fields(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted names of the fields in which two recipes differ, except those that may change between two starts."""
+    left, right = _flat(one.model_dump()), _flat(other.model_dump())
+    return sorted(k for k in left.keys() | right.keys() if k not in MAY_CHANGE and left.get(k) != right.get(k))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raises UserError where `recipe` cannot run on that many ranks."""
+    groups = recipe.groups
+    if ranks % groups and groups % ranks:
+        near = [n for n in range(1, 4 * groups + 1) if n % groups == 0 or groups % n == 0]
+        raise UserError(f"{ranks} ranks cannot share {groups} groups: start a multiple or a divisor of the groups ({', '.join(map(str, near))})")
+    large_batch, refine = recipe.large_batch, recipe.refine
+    if large_batch.epochs:
+        _check_share("large_batch", large_batch.batch_size, ranks)
+    if refine.epochs:
+        _check_share("refine", refine.batch_size, max(1, ranks // groups))
+    share, wanted = large_batch.batch_size // ranks, large_batch.batchnorm_batch_size
+    if large_batch.epochs and wanted is not None and share != wanted:
+        raise UserError(
+            f"large_batch.batchnorm_batch_size = {wanted}, but {ranks} ranks share batches of {large_batch.batch_size} as {share} each: "
+            f"start {large_batch.batch_size // wanted} ranks, or set the field to {share} for another result"
+        )
+
+
+def _check_share(phase: str, batch_size: int, ranks: int) -> None:
+    if batch_size % ranks:
+        near = [b for b in (batch_size // ranks * ranks, (batch_size // ranks + 1) * ranks) if b]
+        raise UserError(
+            f"{phase}.batch_size = {batch_size} does not divide by its {ranks} ranks: --set {phase}.batch_size={' or '.join(map(str, near))}"
+        )
