@@ -1,6 +1,8 @@
 """What a run says while it goes on: JSON lines, progress for a person, and where the time went."""
 
 import json
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swap_hpc.errors import RunError
 from swap_hpc.fit import Epoch, Evaluation
-from swap_hpc.ranks import Ranks
+from swap_hpc.ranks import Ranks, launcher
 from swap_hpc.recipe import Recipe
 
 
@@ -94,7 +96,7 @@ class Display:
         self.console = console
         self.live = Progress(
             TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[says]}"),
-            TimeRemainingColumn(), console=console, disable=not (self.speaks and console.is_terminal),
+            TimeRemainingColumn(), console=console, disable=not (self.speaks and _on_terminal()),
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
 
@@ -120,6 +122,16 @@ class Display:
             if name not in self.tasks:
                 self.tasks[name] = self.live.add_task(name, total=total, says="")
             self.live.update(self.tasks[name], completed=epoch.epoch, says=says)
+
+
+def _on_terminal() -> bool:
+    """Whether a person looks at this process's output: under mpirun, which may give ranks a terminal of their own, at mpirun's."""
+    if launcher() is None:
+        return sys.stdout.isatty()
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
 
 
 def _clock(seconds: float) -> str:
