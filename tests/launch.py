@@ -1,0 +1,68 @@
+"""Starting real jobs: `mpirun` and the console command as a user does, with a time-out, leaving nothing behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def ours(self) -> list[str]:
+        """The lines on stderr that our program wrote: those of mpirun's banner and of warnings are not among them."""
+        return [line for line in self.stderr.splitlines() if line.startswith("swap-hpc: ")]
+
+
+def command(*arguments: str | Path, ranks: int | None = None, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Finished:
+    """Runs a command, under `mpirun -n ranks` where `ranks` is given; kills all of it at the time-out."""
+    line = [str(a) for a in arguments]
+    if ranks is not None:
+        line = [_mpirun(), "-n", str(ranks), *line]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        line, cwd=cwd, env=_environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{line} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+    return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
+
+
+def swap_hpc(*arguments: str | Path, ranks: int | None = None, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Finished:
+    return command(BIN / "swap-hpc", *arguments, ranks=ranks, timeout=timeout, cwd=cwd, **variables)
+
+
+def _mpirun() -> str:
+    """The environment's own mpirun where it has one, as `make setup` decides."""
+    own = BIN / "mpirun"
+    found = str(own) if own.exists() else shutil.which("mpirun")
+    assert found, "no mpirun: make setup"
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """Of a fresh shell: without what an MPI in this process left, and with leave to be root and to oversubscribe."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))}
+    path = f"{BIN}:{clean['PATH']}"
+    return clean | {
+        "PATH": path,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    }

@@ -1,0 +1,114 @@
+"""Averaging and batch-norm refresh against references computed by hand."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from swap_hpc import averaging
+from swap_hpc.averaging import WeightSum, average_running_statistics_, average_weights_, refresh_batchnorm_
+from swap_hpc.ranks import Team
+
+
+def random_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Linear(5, 11))
+    model.register_buffer("scale", torch.randn(3).bfloat16())
+    model.register_buffer("steps", torch.tensor(seed))
+    with torch.no_grad():
+        model[1].running_mean.add_(seed)
+    return model
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 8)
+@pytest.mark.parametrize("chunk", [10, averaging.CHUNK])
+def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "CHUNK", chunk)
+    models = [random_model(seed) for seed in range(world.size)]
+    mine = random_model(world.rank)
+    average_weights_(mine, world)
+    for name, tensor in mine.state_dict().items():
+        if name == "steps" or name.startswith("1.running") or name.startswith("1.num"):
+            expected = models[0].state_dict()[name]  # the first rank's
+        else:
+            expected = (sum(m.state_dict()[name].double() for m in models) / world.size).to(tensor.dtype)
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 8)
+def test_the_layout_of_the_ranks_does_not_matter(world: Team) -> None:
+    """24 models, dealt out to the ranks in runs, average to the same bits as on one rank."""
+    each = 24 // world.size
+    mine, all_of_them = WeightSum(), WeightSum()
+    for seed in range(24):
+        all_of_them.add_(random_model(seed))
+        if seed // each == world.rank:
+            mine.add_(random_model(seed))
+    here, there = random_model(0), random_model(0)
+    average_weights_(here, world, mine)
+    average_weights_(there, Team.alone(), all_of_them)
+    assert torch.equal(tiny.weights(here), tiny.weights(there))
+
+
+def batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5 + i % 3, 3, 8, 8, generator=generator) * (1 + i) + i for i in range(count)]
+
+
+def reference_statistics(model: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and unbiased variance of all inputs of each batch-norm layer, in float64, by definition."""
+    model = model.double()
+    at: dict[nn.Module, list[Tensor]] = {m: [] for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    for x in inputs:
+        x = x.double()
+        for layer in model:  # type: ignore[attr-defined]
+            if isinstance(layer, nn.BatchNorm2d):
+                at[layer].append(x.detach())
+                mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+                x = (x - mean) / (variance + layer.eps).sqrt() * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+            elif not isinstance(layer, nn.Dropout):
+                x = layer(x)
+    flat = [torch.cat([x.transpose(0, 1).flatten(1) for x in seen], dim=1) for seen in at.values()]
+    return [(x.mean(1), x.var(1, unbiased=True)) for x in flat]
+
+
+def test_refresh_equals_float64_by_hand(world: Team) -> None:
+    inputs = batches(7)
+    model = tiny.normed(3, 3)
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    refresh_batchnorm_(model, inputs[world.rank :: world.size], world)
+    reference = tiny.normed(3, 3)
+    reference.load_state_dict(model.state_dict())
+    for layer, (mean, variance) in zip(layers, reference_statistics(reference, inputs), strict=True):
+        assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked == 7
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+    everyones = world.allgather(tiny.weights(model))
+    assert all(torch.equal(everyones[0], other) for other in everyones)
+
+
+def test_refresh_on_ranks_equals_one_ranks(world: Team) -> None:
+    torch.manual_seed(0)
+    here = tiny.normed(3, 3)
+    there = tiny.normed(3, 3)
+    there.load_state_dict(here.state_dict())
+    refresh_batchnorm_(here, batches(5)[world.rank :: world.size], world)
+    refresh_batchnorm_(there, batches(5), Team.alone())
+    torch.testing.assert_close(tiny.weights(here), tiny.weights(there), rtol=1e-6, atol=1e-7)
+
+
+def test_refresh_leaves_all_else_alone(world: Team) -> None:
+    model = tiny.normed(3, 3).train()
+    model[1].momentum = 0.3  # type: ignore[assignment]
+    weights = [p.clone() for p in model.parameters()]
+    refresh_batchnorm_(model, batches(3), world)
+    assert all(m.training for m in model.modules()) and model[1].momentum == 0.3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+def test_running_statistics_are_averaged(world: Team) -> None:
+    model = random_model(world.rank)
+    expected = np.mean([random_model(r).state_dict()["1.running_mean"].double().numpy() for r in range(world.size)], axis=0)
+    average_running_statistics_(model, world)
+    torch.testing.assert_close(model.state_dict()["1.running_mean"].double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)

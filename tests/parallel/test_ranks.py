@@ -1,0 +1,57 @@
+"""The grid and the team's collectives."""
+
+import numpy as np
+import pytest
+
+from swap_hpc.errors import UserError
+from swap_hpc.ranks import Team, first_then_rest, grid, node_of
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 8, 12])
+def test_the_grid_covers_every_group_once(world: Team, groups: int) -> None:
+    if world.size % groups and groups % world.size:
+        with pytest.raises(UserError, match="multiple or a divisor"), grid(world, groups):
+            pass
+        return
+    with grid(world, groups) as ranks:
+        rows = world.allgather((ranks.groups, ranks.group.size, ranks.group.rank, ranks.peers.size))
+    led = [g for mine, _, rank_in_group, _ in rows for g in mine if rank_in_group == 0]
+    assert sorted(led) == list(range(groups))
+    assert all(size == max(1, world.size // groups) for _, size, _, _ in rows)
+    assert all(peers * size == world.size for _, size, _, peers in rows)
+
+
+def test_what_one_rank_raises_is_raised_on_all(world: Team) -> None:
+    def fails_on_the_last() -> None:
+        if world.rank == world.size - 1:
+            raise UserError("the last rank says no")
+
+    with pytest.raises(UserError, match="the last rank says no"):
+        world.agree(fails_on_the_last)
+    world.barrier()  # nobody is left behind in a collective
+
+
+def test_collectives_give_what_their_names_say(world: Team) -> None:
+    n = world.size
+    assert world.sums(1.0, world.rank) == [n, n * (n - 1) / 2]
+    assert world.maximum(world.rank) == [n - 1]
+    assert world.any(world.rank == n - 1) and not world.any(False)
+    assert world.broadcast(f"from {world.rank}") == "from 0"
+    assert (world.broadcast_(np.full(5, world.rank, np.uint8)) == 0).all()
+
+
+def test_the_first_rank_goes_first(world: Team, tmp_path_factory: pytest.TempPathFactory) -> None:
+    marker = world.broadcast(tmp_path_factory.mktemp("shared") / "made-by-one")
+
+    def make_or_find() -> str:
+        if marker.exists():
+            return "found"
+        marker.touch()
+        return "made"
+
+    assert world.allgather(first_then_rest(world, make_or_find)) == ["made"] + ["found"] * (world.size - 1)
+
+
+def test_local_ranks_are_distinct(world: Team) -> None:
+    with node_of(world) as node:
+        assert sorted(node.allgather(node.rank)) == list(range(node.size))

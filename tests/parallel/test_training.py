@@ -1,0 +1,88 @@
+"""Several ranks train as one does."""
+
+import pytest
+import tiny
+import torch
+from mpi4py import MPI
+from torch.nn import functional as F
+
+from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.errors import RunError
+from swap_hpc.fit import evaluate_job, fit
+from swap_hpc.gradients import averaged_gradients
+from swap_hpc.ranks import Team
+
+KEY = Key(seed=3, phase=Phase.LARGE_BATCH)
+
+
+def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
+    job = tiny.job()
+    model, alone = tiny.model(job), tiny.model(job)
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank))
+    labels = torch.arange(6) % 3
+    F.cross_entropy(alone(images), labels).backward()
+    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, shared_gpu=False) as optimizer:
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    for start, now, p in zip(before, model.parameters(), alone.parameters(), strict=True):
+        assert p.grad is not None
+        mean = MPI.COMM_WORLD.allreduce(p.grad.double().numpy(), MPI.SUM) / world.size
+        torch.testing.assert_close((start - now.detach()).double(), torch.from_numpy(mean), rtol=1e-5, atol=1e-7)
+
+
+def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
+    job = tiny.job()
+    model = tiny.model(job)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(world.rank)
+    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, shared_gpu=False):
+        expected = world.broadcast(tiny.weights(model))
+        assert torch.equal(tiny.weights(model), expected)
+
+
+def test_ranks_give_one_ranks_weights(world: Team) -> None:
+    job = tiny.job(large_batch={"epochs": 3})
+    together, alone = tiny.model(job), tiny.model(job)
+    epochs = list(fit(together, job, job.recipe.large_batch, KEY, world))
+    reference = list(fit(alone, job, job.recipe.large_batch, KEY, Team.alone()))
+    torch.testing.assert_close(tiny.weights(together), tiny.weights(alone), rtol=1e-4, atol=1e-6)
+    assert (tiny.weights(alone) - tiny.weights(tiny.model(job))).abs().max() > 1e-2  # it did train
+    for ours, theirs in zip(epochs, reference, strict=True):
+        assert ours.train.accuracy == pytest.approx(theirs.train.accuracy, abs=0.02)
+        assert ours.train.loss == pytest.approx(theirs.train.loss, rel=1e-4)
+        assert ours.learning_rate == theirs.learning_rate
+
+
+def test_all_ranks_hold_the_same_weights(world: Team) -> None:
+    job = tiny.job(model={"name": "tiny:normed"})
+    model = tiny.model(job)
+    list(fit(model, job, job.recipe.large_batch, KEY, world))
+    assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
+
+
+def test_evaluation_counts_each_sample_once(world: Team) -> None:
+    job = tiny.job(model={"name": "tiny:normed"})  # 37 test samples in batches of 7
+    model = tiny.model(job).eval()
+    result = evaluate_job(model, job, world)
+    images = (torch.from_numpy(job.dataset.test.images) - torch.tensor(job.dataset.mean)) / torch.tensor(job.dataset.std)  # type: ignore[union-attr]
+    with torch.no_grad():
+        logits = model(images.float().permute(0, 3, 1, 2))
+    labels = torch.from_numpy(job.dataset.test.labels)
+    assert result.accuracy == (logits.argmax(1) == labels).sum().item() / 37
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_the_phase_ends_at_its_training_accuracy(world: Team) -> None:
+    job = tiny.job(large_batch={"epochs": 30, "learning_rate": 0.05, "stop_accuracy": 0.7})
+    epochs = list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+    assert [e.train.accuracy >= 0.7 for e in epochs] == [False] * (len(epochs) - 1) + [True]
+    assert epochs[-1].ends_cycle and epochs[-1].test is not None
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks(world: Team) -> None:
+    job = tiny.job(large_batch={"learning_rate": 1e30})
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], at a learning rate of 1e\+30"):
+        list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))

@@ -1,0 +1,70 @@
+"""Small jobs for tests: a few images, a few thousand weights, a fraction of a second."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swap_hpc import models
+from swap_hpc.data.splits import Arrays, Dataset, with_statistics
+from swap_hpc.devices import Device
+from swap_hpc.fit import Job
+from swap_hpc.recipe import Recipe, parse
+
+CPU = Device(torch.device("cpu"), shared=False, threads=1)
+
+
+def recipe(**overrides: Any) -> Recipe:
+    """A recipe for `dataset()`; `large_batch={"epochs": 3}` overrides one field of a section."""
+    fields: dict[str, Any] = {
+        "groups": 1,
+        "model": {"name": "tiny:plain"},
+        "data": {"name": "synthetic"},
+        "augment": {"pad": 1, "flip": True, "cutout": 2},
+        "large_batch": {"batch_size": 24, "epochs": 2, "learning_rate": [[0, 0.05], [2, 0.02]]},
+        "refine": {"batch_size": 12, "epochs": 1, "learning_rate": [[0, 0.05], [1, 0.0]]},
+        "batchnorm": {"batch_size": 20, "samples": 90},
+        "evaluate": {"batch_size": 7},
+    }
+    for section, value in overrides.items():
+        fields[section] = fields[section] | value if isinstance(value, dict) and section in fields else value
+    return parse(fields)
+
+
+def dataset(train: int = 101, test: int = 37, size: int = 8, classes: int = 3) -> Dataset:
+    """Random images, (size, size, 3), whose brightness tells their class; odd numbers of them."""
+    generator = np.random.Generator(np.random.Philox(7))
+
+    def split(samples: int) -> Arrays:
+        labels = generator.integers(0, classes, samples)
+        images = generator.integers(0, 120, (samples, size, size, 3)) + 60 * labels[:, None, None, None]
+        return Arrays(images.astype(np.uint8), labels.astype(np.int64))
+
+    return with_statistics(split(train), split(test), tuple("abcdefghij"[:classes]))
+
+
+def job(**overrides: Any) -> Job:
+    return Job(recipe(**overrides), dataset(), CPU)
+
+
+def model(job: Job) -> nn.Module:
+    return models.build(job.recipe.model, 3, 3, job.recipe.seed)
+
+
+def plain(classes: int, channels: int) -> nn.Module:
+    """Without batch norm: what N ranks compute is then what one computes."""
+    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(32, classes))
+
+
+def normed(classes: int, channels: int) -> nn.Module:
+    """With batch norm twice, the second one after the first, and dropout, which batch-norm refresh must not see."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All of the state dict in one float64 vector."""
+    return torch.cat([t.detach().flatten().double() for t in model.state_dict().values()])
