@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ class WeightSum:
 
 def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor of what is averaged: the parameters, and floating-point buffers other than batch-norm statistics."""
-    statistics = {f"{name}.{buffer}".lstrip(".") for name, layer in batchnorm_layers(model) for buffer, _ in layer.named_buffers(recurse=False)}
+    statistics = {
+        f"{name}.{buffer}".lstrip(".") for name, layer in batchnorm_layers(model) for buffer, _ in layer.named_buffers(recurse=False)
+    }
     return {name: t for name, t in model.state_dict().items() if t.is_floating_point() and name not in statistics}
 
 
@@ -100,7 +103,7 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 @torch.no_grad()
 def average_running_statistics_(model: nn.Module, team: Team) -> None:
     """Replaces the running statistics of batch norm by their mean over `team`: each rank saw other shares of the batches."""
-    buffers = [b for _, layer in batchnorm_layers(model) for b in (layer.running_mean, layer.running_var)]
+    buffers = [b for _, layer in batchnorm_layers(model) for b in _statistics(layer)]
     if team.size == 1 or not buffers:
         return
     packed = torch.cat([b.flatten() for b in buffers]).to("cpu", torch.float64)
@@ -150,13 +153,13 @@ class _Moments:
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> "_Moments":
-        zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        zeros = torch.zeros_like(_statistics(layer)[0], dtype=torch.float64)
         return cls(0, 0, zeros, zeros.clone())
 
-    def add_(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add_(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # with momentum 1 the layer has just left the batch's own mean and unbiased variance in its buffers
         n = output.numel() // output.size(1)
-        mean, variance = layer.running_mean.double(), layer.running_var.double()  # type: ignore[operator,union-attr]
+        mean, variance = (b.double() for b in _statistics(layer))
         self.batches += 1
         self.count += n
         self.sum += n * mean
@@ -172,9 +175,16 @@ def _set_statistics_(layer: _BatchNorm, sums: Tensor) -> None:
         return
     total, squares = sums[2:].chunk(2)
     mean = total / count
-    layer.running_mean.copy_(mean)  # type: ignore[union-attr]
-    layer.running_var.copy_(((squares - count * mean**2) / (count - 1)).clamp(min=0))  # type: ignore[union-attr]
-    layer.num_batches_tracked.fill_(batches)  # type: ignore[union-attr]
+    running_mean, running_var = _statistics(layer)
+    running_mean.copy_(mean)
+    running_var.copy_(((squares - count * mean**2) / (count - 1)).clamp(min=0))
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.fill_(batches)
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 @contextmanager

@@ -7,15 +7,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.recipe import DataName
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="Stochastic Weight Averaging in Parallel."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Stochastic Weight Averaging in Parallel.",
 )
 
 DataDir = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder with the data, or to download it to.")]
@@ -61,16 +66,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.")] =
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100, ...")],
+    name: Annotated[DataName, typer.Argument(help="The data set.")],
     directory: Annotated[Path, typer.Option("--data", metavar="DIR", help="Where to.")] = Path("data"),
 ) -> None:
     """Download a data set ahead of a job, on a login node, and verify it."""
     from swap_hpc.data import download
     from swap_hpc.ranks import Team, first_then_rest
-    from swap_hpc.recipe import parse_data
 
-    known = parse_data(name, directory)
-    _say(first_then_rest(Team.world(), lambda: download(known.name, known.path)))
+    _say(first_then_rest(Team.world(), lambda: download(name, directory)))
 
 
 @app.command()

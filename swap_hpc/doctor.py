@@ -77,12 +77,16 @@ def report(world: Team, groups: int) -> list[str]:
         problems = _problems(world, ranks, node, facts, spans)
     lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    lines.append(f"MPI: {facts['mpi']['library']}, thread level {facts['mpi']['thread_level']}, mpi4py linked at {os.path.dirname(_mpi4py_file())}")
+    lines.append(
+        f"MPI: {facts['mpi']['library']}, thread level {facts['mpi']['thread_level']}, mpi4py linked at {os.path.dirname(_mpi4py_file())}"
+    )
     told = launcher()
     lines.append(f"launcher: {f'{told[0]}, {told[2]} ranks' if told else 'none (one process, started alone)'}")
     built = facts["horovod"]
     lines.append("Horovod: " + (", ".join(f"{k} {'yes' if v else 'no'}" for k, v in built.items()) if built else "not installed"))
-    lines.append(f"CUDA of torch: {facts['cuda']}; NCCL: {facts['nccl'] or 'not in use (no GPU)'}; GPUs seen by rank 0: {torch.cuda.device_count()}")
+    lines.append(
+        f"CUDA of torch: {facts['cuda']}; NCCL: {facts['nccl'] or 'not in use (no GPU)'}; GPUs seen by rank 0: {torch.cuda.device_count()}"
+    )
     lines += [f"rank {r['rank']} -> {r['host']} -> {r['device']}, {r['threads']} threads" for r in facts["ranks"]]
     lines.append(f"grid: {world.size} ranks on {len(set(nodes))} nodes, {groups} groups")
     lines += [f"allreduce of 4 MiB over {name}: {1e3 * seconds:.2f} ms" for name, seconds in timed.items()]
@@ -112,7 +116,10 @@ def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], span
     if not any(name.startswith("nvidia-dali") for name in facts["versions"]):
         problems.append("DALI is not installed: make setup")
     if spans and world.maximum(node.size)[0] >= ranks.group.size:
-        problems.append("a group spans nodes although a node has room for it: place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)")
+        problems.append(
+            "a group spans nodes although a node has room for it: "
+            "place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)"
+        )
     return problems
 
 

@@ -121,11 +121,20 @@ def fit(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: 
 
 
 def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch], rates: list[float], job: Job, key: Key, epoch: int, team: Team
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    rates: list[float],
+    job: Job,
+    key: Key,
+    epoch: int,
+    team: Team,
 ) -> Evaluation:
     """One step per learning rate in `rates`. The epoch's running loss and accuracy, over the team."""
     model.train()
-    running = _Running(team, f"{key.phase.name.lower()}" + (f" of group {key.group}" if key.phase is sampling.Phase.REFINE else ""), epoch + 1)
+    running = _Running(
+        team, f"{key.phase.name.lower()}" + (f" of group {key.group}" if key.phase is sampling.Phase.REFINE else ""), epoch + 1
+    )
     for step, (rate, (images, labels)) in enumerate(zip(rates, stream, strict=False)):
         torch.manual_seed(key.torch_seed(epoch * len(rates) + step, team.rank))
         for parameters in optimizer.param_groups:

@@ -22,7 +22,9 @@ def load_horovod() -> Any:
     try:
         import horovod.torch as hvd
     except ImportError as error:
-        raise UserError(f"several ranks train one model with Horovod, which cannot be loaded here ({error}): make setup builds it") from None
+        raise UserError(
+            f"several ranks train one model with Horovod, which cannot be loaded here ({error}): make setup builds it"
+        ) from None
     return hvd
 
 

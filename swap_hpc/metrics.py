@@ -59,7 +59,9 @@ class Journal:
 
     def evaluation(self, model: str, result: Evaluation) -> None:
         """A final evaluation, by all ranks, of the model whose file has that name."""
-        self._write("world", self.world, {"phase": "evaluation", "model": model, "test_loss": result.loss, "test_accuracy": result.accuracy})
+        self._write(
+            "world", self.world, {"phase": "evaluation", "model": model, "test_loss": result.loss, "test_accuracy": result.accuracy}
+        )
 
     def _write(self, name: str, mine: bool, fields: dict[str, Any]) -> None:
         if not mine:
@@ -94,10 +96,8 @@ class Display:
         self.recipe = recipe
         self.speaks = ranks.world.rank == 0
         self.console = console
-        self.live = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[says]}"),
-            TimeRemainingColumn(), console=console, disable=not (self.speaks and _on_terminal()),
-        )  # fmt: skip
+        columns = (TextColumn("{task.description:<12}"), BarColumn(20), TextColumn("{task.completed}/{task.total}  {task.fields[says]}"))
+        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=not (self.speaks and _on_terminal()))
         self.tasks: dict[str, Any] = {}
 
     @contextmanager

@@ -36,7 +36,9 @@ def _torchvision(name: str) -> Any:
     import torchvision
 
     if name not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"torchvision has no classification model {name!r}; it has resnet18, resnet50, ... (torchvision.models.list_models())")
+        raise UserError(
+            f"torchvision has no classification model {name!r}; it has resnet18, resnet50, ... (torchvision.models.list_models())"
+        )
     return torchvision.models.get_model_builder(name)
 
 

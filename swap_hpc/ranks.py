@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Team:
     """A communicator and the few collectives that the package needs. A team of one makes no MPI call."""
 
-    def __init__(self, comm: MPI.Intracomm):
+    def __init__(self, comm: MPI.Comm):
         self.comm = comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
@@ -161,8 +161,9 @@ def node_of(world: Team) -> Iterator[Team]:
 
 def first_then_rest(team: Team, function: Callable[[], T]) -> T:
     """`function()` on the team's first rank, and then on the others, which find what it left (a download, a cache)."""
-    result: Any = team.agree(function if team.rank == 0 else lambda: None)
-    rest: Any = team.agree(function if team.rank else lambda: None)
+    nothing: Callable[[], Any] = lambda: None  # noqa: E731
+    result = team.agree(function if team.rank == 0 else nothing)
+    rest = team.agree(function if team.rank else nothing)
     return result if team.rank == 0 else rest
 
 
@@ -208,7 +209,12 @@ def mpi_library() -> str:
 
 def thread_level() -> str:
     """The thread support that MPI was initialised with. Horovod and mpi4py side by side want "multiple"."""
-    levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple"}
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
     return levels[MPI.Query_thread()]
 
 

@@ -52,6 +52,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +72,7 @@ class Model(_Section):
 
 
 class Data(_Section):
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    name: DataName
     path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
     image_size: Count | None = None  # pixels; none: the files' own size, which must then be one for all
     memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded once into memory up to this size, else read in every epoch
@@ -230,7 +233,7 @@ def _fields_beside(location: tuple[int | str, ...]) -> Iterable[str]:
     section: Any = Recipe
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation
-        section = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)))
+        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
     return section.model_fields
 
 
@@ -252,7 +255,9 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
     groups = recipe.groups
     if ranks % groups and groups % ranks:
         near = [n for n in range(1, 4 * groups + 1) if n % groups == 0 or groups % n == 0]
-        raise UserError(f"{ranks} ranks cannot share {groups} groups: start a multiple or a divisor of the groups ({', '.join(map(str, near))})")
+        raise UserError(
+            f"{ranks} ranks cannot share {groups} groups: start a multiple or a divisor of the groups ({', '.join(map(str, near))})"
+        )
     large_batch, refine = recipe.large_batch, recipe.refine
     if large_batch.epochs:
         _check_share("large_batch", large_batch.batch_size, ranks)
@@ -270,5 +275,6 @@ def _check_share(phase: str, batch_size: int, ranks: int) -> None:
     if batch_size % ranks:
         near = [b for b in (batch_size // ranks * ranks, (batch_size // ranks + 1) * ranks) if b]
         raise UserError(
-            f"{phase}.batch_size = {batch_size} does not divide by its {ranks} ranks: --set {phase}.batch_size={' or '.join(map(str, near))}"
+            f"{phase}.batch_size = {batch_size} does not divide by its {ranks} ranks: "
+            f"--set {phase}.batch_size={' or '.join(map(str, near))}"
         )

@@ -20,7 +20,11 @@ def load_result(run: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """A result as a Markdown table: the accuracies, then the seconds of each phase."""
     accuracy, loss, seconds = result["test_accuracy"], result["test_loss"], result["seconds"]
-    names = [f"group {g}" + (f", cycle {c + 1}" if result["cycles"] > 1 else "") for g in range(result["groups"]) for c in range(result["cycles"])]
+    names = [
+        f"group {g}" + (f", cycle {c + 1}" if result["cycles"] > 1 else "")
+        for g in range(result["groups"])
+        for c in range(result["cycles"])
+    ]
     rows = [("end of phase 1 (large batch)", accuracy["large_batch"], loss["large_batch"])]
     if accuracy["groups"]:
         rows += list(zip(names, accuracy["groups"], loss["groups"], strict=True))
@@ -60,7 +64,10 @@ def curves(run: Path, figure: Path) -> None:
     groups = [_lines(path) for path in sorted((run / "metrics").glob("group-*.jsonl"))]
     begin = result["epochs"]["large_batch"]
     fig, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained")
-    for lines, start, style in [(large_batch, 0, {"color": "black", "label": "large batch"}), *((g, begin, {"alpha": 0.8}) for g in groups)]:
+    for lines, start, style in [
+        (large_batch, 0, {"color": "black", "label": "large batch"}),
+        *((g, begin, {"alpha": 0.8}) for g in groups),
+    ]:
         epochs = [start + line["epoch"] for line in lines]
         tested = [(e, 100 * line["test_accuracy"]) for e, line in zip(epochs, lines, strict=True) if line["test_accuracy"] is not None]
         top.plot(*zip(*tested, strict=True), **style) if tested else None

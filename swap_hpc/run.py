@@ -20,7 +20,7 @@ from swap_hpc.doctor import environment
 from swap_hpc.errors import UserError
 from swap_hpc.fit import Epoch, Evaluation, Job, evaluate_job
 from swap_hpc.metrics import Display, Journal, Stopwatch
-from swap_hpc.ranks import Ranks, Team, grid, launcher_mismatch, node_of
+from swap_hpc.ranks import Ranks, Team, grid, node_of
 from swap_hpc.recipe import Recipe, check_ranks, differing_fields, load_recipe
 from swap_hpc.swap import swap
 
@@ -54,7 +54,9 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     if (out / "recipe.toml").is_file():
         differing = differing_fields(recipe, load_recipe(str(out / "recipe.toml")))
         if differing:
-            raise UserError(f"{out} holds a run of another recipe ({', '.join(differing)} differ): choose another --out, or remove the folder")
+            raise UserError(
+                f"{out} holds a run of another recipe ({', '.join(differing)} differ): choose another --out, or remove the folder"
+            )
     try:
         return json.loads((out / "result.json").read_text())
     except FileNotFoundError:
@@ -94,22 +96,26 @@ def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
         if wanted > samples:
             raise UserError(f"{name} = {wanted}, but there are {samples} training samples: --set {name}={samples} or less")
     if recipe.batchnorm.samples and recipe.batchnorm.samples < recipe.batchnorm.batch_size:
-        raise UserError(f"batchnorm.samples = {recipe.batchnorm.samples} is less than one batch: --set batchnorm.samples={recipe.batchnorm.batch_size} or more")
+        raise UserError(
+            f"batchnorm.samples = {recipe.batchnorm.samples} is less than one batch: "
+            f"--set batchnorm.samples={recipe.batchnorm.batch_size} or more"
+        )
     smallest, pad = min(dataset.image_size), recipe.augment.pad
     if pad >= smallest or recipe.augment.cutout > smallest:
-        raise UserError(f"augment.pad = {pad} and augment.cutout = {recipe.augment.cutout} do not fit images of {smallest} pixels: make them smaller")
+        raise UserError(
+            f"augment.pad = {pad} and augment.cutout = {recipe.augment.cutout} do not fit images of {smallest} pixels: make them smaller"
+        )
 
 
 def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
-    mismatch = launcher_mismatch(ranks.world)
     recipe, device = job.recipe, job.device
     lines = [
-        f"{recipe.name}: {ranks.world.size} ranks, {recipe.groups} groups, {device.name}, {device.threads} threads per rank, {recipe.precision}; "
-        f"{len(job.dataset.train):,} training and {len(job.dataset.test):,} test images; into {out}"
+        f"{recipe.name}: {ranks.world.size} ranks, {recipe.groups} groups, {device.name}, {device.threads} threads per rank, "
+        f"{recipe.precision}; {len(job.dataset.train):,} training and {len(job.dataset.test):,} test images; into {out}"
     ]
-    if device.shared:
+    if ranks.world.any(device.shared):
         lines.append("ranks share a GPU: gradients go through host memory")
-    return [*([f"warning: {mismatch}"] if mismatch else []), *lines]
+    return lines
 
 
 @dataclass

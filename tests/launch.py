@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 BIN = Path(sys.executable).parent
 
@@ -25,14 +27,26 @@ class Finished:
         return [line for line in self.stderr.splitlines() if line.startswith("swap-hpc: ")]
 
 
-def command(*arguments: str | Path, ranks: int | None = None, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Finished:
+def command(
+    *arguments: str | Path,
+    ranks: int | None = None,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Finished:
     """Runs a command, under `mpirun -n ranks` where `ranks` is given; kills all of it at the time-out."""
     line = [str(a) for a in arguments]
     if ranks is not None:
         line = [_mpirun(), "-n", str(ranks), *line]
     begin = time.monotonic()
     process = subprocess.Popen(
-        line, cwd=cwd, env=_environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line,
+        cwd=cwd,
+        env=_environment() | dict(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -43,8 +57,14 @@ def command(*arguments: str | Path, ranks: int | None = None, timeout: float = 1
     return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
 
 
-def swap_hpc(*arguments: str | Path, ranks: int | None = None, timeout: float = 120, cwd: Path | None = None, **variables: str) -> Finished:
-    return command(BIN / "swap-hpc", *arguments, ranks=ranks, timeout=timeout, cwd=cwd, **variables)
+def swap_hpc(
+    *arguments: str | Path,
+    ranks: int | None = None,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Finished:
+    return command(BIN / "swap-hpc", *arguments, ranks=ranks, timeout=timeout, cwd=cwd, variables=variables)
 
 
 def _mpirun() -> str:

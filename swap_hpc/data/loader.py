@@ -102,14 +102,22 @@ def _file_graph(dataset: Dataset, split: Files, picks: Iterator[Picks], augment:
             u = _draws(pick)
             share = area[0] + u[:, 3] * (area[1] - area[0])
             aspect = np.exp(np.log(ratio[0]) + u[:, 4] * np.log(ratio[1] / ratio[0]))
-            yield [path_bytes(split.paths[i]) for i in pick.indices], _column(share), _column(aspect), _mirror(u, augment), u[:, 1::-1].copy()
+            yield (
+                [path_bytes(split.paths[i]) for i in pick.indices],
+                _column(share),
+                _column(aspect),
+                _mirror(u, augment),
+                u[:, 1::-1].copy(),
+            )
 
     def training() -> Any:
         path, share, aspect, mirror, place = fn.external_source(feed(), num_outputs=5, batch=True)
         encoded = fn.io.file.read(path)
         shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
         aspect = aspect * shape[0] / shape[1]
-        size = fn.stack(math.min(1.0, math.sqrt(share / aspect)), math.min(1.0, math.sqrt(share * aspect)))  # of the crop; the image is 1 x 1
+        size = fn.stack(
+            math.min(1.0, math.sqrt(share / aspect)), math.min(1.0, math.sqrt(share * aspect))
+        )  # of the crop; the image is 1 x 1
         image = fn.decoders.image_slice(
             encoded, rel_start=place * (1.0 - size), rel_shape=size, axis_names="HW", device=decode_on, output_type=types.RGB
         )

@@ -37,8 +37,8 @@ def cifar(data: Data, threads: int) -> Dataset:
     if (data.path / "train").is_dir():
         return folder(data, threads)
     train, test = (_torchvision(data.name, data.path, train=train) for train in (True, False))
-    splits = [Arrays(split.data, np.array(split.targets, dtype=np.int64)) for split in (train, test)]
-    return with_statistics(*splits, tuple(train.classes))
+    in_memory = [Arrays(split.data, np.array(split.targets, dtype=np.int64)) for split in (train, test)]
+    return with_statistics(in_memory[0], in_memory[1], tuple(train.classes))
 
 
 def torchvision_download(name: str, path: Path) -> None:
@@ -48,7 +48,8 @@ def torchvision_download(name: str, path: Path) -> None:
             _torchvision(name, path, train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{name} is not in {path} and could not be downloaded ({error}): where there is a network run swap-hpc data {name} --data DIR, then use --data DIR"
+            f"{name} is not in {path} and could not be downloaded ({error}): "
+            f"where there is a network run swap-hpc data {name} --data DIR, then use --data DIR"
         ) from None
 
 
@@ -70,10 +71,13 @@ def folder(data: Data, threads: int) -> Dataset:
     if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30:
         if size is None:
             _own_size(train.paths + test.paths, threads)
-        splits = [Arrays(decode(split.paths, size, threads), split.labels) for split in (train, test)]
-        return with_statistics(*splits, classes)
+        in_memory = [Arrays(decode(split.paths, size, threads), split.labels) for split in (train, test)]
+        return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
-        raise UserError(f"{data.path} is larger than data.memory_gib = {data.memory_gib}: set data.image_size (pixels) to read it in every epoch, or more memory")
+        raise UserError(
+            f"{data.path} is larger than data.memory_gib = {data.memory_gib}: "
+            "set data.image_size (pixels) to read it in every epoch, or allow more memory"
+        )
     return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD)
 
 

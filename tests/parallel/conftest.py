@@ -65,7 +65,7 @@ def _launch(ranks: int, items: list[str], root: Path) -> tuple[dict[str, dict[in
 
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *items]
-        done = command(*line, ranks=ranks, timeout=60 * MINUTES, cwd=root, **{INSIDE: str(ranks), REPORTS: folder})
+        done = command(*line, ranks=ranks, timeout=60 * MINUTES, cwd=root, variables={INSIDE: str(ranks), REPORTS: folder})
         said: dict[str, dict[int, tuple[str, str]]] = {}
         for path in Path(folder).iterdir():
             for text in path.read_text().splitlines():

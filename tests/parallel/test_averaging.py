@@ -11,13 +11,13 @@ from swap_hpc.averaging import WeightSum, average_running_statistics_, average_w
 from swap_hpc.ranks import Team
 
 
-def random_model(seed: int) -> nn.Module:
+def random_model(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Linear(5, 11))
     model.register_buffer("scale", torch.randn(3).bfloat16())
     model.register_buffer("steps", torch.tensor(seed))
     with torch.no_grad():
-        model[1].running_mean.add_(seed)
+        model.get_buffer("1.running_mean").add_(seed)
     return model
 
 
@@ -29,7 +29,7 @@ def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkey
     mine = random_model(world.rank)
     average_weights_(mine, world)
     for name, tensor in mine.state_dict().items():
-        if name == "steps" or name.startswith("1.running") or name.startswith("1.num"):
+        if name == "steps" or name.startswith(("1.running", "1.num")):
             expected = models[0].state_dict()[name]  # the first rank's
         else:
             expected = (sum(m.state_dict()[name].double() for m in models) / world.size).to(tensor.dtype)
@@ -100,10 +100,12 @@ def test_refresh_on_ranks_equals_one_ranks(world: Team) -> None:
 
 def test_refresh_leaves_all_else_alone(world: Team) -> None:
     model = tiny.normed(3, 3).train()
-    model[1].momentum = 0.3  # type: ignore[assignment]
+    layer = model.get_submodule("1")
+    assert isinstance(layer, nn.BatchNorm2d)
+    layer.momentum = 0.3
     weights = [p.clone() for p in model.parameters()]
     refresh_batchnorm_(model, batches(3), world)
-    assert all(m.training for m in model.modules()) and model[1].momentum == 0.3
+    assert all(m.training for m in model.modules()) and layer.momentum == 0.3
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 

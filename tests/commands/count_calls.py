@@ -1,0 +1,29 @@
+"""`swap-hpc train ...` that also prints how many MPI calls each phase made, and whether Horovod ran in phase 2."""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+from swap_hpc import cli, run, swap
+
+calls = ctypes.CDLL(None).counted_mpi_calls
+calls.restype = ctypes.c_long
+
+
+def watched(*arguments: Any) -> Iterator[swap.Event]:
+    import horovod.torch as hvd
+
+    start = calls()
+    for event in swap.swap(*arguments):
+        if isinstance(event, swap.Done) and event.what == "large_batch":
+            print("large_batch calls", calls() - start, flush=True)
+            yield event  # saved by all ranks together
+            start = calls()
+        else:
+            if isinstance(event, swap.Done) and event.what == "refine":
+                print("refine calls", calls() - start, "Horovod", hvd.is_initialized(), flush=True)
+            yield event
+
+
+run.swap = watched  # type: ignore[assignment]
+cli.main()

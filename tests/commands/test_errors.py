@@ -1,0 +1,113 @@
+"""Bad input: one line from our program, the mend in it, exit code 2, within seconds, before any training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import swap_hpc
+from PIL import Image
+
+TESTS = Path(__file__).parents[1]
+SECONDS = 30  # generous: most of it is importing torch on a busy machine
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound folder of 2 classes, 6 training and 2 test images each, to be harmed by copies."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 6), ("test", 2)):
+        for label, name in enumerate("ab"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(np.full((8, 8, 3), 100 * label + i, np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+FOLDER = (
+    "--set",
+    "data.name=folder",
+    "--set",
+    "large_batch.batch_size=4",
+    "--set",
+    "refine.batch_size=4",
+    "--set",
+    "batchnorm.batch_size=4",
+)
+
+CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
+    "unknown recipe": (("digit",), None, "no recipe 'digit': neither a file nor one of cifar10-cpu"),
+    "unknown field": (("digits", "--set", "refine.epoch=1"), None, "unknown field refine.epoch; valid here: batch_size, epochs"),
+    "unknown option": (("digits", "--epochs", "3"), None, "No such option: --epochs"),
+    "no recipe": ((), None, "Missing argument 'RECIPE'"),
+    "unknown recipe on 3 ranks": (("digit",), 3, "no recipe 'digit'"),
+    "unknown option on 3 ranks": (("digits", "--epochs", "3"), 3, "No such option: --epochs"),
+    "ranks and groups": (("digits",), 3, "3 ranks cannot share 4 groups: start a multiple or a divisor of the groups (1, 2, 4, 8"),
+    "a batch that does not divide": (("digits", "--set", "large_batch.batch_size=255"), 2, "--set large_batch.batch_size=254 or 256"),
+    "fewer samples than a batch": (("digits", "--set", "large_batch.batch_size=2048"), None, "but there are 1437 training samples"),
+    "missing folder": (("digits", *FOLDER, "--data", "/nowhere"), 2, "no folder /nowhere/train: point --data at a folder"),
+    "unknown model": (("digits", "--set", "model.name=resnet10"), 2, "unknown model 'resnet10'"),
+    "no GPU": (("digits", "--set", "device=cuda"), 2, 'device = "cuda", but torch sees no GPU on this host'),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_line(case: str, tmp_path: Path) -> None:
+    arguments, ranks, message = CASES[case]
+    if case == "no GPU" and _gpus():
+        pytest.skip("this host has a GPU")
+    done = swap_hpc("train", *arguments, "--out", tmp_path / "out", ranks=ranks)
+    assert done.code == 2, done.stderr
+    assert len(done.ours) == 1 and message in done.ours[0], done.stderr
+    assert "Traceback" not in done.stderr and done.seconds < SECONDS
+    assert not (tmp_path / "out").exists()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def test_an_unreadable_image_is_named_before_training(images: Path) -> None:
+    bad = images / "train" / "b" / "5.png"
+    sound = bad.read_bytes()
+    bad.write_bytes(sound[:40])
+    try:
+        done = swap_hpc("train", "digits", *FOLDER, "--data", images, "--out", images / "out", ranks=2)
+    finally:
+        bad.write_bytes(sound)
+    assert done.code == 2 and len(done.ours) == 1 and f"cannot decode the image {bad}" in done.ours[0], done.stderr
+
+
+def test_an_unreadable_image_in_streamed_data_ends_the_run_when_it_is_met(images: Path, tmp_path: Path) -> None:
+    bad = images / "train" / "a" / "3.png"
+    sound = bad.read_bytes()
+    bad.write_bytes(sound[:40])
+    streamed = ("--set", "data.memory_gib=0", "--set", "data.image_size=8", "--data", str(images))
+    try:
+        done = swap_hpc("train", "digits", *FOLDER, *streamed, "--out", tmp_path / "out", ranks=2)
+    finally:
+        bad.write_bytes(sound)
+    assert done.code == 3 and len(done.ours) == 1 and f"cannot decode the image {bad}" in done.ours[0], done.stderr
+
+
+def test_a_rank_that_raises_ends_all_ranks_with_its_traceback_once(tmp_path: Path) -> None:
+    raising = ("--set", "model.name=failing:raises_on_rank_1", "--set", "groups=3", "--set", "large_batch.batch_size=240")
+    done = swap_hpc("train", "digits", *raising, "--out", tmp_path / "out", ranks=3, PYTHONPATH=str(TESTS))
+    assert done.code == 3
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count("ArithmeticError: rank 1 cannot go on") == 1
+    raised = float(next(line for line in done.stdout.splitlines() if line.startswith("raising at")).split()[-1])
+    assert done.seconds < 60 and _now() - raised < 10
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text((TESTS.parent / "swap_hpc" / "recipes" / "digits.toml").read_text() + "\n[evaluate]\nevery = 3\n")
+    done = swap_hpc("train", "digits", "--out", tmp_path)
+    assert done.code == 2 and "holds a run of another recipe (evaluate.every, name differ): choose another --out" in done.ours[0]

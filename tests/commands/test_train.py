@@ -1,0 +1,211 @@
+"""The main job as a user starts it, and the commands around it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import BIN, command, swap_hpc
+from safetensors.torch import load_file
+
+from swap_hpc import __version__
+from swap_hpc.averaging import weights_sha256
+from swap_hpc.recipe import load_recipe, shipped_recipes
+
+HERE = Path(__file__).parent
+KEYS = {
+    "recipe": None, "seed": None, "ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
+    "epochs": {"large_batch", "refine"},
+    "train_accuracy": {"large_batch"},
+    "test_accuracy": {"large_batch", "groups", "mean_of_groups", "averaged"},
+    "test_loss": {"large_batch", "groups", "mean_of_groups", "averaged"},
+    "seconds": {"setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "total"},
+    "images_per_second": {"large_batch", "refine"},
+}  # fmt: skip
+# A small and quick variant of digits
+QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=1", "--set", "model.width=2")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of the shipped recipe's run on 4 ranks."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    done = swap_hpc("train", "digits", "--out", out, ranks=4, timeout=180)
+    assert done.code == 0, done.stderr
+    return out, done.stdout
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "result.json").read_text())
+
+
+def test_the_main_job_leaves_what_the_design_says(digits: tuple[Path, str]) -> None:
+    out, _ = digits
+    result = result_of(out)
+    assert {k: set(v) if isinstance(v, dict) else None for k, v in result.items()} == KEYS
+    groups = [f"group-{g:03d}" for g in range(4)]
+    files = {"recipe.toml", "environment.json", "result.json", "metrics", "large_batch.safetensors", "swap.safetensors"}
+    assert {p.name for p in out.iterdir()} == files | {f"{g}.safetensors" for g in groups}
+    assert {p.name for p in (out / "metrics").iterdir()} == {"world.jsonl"} | {f"{g}.jsonl" for g in groups}
+    assert load_recipe(str(out / "recipe.toml")) == load_recipe("digits")
+    environment = json.loads((out / "environment.json").read_text())
+    assert [r["rank"] for r in environment["ranks"]] == [0, 1, 2, 3] and environment["versions"]["horovod"] == "0.28.1"
+
+
+def test_the_main_job_learns(digits: tuple[Path, str]) -> None:
+    result = result_of(digits[0])
+    accuracy = result["test_accuracy"]
+    assert accuracy["averaged"] >= 0.975 and accuracy["averaged"] >= accuracy["mean_of_groups"]
+    assert len(accuracy["groups"]) == 4 and accuracy["mean_of_groups"] == pytest.approx(sum(accuracy["groups"]) / 4)
+    assert 0 < result["seconds"]["refine"] < result["seconds"]["total"] and result["images_per_second"]["refine"] > 0
+
+
+def test_the_main_job_ends_with_its_table(digits: tuple[Path, str]) -> None:
+    out, output = digits
+    accuracy = result_of(out)["test_accuracy"]
+    assert "**averaged (SWAP)**" in output and f"{100 * accuracy['averaged']:.2f}" in output and "batchnorm" in output
+    assert "large_batch  epoch   1/" in output and "group 0      epoch   1/" in output and "group 1      epoch" not in output
+
+
+def test_the_files_hold_the_models_of_the_result(digits: tuple[Path, str]) -> None:
+    import torch
+    from torch import nn
+
+    class Held(nn.Module):
+        def __init__(self, tensors: dict[str, torch.Tensor]):
+            super().__init__()
+            self.tensors = tensors
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return self.tensors
+
+    out, _ = digits
+    swap = load_file(out / "swap.safetensors")
+    assert weights_sha256(Held(swap)) == result_of(out)["weights_sha256"]
+    groups = [load_file(out / f"group-{g:03d}.safetensors") for g in range(4)]
+    weight = "linear.weight"
+    assert torch.equal(swap[weight], torch.stack([g[weight].double() for g in groups]).mean(0).float())
+
+
+def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
+    out, _ = digits
+    result = result_of(out)
+    world = [json.loads(line) for line in (out / "metrics" / "world.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in world if line["phase"] == "large_batch"] == list(range(1, result["epochs"]["large_batch"] + 1))
+    assert [line["model"] for line in world if line["phase"] == "evaluation"] == ["large_batch", "swap"]
+    for g in range(4):
+        lines = [json.loads(line) for line in (out / "metrics" / f"group-{g:03d}.jsonl").read_text().splitlines()]
+        assert len(lines) == result["epochs"]["refine"] and lines[-1]["test_accuracy"] == result["test_accuracy"]["groups"][g]
+        assert lines[-1]["learning_rate"] == 0
+
+
+def test_a_finished_run_says_so_and_is_left_alone(digits: tuple[Path, str]) -> None:
+    out, _ = digits
+    before = (out / "result.json").stat().st_mtime_ns
+    done = swap_hpc("train", "digits", "--out", out, ranks=2)
+    assert done.code == 0 and f"{out} holds this run, complete: nothing to do" in done.stdout and "**averaged (SWAP)**" in done.stdout
+    assert (out / "result.json").stat().st_mtime_ns == before
+
+
+def test_report_writes_a_table_and_a_figure(digits: tuple[Path, str]) -> None:
+    out, _ = digits
+    done = swap_hpc("report", out)
+    assert done.code == 0 and "**averaged (SWAP)**" in (out / "report.md").read_text()
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (out / "curves.png").stat().st_size > 20_000
+    for path in (out / "report.md", out / "curves.png"):
+        path.unlink()
+
+
+def test_report_of_what_is_no_run(tmp_path: Path) -> None:
+    done = swap_hpc("report", tmp_path)
+    assert done.code == 2 and done.ours == [f"swap-hpc: {tmp_path} is not a run's folder: there is no result.json in it"]
+
+
+def test_alone_it_refines_every_group_and_repeats_to_the_bit(tmp_path: Path) -> None:
+    results = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        done = swap_hpc("train", "digits", *QUICK, "--out", out)
+        assert done.code == 0, done.stderr
+        results.append(result_of(out))
+    assert results[0]["ranks"] == 1 and len(results[0]["test_accuracy"]["groups"]) == 4
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+
+
+def test_three_ranks_repeat_to_the_bit(tmp_path: Path) -> None:
+    """From three ranks on a sum has several orders; the order is fixed."""
+    hashes = set()
+    for out in (tmp_path / "one", tmp_path / "two"):
+        done = swap_hpc("train", "digits", *QUICK, "--set", "groups=3", "--set", "large_batch.batch_size=240", "--out", out, ranks=3)
+        assert done.code == 0, done.stderr
+        hashes.add(result_of(out)["weights_sha256"])
+    assert len(hashes) == 1
+
+
+def test_no_refinement_is_plain_sgd_and_its_model_can_be_refined(tmp_path: Path) -> None:
+    done = swap_hpc("train", "digits", *QUICK, "--set", "refine.epochs=0", "--out", tmp_path / "sgd", ranks=2)
+    assert done.code == 0, done.stderr
+    first = result_of(tmp_path / "sgd")
+    assert first["test_accuracy"]["averaged"] is None and first["test_accuracy"]["groups"] == []
+    assert not (tmp_path / "sgd" / "swap.safetensors").exists()
+    start = ("--set", "large_batch.epochs=0", "--set", f"model.weights={tmp_path}/sgd/large_batch.safetensors")
+    done = swap_hpc("train", "digits", *QUICK, *start, "--out", tmp_path / "swap", ranks=2)
+    assert done.code == 0, done.stderr
+    second = result_of(tmp_path / "swap")
+    assert second["test_accuracy"]["large_batch"] == first["test_accuracy"]["large_batch"]
+    assert second["epochs"] == {"large_batch": 0, "refine": 1} and second["train_accuracy"]["large_batch"] is None
+
+
+def test_phase_2_makes_no_mpi_call(tmp_path: Path) -> None:
+    """Counted by MPI's profiling interface, over the whole program, Horovod's thread included."""
+    library = tmp_path / "mpi_calls.so"
+    subprocess.run([_mpicc(), "-shared", "-fPIC", "-o", library, HERE / "mpi_calls.c"], check=True)
+    line = (sys.executable, HERE / "count_calls.py", "train", "digits", *QUICK, "--out", tmp_path / "out")
+    done = command(*line, ranks=2, variables={"LD_PRELOAD": str(library)})
+    assert done.code == 0, done.stderr
+    large_batch = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("large_batch calls")]
+    refine = [line for line in done.stdout.splitlines() if line.startswith("refine calls")]
+    assert len(large_batch) == 2 and min(large_batch) > 50  # the counter does count
+    assert refine == ["refine calls 0 Horovod False"] * 2
+
+
+def _mpicc() -> str:
+    import shutil
+
+    own = BIN / "mpicc"
+    return str(own) if own.exists() else shutil.which("mpicc") or "mpicc"
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    done = swap_hpc("recipes")
+    assert done.code == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(shipped_recipes())
+    shown = swap_hpc("recipes", "digits")
+    assert shown.stdout.strip() == shipped_recipes()["digits"].read_text().strip()
+    assert swap_hpc("recipes", "digit").ours == [f"swap-hpc: no recipe 'digit'; there are {', '.join(shipped_recipes())}"]
+
+
+def test_the_version_is_told() -> None:
+    assert swap_hpc("--version").stdout == f"swap_hpc {__version__}\n"
+
+
+def test_doctor_tells_what_a_person_asks_first() -> None:
+    done = swap_hpc("doctor", "--groups", "2", ranks=4)
+    assert done.code == 0, done.stderr
+    for expected in ("thread level multiple", "Horovod: mpi yes", "nvidia-dali", "grid: 4 ranks on 1 nodes, 2 groups", "no problem found"):
+        assert expected in done.stdout
+    assert sum(line.startswith("rank ") for line in done.stdout.splitlines()) == 4
+    timed = [line for line in done.stdout.splitlines() if line.startswith("allreduce of 4 MiB")]
+    assert [line.split()[5].rstrip(":") for line in timed] == ["world", "group", "peers"]
+    assert all(float(line.split()[-2]) > 0 for line in timed)
+
+
+def test_a_launcher_that_mpi_does_not_know_is_named(tmp_path: Path) -> None:
+    """As an mpirun of another MPI leaves it: it says 4 ranks, each process is a world of one."""
+    variables = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
+    done = swap_hpc("doctor", variables=variables)
+    assert "PROBLEM: Open MPI's mpirun started 4 ranks, but MPI sees a world of 1: launcher and MPI library do not match" in done.stdout
+    refused = swap_hpc("train", "digits", "--out", tmp_path, variables=variables)
+    assert refused.code == 2 and "launcher and MPI library do not match" in refused.ours[0]
+    silent = swap_hpc("train", "digits", "--out", tmp_path, variables=variables | {"OMPI_COMM_WORLD_RANK": "1"})
+    assert silent.code == 2 and silent.ours == []

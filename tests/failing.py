@@ -1,0 +1,24 @@
+"""A model that fails on one rank, in the middle of training."""
+
+import time
+
+from mpi4py import MPI
+from torch import Tensor, nn
+
+
+class _Failing(nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps == 3 and MPI.COMM_WORLD.rank == 1:
+            print("raising at", time.time(), flush=True)
+            raise ArithmeticError("rank 1 cannot go on")
+        return self.linear(images.flatten(1))
+
+
+def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
+    return _Failing(classes)

@@ -1,0 +1,43 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from swap_hpc.checkpoint import load_weights_, save_model, write_json, write_whole
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.ranks import Team
+
+
+def test_a_model_reads_back_to_the_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    save_model(model, tmp_path / "deep" / "m.safetensors", Team.alone())
+    load_weights_(other, tmp_path / "deep" / "m.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.safetensors"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1}, Team.alone())
+
+    def half(path: Path) -> None:
+        path.write_text('{"a"')
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"cannot write .*/x.json: No space left on device"):
+        write_whole(tmp_path / "x.json", half)
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_model(nn.Linear(3, 4), tmp_path / "m.safetensors", Team.alone())
+    with pytest.raises(UserError, match=r"the weights .*m.safetensors are not of this model: .*size mismatch"):
+        load_weights_(nn.Linear(3, 5), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"cannot read the weights .*gone.safetensors: No such file"):
+        load_weights_(nn.Linear(3, 4), tmp_path / "gone.safetensors")
+    (tmp_path / "m.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match="cannot read the weights"):
+        load_weights_(nn.Linear(3, 4), tmp_path / "m.safetensors")

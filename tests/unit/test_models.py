@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from swap_hpc import models
+from swap_hpc.errors import UserError
+from swap_hpc.recipe import Model
+
+NARROW = Model.model_validate({"name": "resnet9", "width": 4})
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resnet9_takes_small_images(size: int, channels: int) -> None:
+    model = models.build(NARROW, classes=7, channels=channels, seed=0)
+    assert model(torch.randn(2, channels, size, size)).shape == (2, 7)
+
+
+def test_resnet9_is_the_papers_at_width_64() -> None:
+    """6.57 million parameters: the count of the published network for CIFAR-10."""
+    model = models.build(Model(name="resnet9"), classes=10, channels=3, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == 6_573_120
+
+
+def test_a_seed_makes_a_model() -> None:
+    one, same, other = (models.build(NARROW, 10, 3, seed) for seed in (0, 0, 1))
+    pairs = list(zip(one.parameters(), same.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_torchvisions_models_get_the_right_number_of_classes(name: str) -> None:
+    assert models.build(Model(name=f"torchvision:{name}"), 7, 3, 0).eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+WRONG = [
+    ({"name": "resnet10"}, 'unknown model \'resnet10\': "resnet9", "torchvision:NAME"'),
+    ({"name": "torchvision:resnet5"}, "torchvision has no classification model 'resnet5'"),
+    ({"name": "nowhere.nets:build"}, "model nowhere.nets:build cannot be imported .*is it on PYTHONPATH"),
+    ({"name": "tiny:missing"}, "model tiny:missing cannot be imported"),
+    ({"name": "resnet9", "depth": 3}, "model resnet9 refuses its arguments: .*depth"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_a_wrong_model_is_answered_with_the_mend(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        models.build(Model.model_validate(fields), 10, 3, 0)

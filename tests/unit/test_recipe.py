@@ -1,0 +1,130 @@
+"""Recipes: what is read is what was written, and what is wrong is named with the mend."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from pydantic import ValidationError
+
+from swap_hpc.errors import UserError
+from swap_hpc.recipe import check_ranks, differing_fields, load_recipe, parse, shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_valid_and_reads_back(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+    assert shipped_recipes()[name].read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipes_schedules_cover_its_epochs(name: str) -> None:
+    recipe = load_recipe(name)
+    for phase in (recipe.large_batch, recipe.refine):
+        assert phase.learning_rate[-1][0] == phase.epochs
+    assert recipe.refine.learning_rate[-1][1] == 0
+
+
+def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
+    overrides = [
+        "refine.epochs=3",
+        "data.name=synthetic",
+        "refine.learning_rate=[[0, 0.5], [3, 0.0]]",
+        "model.width=4",
+        "augment.flip=true",
+    ]
+    recipe = load_recipe("digits", overrides, data=Path("/elsewhere"))
+    assert (recipe.refine.epochs, recipe.data.name, recipe.model.arguments, recipe.augment.flip) == (3, "synthetic", {"width": 4}, True)
+    assert recipe.refine.learning_rate == ((0, 0.5), (3, 0)) and recipe.data.path == Path("/elsewhere")
+
+
+WRONG = [
+    ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, cycles"),
+    ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
+    ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
+    ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16'"),
+    ({"refine": {"learning_rate": [[3, 0.1], [1, 0.0]]}}, "refine.learning_rate: needs .* ascending"),
+    ({"refine": {"learning_rate": [[0, -0.1]]}}, "refine.learning_rate: needs finite epochs and values"),
+    ({"refine": {"learning_rate": []}}, "refine.learning_rate: needs at least one"),
+    ({"optimizer": {"momentum": 0.0}}, "optimizer: nesterov = true needs a momentum"),
+    ({"large_batch": {"epochs": 0}}, "name its file in model.weights"),
+    ({"large_batch": {"epochs": 0}, "refine": {"epochs": 0}}, "nothing to train"),
+    ({"augment": {"crop_area": [0.5, 0.1]}}, "augment.crop_area: needs two positive numbers"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        tiny.recipe(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_every_wrong_field_is_named_at_once() -> None:
+    with pytest.raises(UserError, match="precision.*refine.epochs"):
+        tiny.recipe(precision="fp8", refine={"epochs": "many"})
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="no recipe 'digit': neither a file nor one of cifar10-cpu, cifar10, .*digits"):
+        load_recipe("digit")
+
+
+@pytest.mark.parametrize(("override", "message"), [("refine.epochs", "write it as"), ("seed.x=1", "seed is a field, not a section")])
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("digits", ["seed=1", override])
+
+
+def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("groups = = 4")
+    with pytest.raises(UserError, match="x.toml is not TOML"):
+        load_recipe(str(tmp_path / "x.toml"))
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        tiny.recipe().seed = 1
+
+
+def test_differing_fields_are_named_but_for_where_things_lie() -> None:
+    one = load_recipe("digits", data=Path("/a"))
+    assert differing_fields(one, load_recipe("digits", data=Path("/b"))) == []
+    assert differing_fields(one, load_recipe("digits", ["seed=9", "model.width=4"])) == ["model.width", "seed"]
+
+
+GRIDS = [(1, 4, True), (2, 4, True), (3, 4, False), (4, 4, True), (6, 4, False), (8, 4, True), (16, 2, True)]
+
+
+@pytest.mark.parametrize(("ranks", "groups", "fits"), GRIDS)
+def test_ranks_are_a_multiple_or_a_divisor_of_the_groups(ranks: int, groups: int, fits: bool) -> None:
+    recipe = tiny.recipe(groups=groups, large_batch={"batch_size": 48}, refine={"batch_size": 16})
+    if fits:
+        check_ranks(recipe, ranks)
+        return
+    with pytest.raises(UserError, match="start a multiple or a divisor"):
+        check_ranks(recipe, ranks)
+
+
+def test_batches_must_divide_by_their_ranks() -> None:
+    with pytest.raises(
+        UserError, match=r"large_batch.batch_size = 24 does not divide by its 5 ranks: --set large_batch.batch_size=20 or 25"
+    ):
+        check_ranks(tiny.recipe(), 5)
+    with pytest.raises(UserError, match=r"refine.batch_size = 12 does not divide by its 8 ranks"):
+        check_ranks(tiny.recipe(), 8)
+    check_ranks(tiny.recipe(groups=8), 8)  # each group is one rank: 12 divides by 1
+
+
+def test_another_share_per_rank_is_refused_where_the_recipe_states_it() -> None:
+    recipe = tiny.recipe(large_batch={"batchnorm_batch_size": 12})
+    check_ranks(recipe, 2)
+    with pytest.raises(UserError, match="4 ranks share batches of 24 as 6 each: start 2 ranks"):
+        check_ranks(recipe, 4)
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(UserError, match="model: Field required"):
+        parse({"data": {"name": "digits"}})

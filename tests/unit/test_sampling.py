@@ -1,0 +1,81 @@
+"""The samples of a step are a pure function of the key, the epoch and the step."""
+
+import numpy as np
+import pytest
+
+from swap_hpc.data.sampling import Key, Phase, batchnorm_picks, epoch_picks, evaluation_picks, training_picks
+
+KEY = Key(seed=0, phase=Phase.REFINE, group=1)
+
+
+def steps(rank: int, size: int, epochs: range = range(3), first_step: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    picks = training_picks(KEY, samples=103, batch_size=24, rank=rank, size=size, epochs=epochs, first_step=first_step)
+    return [(p.indices, p.draws) for p in picks if p.draws is not None]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_ranks_share_what_one_rank_gets(size: int) -> None:
+    together = [steps(rank, size) for rank in range(size)]
+    for step, (indices, draws) in enumerate(steps(0, 1)):
+        np.testing.assert_array_equal(np.concatenate([t[step][0] for t in together]), indices)
+        np.testing.assert_array_equal(np.concatenate([t[step][1] for t in together]), draws)
+
+
+def test_an_epoch_visits_each_sample_at_most_once_and_drops_the_rest() -> None:
+    all_steps = steps(0, 1)
+    assert len(all_steps) == 3 * (103 // 24)
+    for epoch in range(3):
+        indices = np.concatenate([i for i, _ in all_steps[4 * epoch : 4 * epoch + 4]])
+        assert len(np.unique(indices)) == 96 and 0 <= indices.min() and indices.max() < 103
+
+
+def test_starting_inside_the_phase_gives_the_same_rest() -> None:
+    rest = steps(0, 1, epochs=range(1, 3), first_step=2)
+    for (indices, draws), (i, d) in zip(rest, steps(0, 1)[6:], strict=True):
+        np.testing.assert_array_equal(indices, i)
+        np.testing.assert_array_equal(draws, d)
+
+
+def test_a_samples_augmentation_belongs_to_the_sample() -> None:
+    """Whatever batch a sample falls into, its draws in an epoch are the same."""
+    whole = epoch_picks(KEY, 0, 103)
+    assert whole.draws is not None
+    by_sample = dict(zip(whole.indices.tolist(), whole.draws.tolist(), strict=True))
+    for batch_size in (10, 24, 50):
+        for pick in training_picks(KEY, 103, batch_size, 0, 1, range(1)):
+            assert pick.draws is not None
+            assert all(by_sample[i] == d for i, d in zip(pick.indices.tolist(), pick.draws.tolist(), strict=True))
+
+
+KEYS = [KEY, Key(1, Phase.REFINE, 1), Key(0, Phase.LARGE_BATCH, 1), Key(0, Phase.REFINE, 2), Key(0, Phase.BATCHNORM, 1)]
+
+
+def test_seed_phase_group_and_epoch_each_change_the_order() -> None:
+    orders = [tuple(epoch_picks(key, epoch, 50).indices) for key in KEYS for epoch in (0, 1)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_draws_are_uniform() -> None:
+    draws = epoch_picks(KEY, 0, 20_000).draws
+    assert draws is not None and draws.min() >= 0 and draws.max() < 1
+    np.testing.assert_allclose(draws.mean(0), 0.5, atol=0.01)
+    np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(draws.shape[1]), atol=0.03)
+
+
+def test_torch_is_seeded_by_step_and_rank() -> None:
+    seeds = [key.torch_seed(step, rank) for key in KEYS for step in range(4) for rank in range(4)]
+    assert len(set(seeds)) == len(seeds) and KEY.torch_seed(3, 1) == Key(0, Phase.REFINE, 1).torch_seed(3, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("samples", [1, 9, 10, 11, 101])
+def test_evaluation_visits_each_sample_exactly_once(samples: int, size: int) -> None:
+    indices = [i for rank in range(size) for pick in evaluation_picks(samples, 10, rank, size) for i in pick.indices]
+    assert sorted(indices) == list(range(samples))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_batchnorm_passes_whole_batches_of_distinct_samples(size: int) -> None:
+    picks = [pick for rank in range(size) for pick in batchnorm_picks(0, samples=100, use=95, batch_size=30, rank=rank, size=size)]
+    assert [len(pick.indices) for pick in picks] == [30, 30, 30]
+    assert len({i for pick in picks for i in pick.indices}) == 90
