@@ -37,12 +37,13 @@ def train(
     from rich.console import Console
 
     from swap_hpc import ranks
-    from swap_hpc.recipe import load_recipe
+    from swap_hpc.recipe import check_ranks, load_recipe
 
     world = ranks.Team.world()
     if mismatch := ranks.launcher_mismatch(world):
         raise UserError(mismatch)
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
+    world.agree(lambda: check_ranks(parsed, world.size))  # before torch, which takes seconds to import
     from swap_hpc import report, run
 
     result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), STARTED)
@@ -115,7 +116,7 @@ def main() -> None:
         _fail(3, f"swap-hpc: {error}")
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself is wrong
-            _fail(2, f"swap-hpc: {error.format_message()} (swap-hpc --help)")
+            _fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
         _fail(3, traceback.format_exc().rstrip())
 
 

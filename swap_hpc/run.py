@@ -21,17 +21,16 @@ from swap_hpc.errors import UserError
 from swap_hpc.fit import Epoch, Evaluation, Job, evaluate_job
 from swap_hpc.metrics import Display, Journal, Stopwatch
 from swap_hpc.ranks import Ranks, Team, grid, node_of
-from swap_hpc.recipe import Recipe, check_ranks, differing_fields, load_recipe
+from swap_hpc.recipe import Recipe, differing_fields, load_recipe
 from swap_hpc.swap import swap
 
 
 def train(recipe: Recipe, out: Path, world: Team, console: Console, started: float) -> dict[str, Any]:
     """Runs `recipe` on the ranks of `world` into the folder `out`, and returns what `result.json` holds.
 
-    A folder whose run is complete is left as it is. `started`: `perf_counter()` when the process began.
+    `recipe` has passed `check_ranks`. A folder whose run is complete is left as it is. `started`: `perf_counter()` when the process began.
     Raises UserError, before any training, for all that is wrong with the input; RunError where the run fails.
     """
-    world.agree(lambda: check_ranks(recipe, world.size))
     finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
     with node_of(world) as node, grid(world, recipe.groups) as ranks:
         display = Display(recipe, ranks, console)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 BIN = Path(sys.executable).parent
 
@@ -39,15 +40,9 @@ def command(
     if ranks is not None:
         line = [_mpirun(), "-n", str(ranks), *line]
     begin = time.monotonic()
-    process = subprocess.Popen(
-        line,
-        cwd=cwd,
-        env=_environment() | dict(variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    env = _environment() | dict(variables)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -57,14 +52,9 @@ def command(
     return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
 
 
-def swap_hpc(
-    *arguments: str | Path,
-    ranks: int | None = None,
-    timeout: float = 120,
-    cwd: Path | None = None,
-    variables: Mapping[str, str] = MappingProxyType({}),
-) -> Finished:
-    return command(BIN / "swap-hpc", *arguments, ranks=ranks, timeout=timeout, cwd=cwd, variables=variables)
+def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
+    """`command` of the console script."""
+    return command(BIN / "swap-hpc", *arguments, **how)
 
 
 def _mpirun() -> str:
