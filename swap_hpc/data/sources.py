@@ -19,7 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def digits(data: Data, threads: int) -> Dataset:
-    """scikit-learn's embedded digits: 1,797 images of 8x8, one channel; every fifth is a test image.
+    """scikit-learn's embedded digits: 1,797 images of 8x8, one channel; every third is a test image.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
     """
@@ -27,7 +27,7 @@ def digits(data: Data, threads: int) -> Dataset:
 
     bunch = load_digits()
     images = (bunch.images[..., None] * 15).astype(np.uint8)  # 0..16 -> 0..240
-    test = np.arange(len(images)) % 5 == 0
+    test = np.arange(len(images)) % 3 == 0
     labels = bunch.target.astype(np.int64)
     return with_statistics(Arrays(images[~test], labels[~test]), Arrays(images[test], labels[test]), tuple("0123456789"))
 

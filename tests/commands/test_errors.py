@@ -35,7 +35,7 @@ CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
     "unknown option on 3 ranks": (("digits", "--epochs", "3"), 3, "No such option"),
     "ranks and groups": (("digits",), 3, "3 ranks cannot share 4 groups: start a multiple or a divisor of the groups (1, 2, 4, 8"),
     "a batch that does not divide": (("digits", "--set", "large_batch.batch_size=255"), 2, "--set large_batch.batch_size=254 or 256"),
-    "fewer samples than a batch": (("digits", "--set", "large_batch.batch_size=2048"), None, "but there are 1437 training samples"),
+    "fewer samples than a batch": (("digits", "--set", "large_batch.batch_size=2048"), None, "but there are 1198 training samples"),
     "missing folder": (("digits", *FOLDER, "--data", "/nowhere"), 2, "no folder /nowhere/train: point --data at a folder"),
     "unknown model": (("digits", "--set", "model.name=resnet10"), 2, "unknown model 'resnet10'"),
     "no GPU": (("digits", "--set", "device=cuda"), 2, 'device = "cuda", but torch sees no GPU on this host'),

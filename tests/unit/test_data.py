@@ -47,7 +47,7 @@ def make_folder(
 
 def test_digits() -> None:
     data = loaded(name="digits")
-    assert (len(data.train), len(data.test), data.channels, data.image_size) == (1437, 360, 1, (8, 8))
+    assert (len(data.train), len(data.test), data.channels, data.image_size) == (1198, 599, 1, (8, 8))
     assert data.train.images.max() == 240 and set(data.test.labels) == set(range(10))
     assert 0 < data.mean[0] < 240 and data.std[0] == pytest.approx(data.train.images.std(), rel=1e-6)
 
