@@ -114,7 +114,11 @@ def main() -> None:
         _fail(2, f"swap-hpc: {error}")
     except RunError as error:
         _fail(3, f"swap-hpc: {error}")
+    except KeyboardInterrupt:
+        _fail(3, "swap-hpc: interrupted")
     except Exception as error:
+        if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
+            _fail(3, "swap-hpc: interrupted")
         if hasattr(error, "format_message"):  # the command line itself is wrong
             _fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
         _fail(3, traceback.format_exc().rstrip())

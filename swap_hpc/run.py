@@ -39,7 +39,7 @@ def train(recipe: Recipe, out: Path, world: Team, console: Console, started: flo
             return finished
         job, model = _set_up(recipe, world, node)
         write_text(out / "recipe.toml", recipe.to_toml(), world)
-        write_json(out / "environment.json", environment(world, job.device) | {"command": sys.argv}, world)
+        write_json(out / "environment.json", environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
         with display.running():

@@ -41,9 +41,11 @@ def batches(
         graph = _file_graph(dataset, split, noted(), augment, device)
     pipeline = _pipeline(graph, batch_size, device)
     labels = torch.from_numpy(split.labels).to(device.torch)
+    # on a GPU, the stream that waits for DALI's output, and that DALI waits for before it uses the memory again
+    stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
     while True:
         try:
-            (output,) = pipeline.run()
+            (output,) = pipeline.run(stream)
         except StopIteration:
             return
         except RuntimeError as error:
