@@ -114,6 +114,10 @@ def main() -> None:
         _fail(2, f"swap-hpc: {error}")
     except RunError as error:
         _fail(3, f"swap-hpc: {error}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
+            _fail(3, traceback.format_exc().rstrip())
+        _fail(2, f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed")
     except KeyboardInterrupt:
         _fail(3, "swap-hpc: interrupted")
     except Exception as error:
@@ -140,8 +144,11 @@ def _rank() -> int:
 
 def _fail(code: int, text: str) -> NoReturn:
     """Says `text` and ends: a wrong input, which all ranks meet alike, by a plain exit; a failed run by ending all ranks."""
-    from swap_hpc import ranks
-
+    try:
+        from swap_hpc import ranks
+    except ModuleNotFoundError:  # mpi4py itself is what is missing
+        print(text, file=sys.stderr, flush=True)
+        sys.exit(code)
     rank, size = _rank(), ranks.Team.world().size
     if code == 2 and rank > 0:
         sys.exit(code)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swap_hpc.devices import Device
 from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team
 
@@ -28,6 +29,13 @@ def load_horovod() -> Any:
     return hvd
 
 
+def check_horovod(device: Device) -> None:
+    """Raises UserError where several ranks cannot train one model on this device, with the command that mends it."""
+    hvd = load_horovod()
+    if device.torch.type == "cuda" and not device.shared and not hvd.nccl_built():
+        raise UserError("this Horovod was built without NCCL and cannot reduce gradients on GPUs: make setup HOROVOD_BUILD=nccl")
+
+
 @contextmanager
 def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, shared_gpu: bool) -> Iterator[torch.optim.Optimizer]:
     """`optimizer`, stepping with gradients averaged over `team`, after `model` was made equal on all its ranks.
@@ -41,8 +49,6 @@ def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team:
     hvd = load_horovod()
     on_gpu = next(model.parameters()).is_cuda
     through_host = on_gpu and team.any(shared_gpu)
-    if on_gpu and not through_host and not hvd.nccl_built():
-        raise UserError("this Horovod was built without NCCL and cannot reduce gradients on GPUs: make setup HOROVOD_BUILD=nccl")
     if not on_gpu:
         # Horovod's thread wakes up every millisecond to ask the other ranks; with the model on the same core that costs a third of the step
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")

@@ -19,6 +19,7 @@ from swap_hpc.devices import choose_device
 from swap_hpc.doctor import environment
 from swap_hpc.errors import UserError
 from swap_hpc.fit import Epoch, Evaluation, Job, evaluate_job
+from swap_hpc.gradients import check_horovod
 from swap_hpc.metrics import Display, Journal, Stopwatch
 from swap_hpc.ranks import Ranks, Team, grid, node_of
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
@@ -68,6 +69,8 @@ def _set_up(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     kinds = world.allgather(device.torch.type)
     if len(set(kinds)) > 1:
         raise UserError(f"rank {kinds.index('cpu')} sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu")
+    if world.size > 1:
+        world.agree(lambda: check_horovod(device))
     torch.set_num_threads(device.threads)
     if device.torch.type == "cuda":
         torch.cuda.set_device(device.torch)

@@ -1,0 +1,37 @@
+"""What several ranks need to train one model, refused with the command that mends it."""
+
+import sys
+
+import pytest
+import tiny
+import torch
+
+from swap_hpc.devices import Device
+from swap_hpc.errors import UserError
+from swap_hpc.gradients import _buckets, check_horovod, load_horovod
+
+
+def test_without_horovod_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "horovod", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "horovod.torch", raising=False)
+    with pytest.raises(UserError, match="make setup builds it") as error:
+        check_horovod(tiny.CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gpu_needs_a_horovod_with_nccl() -> None:
+    """Refused or not by what this build says of itself; ranks that share a GPU go through host memory."""
+    gpu = torch.device("cuda", 0)
+    check_horovod(Device(gpu, shared=True, threads=1))
+    if load_horovod().nccl_built():
+        check_horovod(Device(gpu, shared=False, threads=1))
+        return
+    with pytest.raises(UserError, match="make setup HOROVOD_BUILD=nccl"):
+        check_horovod(Device(gpu, shared=False, threads=1))
+
+
+def test_buckets_hold_every_trained_parameter_once_in_backwards_order() -> None:
+    model = tiny.normed(3, 3)
+    next(model.parameters()).requires_grad = False
+    bucketed = [p for bucket in _buckets(model) for p in bucket]
+    assert [id(p) for p in bucketed] == [id(p) for p in reversed(list(model.parameters())) if p.requires_grad]
