@@ -3,15 +3,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-PYTHON ?= python3
-CUDA ?= 13
-HOROVOD_BUILD ?= auto
+# not given: as the environment was made; at first python3, 13, auto
+PYTHON ?=
+CUDA ?=
+HOROVOD_BUILD ?=
 RANKS ?= 4
 RECIPE ?= digits
 ARGS ?=
 
-venv := $(abspath $(VENV))
-activate := . "$(venv)/bin/activate"
+activate := . "$(VENV)/bin/activate"
 # ranks may outnumber cores, and in a container one is root: Open MPI wants to be told
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
@@ -22,10 +22,10 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo "settings: VENV=$(VENV) PYTHON=$(PYTHON) CUDA=13|12 HOROVOD_BUILD=auto|cpu|nccl RANKS=$(RANKS) RECIPE=$(RECIPE) ARGS=..."
+	@echo "settings: VENV=$(VENV) PYTHON=python3 CUDA=13|12 HOROVOD_BUILD=auto|cpu|nccl RANKS=$(RANKS) RECIPE=$(RECIPE) ARGS=..."
 
 setup:  ## make the environment: torch, torchvision, DALI, MPI, Horovod, swap_hpc
-	@VENV="$(venv)" PYTHON="$(PYTHON)" CUDA="$(CUDA)" HOROVOD_BUILD="$(HOROVOD_BUILD)" swap_hpc/install/setup.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" CUDA="$(CUDA)" HOROVOD_BUILD="$(HOROVOD_BUILD)" swap_hpc/install/setup.sh
 
 run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set ...")
 	@$(activate) && mpirun -n $(RANKS) swap-hpc train $(RECIPE) $(ARGS)
@@ -40,4 +40,4 @@ doctor: setup  ## what a person asks first when a job fails
 	@$(activate) && mpirun -n $(RANKS) swap-hpc doctor
 
 clean:  ## remove the environment and what tools left
-	rm -rf "$(venv)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -68,8 +68,20 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
             _flat(targets[name])[a:b].copy_(values)
     for name, tensor in model.state_dict().items():
         if name not in targets:
-            kept = (total.kept[name] if total else tensor).detach().cpu().contiguous()
-            tensor.copy_(torch.from_numpy(peers.broadcast_(_bytes(kept).copy())).view(kept.dtype).view(kept.shape))
+            tensor.copy_(_broadcast(total.kept[name] if total else tensor, peers))
+
+
+@torch.no_grad()
+def broadcast_weights_(model: nn.Module, team: Team) -> None:
+    """Gives every rank of `team` the first one's parameters and buffers, whatever their types."""
+    if team.size > 1:
+        for tensor in model.state_dict().values():
+            tensor.copy_(_broadcast(tensor, team))
+
+
+def _broadcast(tensor: Tensor, team: Team) -> Tensor:
+    """The first rank's `tensor`, on the CPU; as bytes, since MPI does not know every type."""
+    return torch.from_numpy(team.broadcast_(_bytes(tensor).copy())).view(tensor.dtype).view(tensor.shape)
 
 
 def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: models and results of a run."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +26,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         temporary.rename(path)
-        _flush(path.parent)
+        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder; the file is whole there all the same
+            _flush(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -54,8 +56,12 @@ def write_json(path: Path, value: Mapping[str, Any], team: Team) -> None:
 
 def save_model(model: nn.Module, path: Path, team: Team) -> None:
     """Writes the state dict of `model`, alike on all ranks of `team`, as safetensors, once. Raises RunError on all of them."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    _once(team, path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+    def write(temporary: Path) -> None:
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+    _once(team, path, write)
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:

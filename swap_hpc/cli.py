@@ -13,11 +13,11 @@ import typer
 
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.launcher import launched
 from swap_hpc.recipe import DataName
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Stochastic Weight Averaging in Parallel.",
@@ -97,10 +97,9 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete 
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False) -> None:
-    if version:
-        _say(f"swap_hpc {__version__}")
-        raise typer.Exit
+def _options(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if context.invoked_subcommand is None:
+        _say(f"swap_hpc {__version__}" if version else context.get_help())
 
 
 STARTED = time.perf_counter()
@@ -111,9 +110,9 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
-        _fail(2, f"swap-hpc: {error}")
+        _fail(2, f"swap-hpc: {error}", error.said_elsewhere)
     except RunError as error:
-        _fail(3, f"swap-hpc: {error}")
+        _fail(3, f"swap-hpc: {error}", error.said_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
             _fail(3, traceback.format_exc().rstrip())
@@ -134,27 +133,31 @@ def _say(text: str) -> None:
 
 
 def _rank() -> int:
-    """This process's rank; by the launcher's word where MPI does not know the launcher."""
-    from swap_hpc import ranks
+    """This process's rank: by MPI where it was started; else by the launcher's word, so that a login node needs no MPI."""
+    told = launched()
+    if "swap_hpc.ranks" in sys.modules:
+        from swap_hpc.ranks import Team
 
-    told = ranks.launcher()
-    world = ranks.Team.world()
-    return told[1] if told and world.size == 1 else world.rank
+        world = Team.world()
+        if world.size > 1 or told is None:
+            return world.rank
+    return told.rank if told else 0
 
 
-def _fail(code: int, text: str) -> NoReturn:
-    """Says `text` and ends: a wrong input, which all ranks meet alike, by a plain exit; a failed run by ending all ranks."""
-    try:
+def _fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
+    """Says `text`, from one rank, and ends all ranks, also those that know of no error.
+
+    Where all ranks fail alike the first one speaks and ends the others, which wait for that meanwhile.
+    """
+    rank = _rank()
+    time.sleep(10 if said_elsewhere else 1 + 0.05 * min(rank, 40) if rank else 0)
+    alone = "swap_hpc.ranks" not in sys.modules
+    if not alone:
         from swap_hpc import ranks
-    except ModuleNotFoundError:  # mpi4py itself is what is missing
+
+        alone = ranks.Team.world().size == 1
+    if not said_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
-        sys.exit(code)
-    rank, size = _rank(), ranks.Team.world().size
-    if code == 2 and rank > 0:
-        sys.exit(code)
-    if rank > 0:
-        time.sleep(1 + 0.05 * min(rank, 40))  # where all ranks fail alike, the first one speaks and ends the others meanwhile
-    print(text, file=sys.stderr, flush=True)
-    if code == 3 and size > 1:
+    if not alone:
         ranks.abort(code)
     sys.exit(code)

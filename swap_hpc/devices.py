@@ -13,32 +13,43 @@ from swap_hpc.ranks import Team
 @dataclass(frozen=True)
 class Device:
     torch: torch.device
-    shared: bool  # another rank uses this very GPU: NCCL refuses that, so gradients go through host memory
     threads: int  # of the CPU, for this rank
+    uuid: str | None = None  # of the GPU
 
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else "cpu"
 
+    def is_shared(self, team: Team) -> bool:
+        """Whether two ranks of `team` use one GPU: NCCL refuses that, so their gradients go through host memory."""
+        uuids = [uuid for uuid in team.allgather(self.uuid) if uuid]
+        return len(set(uuids)) < len(uuids)
+
 
 def choose_device(node: Team, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
     """This rank's device: the GPU at its local rank, round-robin where there are more ranks than GPUs; else the CPU.
 
-    Right where a launcher shows each rank one GPU, and where it shows all of them. Raises UserError where a GPU is asked
-    for and there is none.
+    Right where a launcher shows each rank one GPU, and where it shows all of them. Raises UserError, on all ranks of the
+    node, where a GPU is asked for and there is none.
     """
-    visible = torch.cuda.device_count() if wanted != "cpu" else 0
-    index = node.rank % visible if visible else None
-    uuid = str(torch.cuda.get_device_properties(index).uuid) if index is not None else None
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    neighbours = node.allgather((uuid, cores))
-    threads = _threads(cores, [others for _, others in neighbours])
-    if index is not None:
-        shared = [other for other, _ in neighbours].count(uuid) > 1
-        return Device(torch.device("cuda", index), shared, threads)
+    threads = _threads(cores, node.allgather(cores))
+    gpu = node.agree(lambda: _gpu(node.rank, wanted))
+    if gpu is None:
+        return Device(torch.device("cpu"), threads)
+    index, uuid = gpu
+    return Device(torch.device("cuda", index), threads, uuid)
+
+
+def _gpu(local_rank: int, wanted: Literal["auto", "cpu", "cuda"]) -> tuple[int, str] | None:
+    """Index and UUID of a GPU."""
+    visible = torch.cuda.device_count() if wanted != "cpu" else 0
+    if visible:
+        index = local_rank % visible
+        return index, str(torch.cuda.get_device_properties(index).uuid)
     if wanted == "cuda":
         raise UserError('device = "cuda", but torch sees no GPU on this host: --set device=cpu, or ask the launcher for GPUs')
-    return Device(torch.device("cpu"), shared=False, threads=threads)
+    return None
 
 
 def _threads(mine: tuple[int, ...], of_all: list[tuple[int, ...]]) -> int:

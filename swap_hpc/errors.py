@@ -4,6 +4,10 @@
 class UserError(ValueError):
     """The input is wrong; the message says what and how to mend it. Exit code 2."""
 
+    said_elsewhere = False  # raised here because another rank raised it, and that one speaks
+
 
 class RunError(RuntimeError):
     """The run failed in a way that a line explains (a non-finite loss, an unreadable image). Exit code 3."""
+
+    said_elsewhere = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.averaging import average_running_statistics_
+from swap_hpc.averaging import average_running_statistics_, broadcast_weights_
 from swap_hpc.data import Dataset, loader, sampling
 from swap_hpc.data.sampling import Key
 from swap_hpc.devices import Device
@@ -91,18 +91,20 @@ def fit(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: 
     sgd = torch.optim.SGD(model.parameters(), lr=0.0, **job.recipe.optimizer.model_dump())
     stream = job.training_batches(phase, key, team)
     steps = len(job.dataset.train) // phase.batch_size
-    with averaged_gradients(model, sgd, team, job.device.shared) as optimizer:
+    broadcast_weights_(model, team)
+    with averaged_gradients(model, sgd, team, job.device) as optimizer:
         for epoch in range(phase.epochs * phase.cycles):
             cycle, within = divmod(epoch, phase.epochs)
             started = perf_counter()
             rates = [interpolate(phase.learning_rate, within + step / steps) for step in range(steps)]
             train = _train_epoch(model, optimizer, stream, rates, job, key, epoch, team)
-            trained = perf_counter()
+            train_seconds = perf_counter() - started
             average_running_statistics_(model, team)
+            trained = perf_counter()
             ends_cycle = within + 1 == phase.epochs or (phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy)
             every = job.recipe.evaluate.every
             test = evaluate_job(model, job, team) if ends_cycle or (every and (epoch + 1) % every == 0) else None
-            train_seconds, evaluate_seconds = team.maximum(trained - started, perf_counter() - trained)
+            train_seconds, evaluate_seconds = team.maximum(train_seconds, perf_counter() - trained)
             yield Epoch(
                 phase="large_batch" if isinstance(phase, LargeBatch) else "refine",
                 group=None if isinstance(phase, LargeBatch) else key.group,

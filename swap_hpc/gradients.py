@@ -31,14 +31,13 @@ def load_horovod() -> Any:
 
 def check_horovod(device: Device) -> None:
     """Raises UserError where several ranks cannot train one model on this device, with the command that mends it."""
-    hvd = load_horovod()
-    if device.torch.type == "cuda" and not device.shared and not hvd.nccl_built():
+    if not load_horovod().nccl_built() and device.torch.type == "cuda":
         raise UserError("this Horovod was built without NCCL and cannot reduce gradients on GPUs: make setup HOROVOD_BUILD=nccl")
 
 
 @contextmanager
-def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, shared_gpu: bool) -> Iterator[torch.optim.Optimizer]:
-    """`optimizer`, stepping with gradients averaged over `team`, after `model` was made equal on all its ranks.
+def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, device: Device) -> Iterator[torch.optim.Optimizer]:
+    """`optimizer`, stepping with gradients averaged over `team`, whose ranks hold equal weights.
 
     Horovod is started on the team's communicator and shut down at the end, so that no thread of it runs elsewhere. Its
     hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one never touches Horovod.
@@ -47,13 +46,11 @@ def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team:
         yield optimizer
         return
     hvd = load_horovod()
-    on_gpu = next(model.parameters()).is_cuda
-    through_host = on_gpu and team.any(shared_gpu)
-    if not on_gpu:
+    through_host = device.is_shared(team)
+    if device.torch.type == "cpu":
         # Horovod's thread wakes up every millisecond to ask the other ranks; with the model on the same core that costs a third of the step
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
     hvd.init(team.comm)
-    _broadcast_(model, hvd)
     if through_host:
         hook = optimizer.register_step_pre_hook(lambda *_: _average_through_host(model, hvd))
         yield optimizer
@@ -82,10 +79,3 @@ def _average_through_host(model: nn.Module, hvd: Any) -> None:
     averaged = packed.to(gradients[0].device).split([g.numel() for g in gradients])
     for gradient, mean in zip(gradients, averaged, strict=True):
         gradient.copy_(mean.view_as(gradient))
-
-
-def _broadcast_(model: nn.Module, hvd: Any) -> None:
-    """Gives every rank the first one's parameters and buffers."""
-    for name, tensor in model.state_dict().items():
-        host = tensor.cpu().contiguous()
-        tensor.copy_(hvd.broadcast(host, root_rank=0, name=name))

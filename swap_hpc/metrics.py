@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swap_hpc.errors import RunError
 from swap_hpc.fit import Epoch, Evaluation
-from swap_hpc.ranks import Ranks, launcher
+from swap_hpc.launcher import launched
+from swap_hpc.ranks import Ranks
 from swap_hpc.recipe import Recipe
 
 
@@ -97,7 +98,9 @@ class Display:
         self.speaks = ranks.world.rank == 0
         self.console = console
         columns = (TextColumn("{task.description:<12}"), BarColumn(20), TextColumn("{task.completed}/{task.total}  {task.fields[says]}"))
-        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=not (self.speaks and _on_terminal()))
+        self.live = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not (self.speaks and console.is_terminal and _on_terminal())
+        )
         self.tasks: dict[str, Any] = {}
 
     @contextmanager
@@ -126,7 +129,7 @@ class Display:
 
 def _on_terminal() -> bool:
     """Whether a person looks at this process's output: under mpirun, which may give ranks a terminal of their own, at mpirun's."""
-    if launcher() is None:
+    if launched() is None:
         return sys.stdout.isatty()
     try:
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))

@@ -28,8 +28,8 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
         raise UserError(f'unknown model {model.name!r}: "resnet9", "torchvision:NAME" (resnet50, ...) or "package.module:function"')
     try:
         return builder(**arguments, **model.arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model {model.name} refuses its arguments: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {model.name} refuses its arguments: {' '.join(str(error).split())}") from None
 
 
 def _torchvision(name: str) -> Any:
@@ -57,6 +57,8 @@ class ResNet9(nn.Module):
 
     def __init__(self, classes: int, channels: int = 3, width: int = 64):
         super().__init__()
+        if width < 1:
+            raise ValueError(f"width = {width}, but it needs at least one channel")
         w = width
         self.prep = _convolution(channels, w)  # (n, w, 32, 32)
         self.layer1 = nn.Sequential(_convolution(w, 2 * w), nn.MaxPool2d(2), _Residual(2 * w))  # (n, 2w, 16, 16)

@@ -8,7 +8,6 @@
 ```
 """
 
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.launcher import launched
 
 T = TypeVar("T")
 
@@ -91,8 +91,9 @@ class Team:
             result = function()
         except Exception as raised:
             error = raised
-        for first in self.allgather(_portable(error)):
+        for rank, first in enumerate(self.allgather(_portable(error))):
             if first is not None:
+                first.said_elsewhere = rank != self.rank
                 raise first from None
         return result  # type: ignore[return-value]
 
@@ -101,7 +102,7 @@ class Team:
             self.comm.Free()
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def _portable(error: Exception | None) -> UserError | RunError | None:
     """An error that another rank can raise too, with its traceback as its message where it is an unexpected one."""
     if error is None or isinstance(error, UserError | RunError):
         return error
@@ -160,11 +161,15 @@ def node_of(world: Team) -> Iterator[Team]:
 
 
 def first_then_rest(team: Team, function: Callable[[], T]) -> T:
-    """`function()` on the team's first rank, and then on the others, which find what it left (a download, a cache)."""
+    """`function()` on the team's first rank, then on one of each node, then on all others: each finds what was left.
+
+    For downloads and caches, on a file system that all nodes share or one that they do not.
+    """
+    with node_of(team) as node:
+        turn = 0 if team.rank == 0 else 1 if node.rank == 0 else 2
     nothing: Callable[[], Any] = lambda: None  # noqa: E731
-    result = team.agree(function if team.rank == 0 else nothing)
-    rest = team.agree(function if team.rank else nothing)
-    return result if team.rank == 0 else rest
+    results = [team.agree(function if turn == now else nothing) for now in range(3)]
+    return results[turn]
 
 
 def abort(code: int) -> None:
@@ -172,32 +177,13 @@ def abort(code: int) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
-LAUNCHERS = {  # environment variables by which a launcher tells a process its rank and the number of ranks
-    "Open MPI's mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    "MPICH's mpirun": ("PMI_RANK", "PMI_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-}
-
-
-def launcher() -> tuple[str, int, int] | None:
-    """(name, rank, number of ranks) as the launcher tells them; None where the process was started alone.
-
-    Only to compare with what MPI says: where an MPI library does not know its launcher, each process is a world of one.
-    """
-    for name, (rank, size) in LAUNCHERS.items():
-        if rank in os.environ and size in os.environ:
-            return name, int(os.environ[rank]), int(os.environ[size])
-    return None
-
-
 def launcher_mismatch(world: Team) -> str | None:
     """One line where the launcher started more ranks than MPI sees, else None."""
-    told = launcher()
-    if told is None or told[2] == world.size:
+    told = launched()
+    if told is None or told.size == world.size:
         return None
-    name, _, size = told
     return (
-        f"{name} started {size} ranks, but MPI sees a world of {world.size}: launcher and MPI library do not match; "
+        f"{told.by} started {told.size} ranks, but MPI sees a world of {world.size}: launcher and MPI library do not match; "
         f"use the mpirun that belongs to {mpi_library()} (with srun: --mpi=pmix, or the type that this library was built for)"
     )
 

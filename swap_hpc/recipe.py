@@ -75,7 +75,7 @@ class Data(_Section):
     name: DataName
     path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
     image_size: Count | None = None  # pixels; none: the files' own size, which must then be one for all
-    memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded once into memory up to this size, else read in every epoch
+    memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded into each rank's memory up to this size, else read in every epoch
     classes: Count = 10  # synthetic only
     samples: Count = 1024  # synthetic only: training samples; a quarter as many test samples
 
@@ -143,7 +143,8 @@ class Recipe(_Section):
     name: str = "recipe"
     seed: CountOrZero = 0
     groups: Count = 1  # SWAP workers: the paper's W
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass (autocast); weights and gradients stay float32
+    # of the forward pass; weights and gradients stay float32. "fp32" on a GPU: convolutions in TF32, as is torch's default
+    precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model
     data: Data
@@ -192,7 +193,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
     for override in overrides:
         _apply(override, fields)
     if data is not None:
-        fields.setdefault("data", {})["path"] = str(data)
+        _apply(f"data.path='{data}'", fields)
     return parse(fields, str(path))
 
 

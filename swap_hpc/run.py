@@ -14,7 +14,7 @@ from torch import nn
 from swap_hpc import models
 from swap_hpc.averaging import check_equal
 from swap_hpc.checkpoint import load_weights_, save_model, write_json, write_text
-from swap_hpc.data import Dataset, load
+from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.devices import choose_device
 from swap_hpc.doctor import environment
 from swap_hpc.errors import UserError
@@ -51,6 +51,8 @@ def train(recipe: Recipe, out: Path, world: Team, console: Console, started: flo
 
 def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     """What `result.json` in `out` holds, None where there is none. Raises UserError where `out` holds another recipe's run."""
+    if not (out.is_dir() or not out.exists()):
+        raise UserError(f"--out {out} is a file: name a folder")
     if (out / "recipe.toml").is_file():
         differing = differing_fields(recipe, load_recipe(str(out / "recipe.toml")))
         if differing:
@@ -111,11 +113,12 @@ def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
 
 def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     recipe, device = job.recipe, job.device
+    where = "in memory" if isinstance(job.dataset.train, Arrays) else "read and decoded in every epoch"
     lines = [
         f"{recipe.name}: {ranks.world.size} ranks, {recipe.groups} groups, {device.name}, {device.threads} threads per rank, "
-        f"{recipe.precision}; {len(job.dataset.train):,} training and {len(job.dataset.test):,} test images; into {out}"
+        f"{recipe.precision}; {len(job.dataset.train):,} training and {len(job.dataset.test):,} test images, {where}; into {out}"
     ]
-    if ranks.world.any(device.shared):
+    if device.is_shared(ranks.world):
         lines.append("ranks share a GPU: gradients go through host memory")
     return lines
 

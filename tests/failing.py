@@ -22,3 +22,9 @@ class _Failing(nn.Module):
 
 def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
     return _Failing(classes)
+
+
+def refuses_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
+    if MPI.COMM_WORLD.rank == 1:
+        raise ValueError("not on this rank")
+    return nn.Linear(64, classes)

@@ -12,7 +12,7 @@ from swap_hpc.devices import Device
 from swap_hpc.fit import Job
 from swap_hpc.recipe import Recipe, parse
 
-CPU = Device(torch.device("cpu"), shared=False, threads=1)
+CPU = Device(torch.device("cpu"), threads=1)
 
 
 def recipe(**overrides: Any) -> Recipe:

@@ -58,19 +58,23 @@ def _fed(paths: Sequence[str]) -> Iterator[list[np.ndarray]]:
 
 def _run(graph: Any, paths: Sequence[str], threads: int) -> np.ndarray:
     pipeline = pipeline_def(graph)(batch_size=BATCH, num_threads=threads, device_id=None)
-    done: list[np.ndarray] = []
+    done, result = 0, np.empty(0)
     while True:
         try:
             (output,) = pipeline.run()
         except StopIteration:
-            return np.concatenate(done)
+            return result
         except RuntimeError as error:
             try:
-                explain_decode_error(paths[sum(map(len, done)) :], error)
+                explain_decode_error(paths[done:], error)
             except RunError as named:
                 raise UserError(str(named)) from None
             raise
-        done.append(np.array(output.as_tensor()))
+        batch = np.array(output.as_tensor())
+        if done == 0:
+            result = np.empty((len(paths), *batch.shape[1:]), batch.dtype)
+        result[done : done + len(batch)] = batch
+        done += len(batch)
 
 
 def _unreadable(path: str) -> str | None:

@@ -53,7 +53,13 @@ def batches(
                 explain_decode_error([split.paths[i] for indices in ahead for i in indices], error)
             raise
         images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-        yield images, labels[torch.from_numpy(ahead.popleft()).to(device.torch)]
+        yield images, labels[_on_device(ahead.popleft(), device)]
+
+
+def _on_device(indices: np.ndarray, device: Device) -> Tensor:
+    """(n,) int64, copied to a GPU without making the host wait for it."""
+    tensor = torch.from_numpy(indices)
+    return tensor.pin_memory().to(device.torch, non_blocking=True) if device.torch.type == "cuda" else tensor
 
 
 def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
@@ -68,14 +74,13 @@ def _array_graph(dataset: Dataset, split: Arrays, picks: Iterator[Picks], augmen
     pad, cutout = augment.pad, augment.cutout
     height, width = dataset.image_size
     on_gpu = device.torch.type == "cuda"
-    padded = split.padded(pad)
-    images: Any = split.on_gpu(pad, device.torch) if on_gpu else padded
+    images: Any = split.on_gpu(pad, device.torch) if on_gpu else split.padded(pad)
 
     def feed() -> Feed:
         for pick in picks:
             u = _draws(pick)
             place = np.floor(u[:, :2] * (2 * pad + 1)) / max(1, 2 * pad)  # of the crop, from 0 to 1, in whole pixels
-            where = torch.from_numpy(pick.indices).to(device.torch) if on_gpu else pick.indices
+            where = _on_device(pick.indices, device) if on_gpu else pick.indices
             corner = [_column(np.floor(u[:, 3:5] * [width - cutout + 1, height - cutout + 1]))] if cutout else []
             yield images[where], _column(place[:, 0]), _column(place[:, 1]), _mirror(u, augment), *corner
 

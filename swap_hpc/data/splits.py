@@ -20,14 +20,15 @@ class Arrays:
     @lru_cache(maxsize=2)  # noqa: B019  (splits live as long as the run)
     def padded(self, pad: int) -> np.ndarray:
         """(N, H + 2 pad, W + 2 pad, C) uint8, padded by reflection: a random crop of it is then a matter of two positions."""
-        if pad == 0:
-            return self.images
-        return np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+        return self._pad(pad)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def on_gpu(self, pad: int, device: torch.device) -> torch.Tensor:
         """`padded(pad)`, resident on the GPU."""
-        return torch.from_numpy(self.padded(pad)).to(device)
+        return torch.from_numpy(self._pad(pad)).to(device)
+
+    def _pad(self, pad: int) -> np.ndarray:
+        return np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect") if pad else self.images
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,8 @@ def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Da
     values = np.arange(256.0)
     mean, std = [], []
     for c in range(channels):
-        counts = np.bincount(train.images[..., c].ravel(), minlength=256)
+        parts = (train.images[start : start + 1024, ..., c] for start in range(0, len(train), 1024))  # bincount makes 8 bytes of each
+        counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
         mean.append(float(counts @ values / counts.sum()))
         std.append(float(np.sqrt(counts @ (values - mean[-1]) ** 2 / counts.sum())) or 1.0)
     return Dataset(train, test, classes, (height, width), channels, tuple(mean), tuple(std))

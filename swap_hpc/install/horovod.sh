@@ -7,9 +7,9 @@ set -euo pipefail
 
 version=0.28.1
 build=${HOROVOD_BUILD:-auto}
-cache=${SWAP_HPC_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/swap_hpc}
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cache=$SWAP_HPC_CACHE
 log=${SWAP_HPC_LOG:-$cache/horovod.log}
-fail() { echo "swap_hpc setup: $*" >&2; exit 1; }
 
 # --- what the wheel depends on -------------------------------------------------------------------------------------
 torch_cuda=$(python -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
@@ -19,9 +19,9 @@ toolkit() {
   local nvcc top
   for nvcc in "${CUDA_HOME:-}/bin/nvcc" "$(command -v nvcc || true)" /usr/local/cuda/bin/nvcc; do
     [ -x "$nvcc" ] || continue
-    "$nvcc" --version 2>/dev/null | grep -q "release $torch_cuda\." || continue
+    "$nvcc" --version 2>/dev/null | grep "release $torch_cuda\." >/dev/null || continue
     top=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' | head -n 1)
-    [ -n "$top" ] && (cd "$top" && pwd) && return
+    if [ -n "$top" ]; then (cd "$top" && pwd); return; fi
   done
 }
 cuda_home=
@@ -45,7 +45,8 @@ edit_source() {
   [ "$(cat CMakeLists.txt horovod/torch/CMakeLists.txt | grep -c 'CMAKE_CXX_STANDARD 20')" = 2 ]
 }
 
-mpi=$(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())' | tr -d '\0')
+# the version may be asked without starting MPI, which some login nodes forbid
+mpi=$(python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())' | tr -d '\0')
 depends=$(python -VV; python -c 'import torch; print(torch.__version__)'; echo "$mpi"; uname -m; ldd --version 2>&1 | head -n 1
           echo "horovod $version cuda ${cuda_home:+$torch_cuda} ${flags[*]}"; declare -f edit_source)
 key=$(cksum <<<"$depends" | cut -d' ' -f1)
@@ -55,14 +56,13 @@ found=$(echo "$kept"/*.whl)
 if [ -f "$found" ]; then echo "$found"; exit 0; fi
 
 # --- building ------------------------------------------------------------------------------------------------------
-command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler (${CXX:-g++}): install one (Debian: apt-get install g++), or load the site's module"
+need_compiler
 command -v mpicxx >/dev/null || fail "mpicxx is missing beside mpicc: install MPI's development package (Debian: apt-get install libopenmpi-dev)"
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 
 with=${cuda_home:+NCCL, toolkit $cuda_home}
 echo "        building it with MPI${with:+ and $with}: 3 to 10 minutes, once (log: $log)" >&2
 {
-  python -m pip install cmake "setuptools<81" wheel packaging
   python -m pip download --no-deps --no-binary :all: --no-build-isolation -d "$work" "horovod==$version"
   tar xzf "$work/horovod-$version.tar.gz" -C "$work"
 } >>"$log" 2>&1 || fail "Horovod's source could not be fetched; log: $log"

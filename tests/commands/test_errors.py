@@ -30,6 +30,7 @@ CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
     "unknown recipe": (("digit",), None, "no recipe 'digit': neither a file nor one of cifar10-cpu"),
     "unknown field": (("digits", "--set", "refine.epoch=1"), None, "unknown field refine.epoch; valid here: batch_size, epochs"),
     "unknown option": (("digits", "--epochs", "3"), None, "No such option"),
+    "a model that refuses": (("digits", "--set", "model.width=0"), 2, "model resnet9 refuses its arguments: width = 0"),
     "no recipe": ((), None, "Missing argument 'RECIPE'"),
     "unknown recipe on 3 ranks": (("digit",), 3, "no recipe 'digit'"),
     "unknown option on 3 ranks": (("digits", "--epochs", "3"), 3, "No such option"),
@@ -97,6 +98,27 @@ def _now() -> float:
     import time
 
     return time.time()
+
+
+def test_a_loss_that_is_not_finite_is_said_once(tmp_path: Path) -> None:
+    """By one of the two ranks of one of the two groups, and the last good model stays."""
+    rate = ("--set", "groups=2", "--set", "large_batch.epochs=1", "--set", "refine.learning_rate=1e30")
+    done = swap_hpc("train", "digits", *rate, "--out", tmp_path, ranks=4)
+    assert done.code == 3 and len(done.ours) == 1, done.stderr
+    assert "in refine of group" in done.ours[0] and "at a learning rate of 1e+30: lower the rate" in done.ours[0]
+    assert (tmp_path / "large_batch.safetensors").exists() and not (tmp_path / "result.json").exists()
+
+
+def test_wrong_input_that_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
+    failing = ("--set", "model.name=failing:refuses_on_rank_1")
+    done = swap_hpc("train", "digits", *failing, "--out", tmp_path / "out", ranks=2, variables={"PYTHONPATH": str(TESTS)})
+    assert done.code == 2 and done.ours == ["swap-hpc: model failing:refuses_on_rank_1 refuses its arguments: not on this rank"]
+
+
+def test_a_file_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    done = swap_hpc("train", "digits", "--out", tmp_path / "out")
+    assert done.code == 2 and done.ours == [f"swap-hpc: --out {tmp_path}/out is a file: name a folder"]
 
 
 def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from mpi4py import MPI
 from torch.nn import functional as F
 
+from swap_hpc.averaging import broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.fit import evaluate_job, fit
@@ -21,7 +22,7 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank))
     labels = torch.arange(6) % 3
     F.cross_entropy(alone(images), labels).backward()
-    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, shared_gpu=False) as optimizer:
+    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, tiny.CPU) as optimizer:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -33,14 +34,19 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
 
 
 def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
-    job = tiny.job()
-    model = tiny.model(job)
+    job = tiny.job(model={"name": "tiny:normed"}, large_batch={"epochs": 1})
+    model, expected = tiny.model(job), tiny.model(job)
+    for each in (model, expected):
+        each.register_buffer("small", torch.arange(3).bfloat16())
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(world.rank)
-    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, shared_gpu=False):
-        expected = world.broadcast(tiny.weights(model))
-        assert torch.equal(tiny.weights(model), expected)
+        for tensor in model.state_dict().values():
+            tensor.add_(world.rank)
+    broadcast_weights_(model, world)
+    assert torch.equal(tiny.weights(model), tiny.weights(expected))
+    with torch.no_grad():
+        model.get_parameter("0.weight").add_(world.rank)
+    list(fit(model, job, job.recipe.large_batch, KEY, world))  # which does it by itself
+    assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
 
 
 def test_ranks_give_one_ranks_weights(world: Team) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 
 # Lowest first: a module imports only those before it.
 LAYERS = {
-    0: ["errors", "schedule", "recipe"],
+    0: ["errors", "launcher", "schedule", "recipe"],
     1: ["ranks", "devices", "gradients", "data.sampling", "data.splits", "data.decode", "data.loader", "data.sources", "data", "models"],
     2: ["averaging", "fit"],
     3: ["swap"],
@@ -26,7 +26,7 @@ ORDER = [name for layer in LAYERS.values() for name in layer]
 PLACES = {"mpi4py": {"ranks"}, "horovod": {"gradients"}, "nvidia": {"data"}, "torchvision": {"data", "models"}, "typer": {"cli"}}
 
 # Who may ask for its rank: writers, speakers, and one helper.
-MAY_BRANCH = {"metrics", "checkpoint", "cli", "ranks.first_then_rest"}
+MAY_BRANCH = {"metrics", "checkpoint", "cli", "ranks.first_then_rest", "ranks.Team"}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -74,10 +74,12 @@ def rank_branches(tree: ast.Module) -> set[str]:
     scopes = [(node.name, node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     for scope, body in scopes:
         for node in ast.walk(body):
-            tests = (
-                [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else node.ifs if isinstance(node, ast.comprehension) else []
-            )
-            if any(isinstance(part, ast.Attribute) and part.attr in ("rank", "local_rank") for test in tests for part in ast.walk(test)):
+            tests: list[ast.expr] = node.ifs if isinstance(node, ast.comprehension) else []
+            if isinstance(node, ast.If | ast.IfExp | ast.While):
+                tests = [node.test]
+            elif isinstance(node, ast.Compare | ast.BoolOp):
+                tests = [node]
+            if any(isinstance(part, ast.Attribute) and part.attr == "rank" for test in tests for part in ast.walk(test)):
                 found.add(scope)
     return found
 
