@@ -53,7 +53,10 @@ def write_report(run: Path) -> Path:
 
 
 def curves(run: Path, figure: Path) -> None:
-    """Draws test accuracy and learning rate against epochs: the large batch, every group, and the averaged model's point."""
+    """Draws test accuracy and learning rate against epochs: the large batch, every group, and the averaged model's point.
+
+    Where there was a refinement, a second pair of axes shows it alone, on a scale of its own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,28 +65,55 @@ def curves(run: Path, figure: Path) -> None:
     result = load_result(run)
     large_batch = [line for line in _lines(run / "metrics" / "world.jsonl") if line["phase"] == "large_batch"]
     groups = [_lines(path) for path in sorted((run / "metrics").glob("group-*.jsonl"))]
-    begin = result["epochs"]["large_batch"]
-    fig, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained")
-    for lines, start, style in [
-        (large_batch, 0, {"color": "black", "label": "large batch"}),
-        *((g, begin, {"alpha": 0.8}) for g in groups),
-    ]:
-        epochs = [start + line["epoch"] for line in lines]
-        tested = [(e, 100 * line["test_accuracy"]) for e, line in zip(epochs, lines, strict=True) if line["test_accuracy"] is not None]
-        top.plot(*zip(*tested, strict=True), **style) if tested else None
-        bottom.plot(epochs, [line["learning_rate"] for line in lines], color="black" if start == 0 else "C0", lw=1)
+    views = 2 if groups else 1
+    ratios, size = {"height_ratios": (3, 1), "width_ratios": (1, 0.8)[:views]}, (1.5 + 3.5 * views, 5)
+    fig, axes = plt.subplots(2, views, sharex="col", squeeze=False, layout="constrained", figsize=size, gridspec_kw=ratios)
+    for top, bottom in axes.T:
+        _draw(top, bottom, result, large_batch, groups)
+        bottom.set_xlabel("epoch")
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel("learning rate")
     if groups:
-        top.plot([], [], color="C0", alpha=0.8, label=f"{len(groups)} groups")
-        end, accuracy = begin + result["epochs"]["refine"], result["test_accuracy"]
-        top.plot(end, 100 * accuracy["mean_of_groups"], "o", color="grey", label=f"mean of groups {100 * accuracy['mean_of_groups']:.2f} %")
-        top.plot(end, 100 * accuracy["averaged"], "*", color="red", ms=12, label=f"averaged {100 * accuracy['averaged']:.2f} %")
-        for axes in (top, bottom):
-            axes.axvline(begin, color="grey", ls=":", lw=1)
-    top.set(ylabel="test accuracy (%)", title=f"{result['recipe']}, seed {result['seed']}, {result['ranks']} ranks")
-    top.legend(loc="lower right")
-    bottom.set(xlabel="epoch", ylabel="learning rate")
+        _zoom(axes[0, 1], axes[1, 1], result, groups)
+    axes[0, -1].legend(loc="lower right", fontsize="small")
+    fig.suptitle(f"{result['recipe']}, seed {result['seed']}, {result['ranks']} ranks")
     fig.savefig(figure, dpi=120)
     plt.close(fig)
+
+
+def _draw(top: Any, bottom: Any, result: dict[str, Any], large_batch: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> None:
+    begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
+    fork = [(begin, 100 * accuracy["large_batch"])]
+    top.plot(*_points(large_batch, 0), color="black", label="large batch")
+    bottom.plot(*_points(large_batch, 0, "learning_rate", 1), color="black", lw=1)
+    for number, lines in enumerate(groups):
+        top.plot(*_points(lines, begin, before=fork), alpha=0.8, lw=1.2, label=f"group {number}" if len(groups) <= 8 else None)
+        bottom.plot(*_points(lines, begin, "learning_rate", 1), color="C0", lw=1)
+    if accuracy["averaged"] is not None:
+        end = begin + result["epochs"]["refine"]
+        mean, averaged = 100 * accuracy["mean_of_groups"], 100 * accuracy["averaged"]
+        top.plot(end, mean, "o", color="grey", label=f"mean of groups {mean:.2f}")
+        top.plot(end, averaged, "*", color="red", ms=12, label=f"averaged {averaged:.2f}")
+
+
+def _points(
+    lines: list[dict[str, Any]], start: int, field: str = "test_accuracy", scale: float = 100, before: Sequence[tuple[float, float]] = ()
+) -> tuple[list[float], list[float]]:
+    """Epochs of the run and values of a field, where it was measured."""
+    points = [*before, *((start + line["epoch"], scale * line[field]) for line in lines if line[field] is not None)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[list[dict[str, Any]]]) -> None:
+    """Limits the axes to the refinement."""
+    begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
+    values = [100 * accuracy[name] for name in ("large_batch", "averaged")] + [y for lines in groups for y in _points(lines, begin)[1]]
+    margin = 0.05 * (max(values) - min(values)) + 0.1
+    top.set(
+        xlim=(begin - 0.1, begin + result["epochs"]["refine"] + 0.3), ylim=(min(values) - margin, max(values) + margin), title="refinement"
+    )
+    highest = max(line["learning_rate"] for lines in groups for line in lines)
+    bottom.set_ylim(-0.05 * highest, 1.1 * highest or 1)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
