@@ -159,5 +159,6 @@ def _fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
     if not said_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
     if not alone:
+        time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
         ranks.abort(code)
     sys.exit(code)

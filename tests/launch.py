@@ -25,7 +25,8 @@ class Finished:
     @property
     def ours(self) -> list[str]:
         """The lines on stderr that our program wrote: those of mpirun's banner and of warnings are not among them."""
-        return [line for line in self.stderr.splitlines() if line.startswith("swap-hpc: ")]
+        lines = [line.strip("\0") for line in self.stderr.splitlines()]  # Open MPI ends its banner with a NUL
+        return [line for line in lines if line.startswith("swap-hpc: ")]
 
 
 def command(
