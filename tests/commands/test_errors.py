@@ -1,5 +1,7 @@
 """Bad input: one line from our program, the mend in it, exit code 2, within seconds, before any training."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,36 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _other_classes(train: Path) -> None:
+    shutil.rmtree(train / "b")
+
+
+def _empty_class(train: Path) -> None:
+    shutil.rmtree(train / "b")
+    (train / "b").mkdir()
+
+
+def _empty_folder(train: Path) -> None:
+    shutil.rmtree(train)
+    train.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_other_classes, "train and test have different classes (b)"),
+        (_empty_class, "train/b is empty: put the class's images there"),
+        (_empty_folder, "train is empty: it needs one folder of images per class"),
+    ],
+)
+def test_a_wrong_folder_gets_one_line(harm: Callable[[Path], None], message: str, images: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(images, tmp_path / "images")
+    harm(root / "train")
+    done = swap_hpc("train", "digits", *FOLDER, "--data", root, "--out", tmp_path / "out", ranks=2)
+    assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_an_unreadable_image_is_named_before_training(images: Path) -> None:
