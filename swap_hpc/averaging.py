@@ -1,7 +1,7 @@
 """Weights averaged over groups and cycles, and batch norm re-estimated for them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,21 +19,26 @@ CHUNK = 64 * 2**20 // 8  # float64 elements per MPI call: 64 MiB
 
 @dataclass
 class WeightSum:
-    """The sum of weights so far, over a rank's groups and their cycles: float64, on the host."""
+    """A sum of weights: float64, on the host."""
 
     count: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)  # what is averaged
-    kept: dict[str, Tensor] = field(default_factory=dict)  # what is not (integer buffers, batch-norm statistics): the first one's
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of what is averaged
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of what is not (integer buffers, batch-norm statistics): the first one's
 
     @torch.no_grad()
     def add_(self, model: nn.Module) -> None:
         averaged = averaged_tensors(model)
+        kept = {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in averaged}
+        self.merge_(WeightSum(1, {name: t.detach().to("cpu", torch.float64) for name, t in averaged.items()}, kept))
+
+    def merge_(self, other: "WeightSum") -> None:
         if self.count == 0:
-            self.kept = {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in averaged}
-            self.sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in averaged.items()}
-        for name, tensor in averaged.items():
-            self.sums[name] += tensor.cpu()
-        self.count += 1
+            self.sums = {name: t.clone() for name, t in other.sums.items()}
+            self.kept = dict(other.kept)
+        else:
+            for name, tensor in other.sums.items():
+                self.sums[name] += tensor
+        self.count += other.count
 
 
 def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -53,13 +58,15 @@ def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = None) -> None:
     """Replaces the weights of `model` by their mean over `peers`, on every rank.
 
-    Each rank contributes `model` itself, or, where given, all that was added to `total`. Parameters and floating-point
+    Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing at all where nothing was,
+    but not so on the first rank). Parameters and floating-point
     buffers are summed in float64 by MPI_Allreduce, in chunks of at most 64 MiB, divided, and rounded once to their own
     type: the result does not depend on the number or the layout of the ranks. Everything else (integer buffers,
     batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes from the first rank's first contribution.
     """
     targets = averaged_tensors(model)
-    sources = total.sums if total else targets
+    zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()} if total and not total.count else {}
+    sources = (total.sums or zeros) if total else targets
     count = peers.sums(total.count if total else 1)[0]
     for pieces in _chunks(sources):
         packed = torch.cat([sources[name].flatten()[a:b].to("cpu", torch.float64) for name, a, b in pieces])
@@ -68,7 +75,7 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
             _flat(targets[name])[a:b].copy_(values)
     for name, tensor in model.state_dict().items():
         if name not in targets:
-            tensor.copy_(_broadcast(total.kept[name] if total else tensor, peers))
+            tensor.copy_(broadcast_tensor(total.kept.get(name, tensor) if total else tensor, peers))
 
 
 @torch.no_grad()
@@ -76,12 +83,12 @@ def broadcast_weights_(model: nn.Module, team: Team) -> None:
     """Gives every rank of `team` the first one's parameters and buffers, whatever their types."""
     if team.size > 1:
         for tensor in model.state_dict().values():
-            tensor.copy_(_broadcast(tensor, team))
+            tensor.copy_(broadcast_tensor(tensor, team))
 
 
-def _broadcast(tensor: Tensor, team: Team) -> Tensor:
+def broadcast_tensor(tensor: Tensor, team: Team) -> Tensor:
     """The first rank's `tensor`, on the CPU; as bytes, since MPI does not know every type."""
-    return torch.from_numpy(team.broadcast_(_bytes(tensor).copy())).view(tensor.dtype).view(tensor.shape)
+    return torch.from_numpy(team.broadcast_(tensor_bytes(tensor).copy())).view(tensor.dtype).view(tensor.shape)
 
 
 def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
@@ -107,7 +114,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1)
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
     """The bytes of a CPU tensor, (nbytes,) uint8."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
@@ -222,11 +229,16 @@ def _only_batchnorm_trains(model: nn.Module, layers: list[_BatchNorm]) -> Iterat
 
 def weights_sha256(model: nn.Module) -> str:
     """A hash of the state dict: sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
+    return hashed(model.state_dict()).hexdigest()
+
+
+def hashed(tensors: Mapping[str, Tensor]) -> "hashlib._Hash":
+    """SHA-256 of tensors: their sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor).tobytes())
-    return digest.hexdigest()
+        digest.update(tensor_bytes(tensor).data)
+    return digest
 
 
 def check_equal(model: nn.Module, team: Team) -> str:

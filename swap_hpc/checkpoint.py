@@ -1,74 +1,176 @@
-"""Files that are either whole or not there: models and results of a run."""
+"""Saves to continue from: written whole, verified when read, the newest two of each part of the run kept."""
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Mapping
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor
 
+from swap_hpc.averaging import WeightSum, broadcast_tensor, tensor_bytes
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.events import Running, SavePoint
+from swap_hpc.files import Tensors, Unreadable, read_tensors, write_tensors
 from swap_hpc.ranks import Team
+from swap_hpc.recipe import Recipe, differing_fields, recipe_of
+
+FORMAT = "1"  # of the files; what another version wrote is refused
+KEPT = 2  # files of each part
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then the file gets its name: a reader finds the old file or the new one, never a part.
+@dataclass(frozen=True)
+class Saved:
+    point: SavePoint
+    notes: dict[str, Any]  # what else was saved with it, as JSON can hold it
 
-    Raises RunError where the file cannot be written (a full disk, a read-only folder); what was there before stays.
+
+class Checkpoints:
+    """The folder of a run's checkpoints: a file for all ranks in phase 1, one per group, by its first rank, in phase 2.
+
+    Each is a .safetensors file: reading it executes nothing. Its header holds the format, the recipe, the position and a
+    checksum of the whole; its tensors are the weights, buffers (every rank's, where they differ), momentum and sums of the
+    cycles' weights.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush(temporary)
-        temporary.rename(path)
-        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder; the file is whole there all the same
-            _flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder, self.recipe = folder, recipe
+
+    def save(self, point: SavePoint, notes: Mapping[str, Any], team: Team) -> None:
+        """Writes `point`, collectively over the part's team, then removes all but the part's newest two files.
+
+        Raises RunError, on all ranks, where it cannot be written; the files before it stay.
+        """
+        rows = team.gather(_packed(point.buffers))
+        running = team.allgather(astuple(point.running))
+        team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
+
+    def _write(self, point: SavePoint, rows: np.ndarray | None, state: dict[str, Any]) -> None:
+        tensors = _prefixed(
+            weights=point.weights, buffers=point.buffers, momentum=point.momentum, sums=point.cycles.sums, kept=point.cycles.kept
+        )
+        if rows is not None and (rows != rows[0]).any():
+            tensors["ranks"] = torch.from_numpy(rows)
+        position = {name: getattr(point, name) for name in ("phase", "group", "epoch", "step", "ended")}
+        state = {**state, **position, "cycles": point.cycles.count}
+        header = {"checkpoint": FORMAT, "recipe": self.recipe.to_toml(), "state": json.dumps(state)}
+        write_tensors(self.folder / f"{point.name}-{point.epoch:05d}-{point.step:07d}.safetensors", tensors, header)
+        for old in self._files(point.name)[KEPT:]:
+            old.unlink()
+
+    def load(self, part: str, team: Team) -> Saved | None:
+        """The newest save of a part that can be used, as each rank of `team` goes on from it; None where there is none.
+
+        A team of another size than the saving one shares the sums of the epoch so far, and the mean of the ranks' buffers.
+        Raises, on all ranks: RunError where files are there but none can be read; UserError for another recipe or format.
+        """
+        found = team.first(lambda: self._newest(part))
+        tensors, state = found or ({}, None)
+        state, kinds = team.broadcast((state, {name: (t.dtype, t.shape) for name, t in tensors.items()}))
+        if state is None:
+            return None
+        for name, (dtype, shape) in kinds.items():
+            tensors[name] = broadcast_tensor(tensors.get(name, torch.empty(shape, dtype=dtype)), team)
+        buffers = _of(tensors, "buffers")
+        if "ranks" in tensors:
+            rows = [_unpacked(row, buffers) for row in tensors["ranks"]]
+            buffers = rows[team.rank] if len(rows) == team.size else _mean(rows)
+        point = SavePoint(
+            **{name: state[name] for name in ("phase", "group", "epoch", "step", "ended")},
+            due=False,
+            weights=_of(tensors, "weights"),
+            buffers=buffers,
+            momentum=_of(tensors, "momentum"),
+            cycles=sum_of(tensors, state["cycles"]),
+            running=_share([Running(*each) for each in state["running"]], team),
+        )
+        return Saved(point, state["notes"])
+
+    def _newest(self, part: str) -> tuple[Tensors, dict[str, Any]] | None:
+        bad: dict[Path, Unreadable] = {}
+        for path in self._files(part):
+            try:
+                tensors, header = read_tensors(path)
+            except Unreadable as why:
+                bad[path] = why
+                continue
+            self._check(path, header)
+            for damaged, reason in bad.items():
+                print(f"swap-hpc: warning: {damaged} is {reason}; going on from {path.name}", file=sys.stderr, flush=True)
+                damaged.rename(damaged.with_suffix(".damaged"))
+            return tensors, json.loads(header["state"])
+        if bad:
+            reasons = "; ".join(f"{path.name} is {why}" for path, why in bad.items())
+            raise RunError(
+                f"no checkpoint of {part} in {self.folder} can be used ({reasons}): restore one, or remove both to begin this part again"
+            )
+        return None
+
+    def _check(self, path: Path, header: Mapping[str, str]) -> None:
+        if header.get("checkpoint") != FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {header.get('checkpoint')}, this version reads {FORMAT}: "
+                "finish the run with the version that began it, or choose another --out"
+            )
+        differing = differing_fields(self.recipe, recipe_of(header["recipe"], str(path)))
+        if differing:
+            raise UserError(f"{path} was saved by another recipe ({', '.join(differing)} differ): choose another --out, or remove the file")
+
+    def _files(self, part: str) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob(f"{part}-?????-???????.safetensors"), reverse=True)
+
+    def remove(self, team: Team) -> None:
+        """Removes the folder: the run is complete."""
+        team.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sum_of(tensors: Tensors, count: int) -> WeightSum:
+    """The sum of weights in the tensors of a checkpoint, or of a group's cycles."""
+    return WeightSum(count, _of(tensors, "sums"), _of(tensors, "kept"))
 
 
-def _once(team: Team, path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` by the team's first rank; where it raises, all ranks raise."""
-    team.agree((lambda: write_whole(path, write)) if team.rank == 0 else lambda: None)
+def model_state(tensors: Tensors) -> Tensors:
+    """The state dict in a checkpoint's tensors; of buffers that differ between ranks the mean."""
+    buffers = _of(tensors, "buffers")
+    if "ranks" in tensors:
+        buffers = _mean([_unpacked(row, buffers) for row in tensors["ranks"]])
+    return _of(tensors, "weights") | buffers
 
 
-def write_text(path: Path, text: str, team: Team) -> None:
-    _once(team, path, lambda temporary: temporary.write_text(text))
+def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
-def write_json(path: Path, value: Mapping[str, Any], team: Team) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n", team)
+def _of(tensors: Tensors, part: str) -> Tensors:
+    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
 
 
-def save_model(model: nn.Module, path: Path, team: Team) -> None:
-    """Writes the state dict of `model`, alike on all ranks of `team`, as safetensors, once. Raises RunError on all of them."""
-
-    def write(temporary: Path) -> None:
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-    _once(team, path, write)
+def _packed(buffers: Tensors) -> np.ndarray:
+    """All buffers' bytes, in the order of their names, (n,) uint8."""
+    return np.concatenate([np.empty(0, np.uint8), *(tensor_bytes(t) for _, t in sorted(buffers.items()))])
 
 
-def load_weights_(model: nn.Module, path: Path) -> None:
-    """Gives `model` the weights in a .safetensors file. Raises UserError where they do not fit."""
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {path}: {getattr(error, 'strerror', None) or error}") from None
-    except RuntimeError as error:
-        raise UserError(f"the weights {path} are not of this model: {' '.join(str(error).split())[:300]}") from None
+def _unpacked(row: Tensor, like: Tensors) -> Tensors:
+    parts = row.split([t.numel() * t.element_size() for _, t in sorted(like.items())])
+    return {name: part.clone().view(t.dtype).view(t.shape) for (name, t), part in zip(sorted(like.items()), parts, strict=True)}
+
+
+def _mean(rows: list[Tensors]) -> Tensors:
+    """Floating-point tensors' mean over the ranks, rounded once; the others are the first rank's."""
+    stacks = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: s.double().mean(0).to(s.dtype) if s.is_floating_point() else s[0] for name, s in stacks.items()}
+
+
+def _share(running: list[Running], team: Team) -> Running:
+    """A rank's own sums; where the ranks are others now, all of them on the first rank."""
+    if len(running) == team.size:
+        return running[team.rank]
+    if team.rank > 0:
+        return Running()
+    loss, correct, samples, seconds = zip(*(astuple(each) for each in running), strict=True)
+    return Running(sum(loss), sum(correct), sum(samples), max(seconds))

@@ -1,19 +1,19 @@
 """The commands; errors to one clear line; exit codes.
 
-0: done. 2: the input is wrong. 3: the run failed. One rank speaks for all.
+0: done. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank speaks for all.
 """
 
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from swap_hpc import __version__
-from swap_hpc.errors import RunError, UserError
-from swap_hpc.launcher import launched
+from swap_hpc.ending import fail, say
+from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.recipe import DataName
 
 app = typer.Typer(
@@ -37,8 +37,11 @@ def train(
     from rich.console import Console
 
     from swap_hpc import ranks
+    from swap_hpc.control import Control
     from swap_hpc.recipe import check_ranks, load_recipe
 
+    control = Control()
+    control.listen()
     world = ranks.Team.world()
     if mismatch := ranks.launcher_mismatch(world):
         raise UserError(mismatch)
@@ -46,8 +49,48 @@ def train(
     world.agree(lambda: check_ranks(parsed, world.size))  # before torch, which takes seconds to import
     from swap_hpc import report, run
 
-    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), STARTED)
-    _say(f"\n{report.table(result)}")
+    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED)
+    say(f"\n{report.table(result)}")
+
+
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="A run's folder; the run need not be complete.")],
+    groups: Annotated[str | None, typer.Option(metavar="0,2,3", help="The groups to average.  [default: all]")] = None,
+    data: DataDir = None,
+) -> None:
+    """Average the weights that a run's groups ended with, without training, and refresh batch norm."""
+    from swap_hpc.ranks import Team
+
+    world = Team.world()
+    chosen = world.agree(lambda: _numbers(groups) if groups is not None else None)
+    from swap_hpc import saved
+
+    _say_result(saved.average(run, chosen, data, world))
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Any .safetensors file that a run leaves.")],
+    data: DataDir = None,
+) -> None:
+    """Print the test accuracy and loss of a saved model."""
+    from swap_hpc import saved
+    from swap_hpc.ranks import Team
+
+    _say_result(saved.evaluate(checkpoint, data, Team.world()))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--groups {text}: write their numbers as 0,2,3") from None
+
+
+def _say_result(result: Any) -> None:
+    say(f"{result.file}: test accuracy {100 * result.test.accuracy:.2f} %, test loss {result.test.loss:.4f}")
+    say(f"weights_sha256 {result.weights_sha256}")
 
 
 @app.command()
@@ -58,9 +101,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.")] =
     files = shipped_recipes()
     if name is None:
         for known, file in files.items():
-            _say(f"{known:<12} {file.read_text().splitlines()[0].lstrip('# ')}")
+            say(f"{known:<12} {file.read_text().splitlines()[0].lstrip('# ')}")
     elif name in files:
-        _say(files[name].read_text().rstrip())
+        say(files[name].read_text().rstrip())
     else:
         raise UserError(f"no recipe {name!r}; there are {', '.join(files)}")
 
@@ -74,7 +117,7 @@ def data(
     from swap_hpc.data import download
     from swap_hpc.ranks import Team, first_then_rest
 
-    _say(first_then_rest(Team.world(), lambda: download(name, directory)))
+    say(first_then_rest(Team.world(), lambda: download(name, directory)))
 
 
 @app.command()
@@ -83,7 +126,7 @@ def doctor(groups: Annotated[int, typer.Option(help="Groups of the grid to look 
     from swap_hpc import doctor
     from swap_hpc.ranks import Team
 
-    _say("\n".join(doctor.report(Team.world(), groups)))
+    say("\n".join(doctor.report(Team.world(), groups)))
 
 
 @app.command()
@@ -92,14 +135,14 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete 
     from swap_hpc import report
 
     for folder in runs:
-        _say(f"{report.table(report.load_result(folder))}\n")
-        _say(f"written: {report.write_report(folder)}, {folder / 'curves.png'}")
+        say(f"{report.table(report.load_result(folder))}\n")
+        say(f"written: {report.write_report(folder)}, {folder / 'curves.png'}")
 
 
 @app.callback(invoke_without_command=True)
 def _options(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
     if context.invoked_subcommand is None:
-        _say(f"swap_hpc {__version__}" if version else context.get_help())
+        say(f"swap_hpc {__version__}" if version else context.get_help())
 
 
 STARTED = time.perf_counter()
@@ -109,56 +152,22 @@ def main() -> None:
     """Runs the command line; errors end in one clear line, from one rank."""
     try:
         sys.exit(app(standalone_mode=False))
+    except Stopped as stopped:
+        say(f"swap-hpc: {stopped}")
+        sys.exit(75)
     except UserError as error:
-        _fail(2, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(2, f"swap-hpc: {error}", error.said_elsewhere)
     except RunError as error:
-        _fail(3, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(3, f"swap-hpc: {error}", error.said_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
-            _fail(3, traceback.format_exc().rstrip())
-        _fail(2, f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed")
+            fail(3, traceback.format_exc().rstrip())
+        fail(2, f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed")
     except KeyboardInterrupt:
-        _fail(3, "swap-hpc: interrupted")
+        fail(3, "swap-hpc: interrupted")
     except Exception as error:
         if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
-            _fail(3, "swap-hpc: interrupted")
+            fail(3, "swap-hpc: interrupted")
         if hasattr(error, "format_message"):  # the command line itself is wrong
-            _fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
-        _fail(3, traceback.format_exc().rstrip())
-
-
-def _say(text: str) -> None:
-    if _rank() == 0:
-        print(text, flush=True)
-
-
-def _rank() -> int:
-    """This process's rank: by MPI where it was started; else by the launcher's word, so that a login node needs no MPI."""
-    told = launched()
-    if "swap_hpc.ranks" in sys.modules:
-        from swap_hpc.ranks import Team
-
-        world = Team.world()
-        if world.size > 1 or told is None:
-            return world.rank
-    return told.rank if told else 0
-
-
-def _fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
-    """Says `text`, from one rank, and ends all ranks, also those that know of no error.
-
-    Where all ranks fail alike the first one speaks and ends the others, which wait for that meanwhile.
-    """
-    rank = _rank()
-    time.sleep(10 if said_elsewhere else 1 + 0.05 * min(rank, 40) if rank else 0)
-    alone = "swap_hpc.ranks" not in sys.modules
-    if not alone:
-        from swap_hpc import ranks
-
-        alone = ranks.Team.world().size == 1
-    if not said_elsewhere and (rank == 0 or not alone):
-        print(text, file=sys.stderr, flush=True)
-    if not alone:
-        time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
-        ranks.abort(code)
-    sys.exit(code)
+            fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
+        fail(3, traceback.format_exc().rstrip())

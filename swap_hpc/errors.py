@@ -1,4 +1,4 @@
-"""The two errors that end in one clear line instead of a traceback."""
+"""The errors that end in one clear line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class RunError(RuntimeError):
     """The run failed in a way that a line explains (a non-finite loss, an unreadable image). Exit code 3."""
 
     said_elsewhere = False
+
+
+class Stopped(Exception):
+    """The run was asked to stop, by a signal, and everything is saved; raised on all ranks. Exit code 75 (EX_TEMPFAIL)."""

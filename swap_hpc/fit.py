@@ -1,115 +1,136 @@
-"""`fit()`, one phase's training as a generator of epochs, and `evaluate()`."""
+"""`fit()`, one phase's training as a generator of epochs and save points."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Generator, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.averaging import average_running_statistics_, broadcast_weights_
-from swap_hpc.data import Dataset, loader, sampling
-from swap_hpc.data.sampling import Key
-from swap_hpc.devices import Device
+from swap_hpc.averaging import WeightSum, average_running_statistics_, broadcast_weights_
+from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
+from swap_hpc.evaluation import evaluate_job
+from swap_hpc.events import Epoch, Evaluation, Running, SavePoint, part_name
 from swap_hpc.gradients import averaged_gradients
+from swap_hpc.job import Batch, Job
+from swap_hpc.models import fill_
 from swap_hpc.ranks import Team
-from swap_hpc.recipe import LargeBatch, Recipe, Refine
+from swap_hpc.recipe import LargeBatch, Refine
 from swap_hpc.schedule import interpolate
 
-CHECK_EVERY = 50  # steps between looks at the losses: looking makes the host wait for the device
+# Looking at the losses makes the host wait for the device, and agreeing on a save or a stop makes the ranks wait for each other.
+LOOK_STEPS = 50  # at most, between looks
+LOOK_SECONDS = 2.0  # about, between looks, where steps are slow; the slowest rank's
 
-Batch = tuple[Tensor, Tensor]  # images (n, C, H, W) float32, labels (n,) int64
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over samples."""
-
-    loss: float
-    accuracy: float  # in [0, 1]
+MEND = "lower the rate, or warm up for longer"
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch of a phase, as all ranks of its team see it."""
+def fit(
+    model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: Team, cycles: WeightSum | None = None
+) -> Iterator[Epoch | SavePoint]:
+    """Trains `model` in place with SGD on batches shared by `team`, from where `job.load` finds the phase.
 
-    phase: Literal["large_batch", "refine"]
-    group: int | None
-    cycle: int  # from 1
-    epoch: int  # from 1, since the phase began
-    learning_rate: float  # at the epoch's end
-    train: Evaluation  # running: of augmented batches, each before its step
-    test: Evaluation | None  # None where `evaluate.every` skips it
-    images: int  # the team's
-    train_seconds: float  # data loading in; the slowest rank's
-    evaluate_seconds: float
-    ends_cycle: bool
+    Yields first a `SavePoint` that says where; then each epoch at its end, followed by a `SavePoint`; and inside an epoch
+    a `SavePoint` at the step boundary at which the team's ranks agree that one of them is due to save or asked to stop. They
+    agree about every `LOOK_SECONDS`, and at least every `LOOK_STEPS` steps. What is trained does not depend on when they do.
 
-
-@dataclass(frozen=True)
-class Job:
-    """What all phases of a run share."""
-
-    recipe: Recipe
-    dataset: Dataset
-    device: Device
-
-    def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team) -> Iterator[Batch]:
-        """This rank's share of every step of a phase, all epochs in one stream."""
-        epochs = range(phase.epochs * phase.cycles)
-        picks = sampling.training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, epochs)
-        return loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, phase.batch_size // team.size, self.device)
-
-    def test_batches(self, team: Team) -> Iterator[Batch]:
-        """This rank's share of the test samples, each of which the team sees once."""
-        size = self.recipe.evaluate.batch_size
-        picks = sampling.evaluation_picks(len(self.dataset.test), size, team.rank, team.size)
-        return loader.batches(self.dataset, self.dataset.test, picks, None, size, self.device)
-
-    def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
-        """This rank's share of the images that batch norm is re-estimated on."""
-        size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
-        picks = sampling.batchnorm_picks(self.recipe.seed, samples, self.recipe.batchnorm.samples or samples, size, team.rank, team.size)
-        return (images for images, _ in loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, size, self.device))
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.torch.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
-
-
-def fit(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: Team) -> Iterator[Epoch]:
-    """Trains `model` in place with SGD on batches shared by `team`, yielding each epoch at its end.
-
-    Momentum starts at zero and is kept over the phase's cycles; the learning rate is interpolated at every step.
-    Ends after all epochs, or with the first one whose training accuracy reaches `phase.stop_accuracy`. Raises RunError,
-    on all ranks of the team, where a loss is not finite.
+    Momentum starts at zero and is kept over the phase's cycles; the learning rate is interpolated at every step. The
+    weights at each cycle's end are added to `cycles`. Ends after all epochs, or with the first one whose training accuracy
+    reaches `phase.stop_accuracy`. Raises RunError, on all ranks of the team, where a loss or a weight is not finite.
     """
     if phase.epochs == 0:
         return
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0, **job.recipe.optimizer.model_dump())
-    stream = job.training_batches(phase, key, team)
-    steps = len(job.dataset.train) // phase.batch_size
     broadcast_weights_(model, team)
+    group = key.group if key.phase is Phase.REFINE else None
+    start = job.load(part_name(group), team)
+    cycles = cycles if cycles is not None else WeightSum()
+    if start:
+        fill_(model, start.weights | start.buffers, f"of the checkpoint of {start.name}")
+        cycles.merge_(start.cycles)
+        if start.ended:
+            yield replace(start, due=False)
+            return
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, **job.recipe.optimizer.model_dump())
     with averaged_gradients(model, sgd, team, job.device) as optimizer:
-        for epoch in range(phase.epochs * phase.cycles):
-            cycle, within = divmod(epoch, phase.epochs)
-            started = perf_counter()
+        training = _Training(model, optimizer, job, phase, key, group, team, cycles)
+        if start:
+            training.go_on_from_(start)
+        yield training.savepoint(due=False)
+        yield from training.epochs()
+
+
+@dataclass
+class _Training:
+    """A phase on its way: what does not change, and what does."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    job: Job
+    phase: LargeBatch | Refine
+    key: Key
+    group: int | None
+    team: Team
+    cycles: WeightSum
+    epoch: int = 0  # whole epochs done
+    step: int = 0  # steps done of the next one
+    ended: bool = False
+    running: Running = field(default_factory=Running)
+    look_steps: int = 1
+
+    def go_on_from_(self, start: SavePoint) -> None:
+        self.epoch, self.step, self.running = start.epoch, start.step, start.running
+        parameters = dict(self.model.named_parameters())
+        for name, momentum in start.momentum.items():
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum.to(parameters[name].device)
+
+    def savepoint(self, due: bool) -> SavePoint:
+        state = self.model.state_dict()
+        own = {name for name, _ in self.model.named_buffers()}
+        momenta = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.model.named_parameters()}
+        return SavePoint(
+            phase="large_batch" if self.group is None else "refine",
+            group=self.group,
+            epoch=self.epoch,
+            step=self.step,
+            ended=self.ended,
+            due=due,
+            weights={name: t for name, t in state.items() if name not in own},
+            buffers={name: t for name, t in state.items() if name in own},
+            momentum={name: t for name, t in momenta.items() if t is not None},
+            cycles=self.cycles,
+            running=self.running,
+        )
+
+    def epochs(self) -> Iterator[Epoch | SavePoint]:
+        phase, job, team = self.phase, self.job, self.team
+        steps = len(job.dataset.train) // phase.batch_size
+        stream = job.training_batches(phase, self.key, team, self.epoch, self.step)
+        while not self.ended:
+            cycle, within = divmod(self.epoch, phase.epochs)
             rates = [interpolate(phase.learning_rate, within + step / steps) for step in range(steps)]
-            train = _train_epoch(model, optimizer, stream, rates, job, key, epoch, team)
-            train_seconds = perf_counter() - started
-            average_running_statistics_(model, team)
+            due = yield from self._steps(stream, rates)
+            seconds = self.running.seconds
+            train = _means(self.running, team)
+            average_running_statistics_(self.model, team)
             trained = perf_counter()
-            ends_cycle = within + 1 == phase.epochs or (phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy)
+            self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
+            reached = phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy
+            self.ended = reached or self.epoch == phase.epochs * phase.cycles
+            ends_cycle = reached or self.epoch % phase.epochs == 0
             every = job.recipe.evaluate.every
-            test = evaluate_job(model, job, team) if ends_cycle or (every and (epoch + 1) % every == 0) else None
-            train_seconds, evaluate_seconds = team.maximum(train_seconds, perf_counter() - trained)
+            test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None
+            train_seconds, evaluate_seconds = team.maximum(seconds, perf_counter() - trained)
+            if ends_cycle:
+                self.cycles.add_(self.model)
             yield Epoch(
-                phase="large_batch" if isinstance(phase, LargeBatch) else "refine",
-                group=None if isinstance(phase, LargeBatch) else key.group,
+                phase="large_batch" if self.group is None else "refine",
+                group=self.group,
                 cycle=cycle + 1,
-                epoch=epoch + 1,
+                epoch=self.epoch,
                 learning_rate=interpolate(phase.learning_rate, within + 1),
                 train=train,
                 test=test,
@@ -118,104 +139,111 @@ def fit(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: 
                 evaluate_seconds=evaluate_seconds,
                 ends_cycle=ends_cycle,
             )
-            if ends_cycle and within + 1 < phase.epochs:
-                break  # the training accuracy was reached
+            yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), rates[-1])
+
+    def _saves_epoch(self) -> bool:
+        every = self.job.recipe.checkpoint.epochs
+        return every > 0 and self.epoch % every == 0
+
+    def _steps(self, stream: Iterator[Batch], rates: list[float]) -> Generator[SavePoint, None, bool]:
+        """The rest of an epoch, one step per learning rate. Returns whether a save is due at its end."""
+        self.model.train()
+        seen: list[_Step] = []  # since the last look
+        due, started = False, perf_counter()
+        while self.step < len(rates):
+            images, labels = next(stream)
+            torch.manual_seed(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
+            rate = rates[self.step]
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = rate
+            with self.job.autocast():
+                logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            seen.append(_Step(loss.detach(), (logits.detach().argmax(1) == labels).sum(), len(labels), rate, self.where))
+            self.job.control.beat(self.where)
+            if len(seen) >= self.look_steps or self.step == len(rates):
+                due = self._look(seen, started)
+                seen, started = [], perf_counter()
+                if due and self.step < len(rates):
+                    yield self._checked(self.savepoint(due), rate)
+                    started = perf_counter()
+        return due
+
+    @property
+    def where(self) -> str:
+        phase = "large_batch" if self.group is None else f"refine of group {self.group}"
+        return f"{phase}, epoch {self.epoch + 1}, step {self.step}"
+
+    def _look(self, seen: list["_Step"], started: float) -> bool:
+        """Adds the steps' losses and hits to the running sums. Returns whether any rank of the team is due to save."""
+        losses = torch.stack([step.loss for step in seen]).tolist()
+        hits = torch.stack([step.hits for step in seen]).tolist()
+        seconds = perf_counter() - started
+        bad = [(step, loss) for step, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
+        fails, due, per_step = self.team.maximum(len(bad), self.job.control.due(), seconds / len(seen))
+        if fails:
+            self.team.agree(lambda: _refuse(*bad[0]) if bad else None)
+        for step, loss, correct in zip(seen, losses, hits, strict=True):
+            self.running = self.running.to(loss * step.samples, correct, step.samples)
+        self.running = replace(self.running, seconds=self.running.seconds + seconds)
+        self.look_steps = max(1, min(LOOK_STEPS, int(LOOK_SECONDS / per_step)))
+        return bool(due)
+
+    def _checked(self, point: SavePoint, rate: float) -> SavePoint:
+        """`point`. Raises RunError, on all ranks, rather than let weights be saved that training cannot go on from."""
+        if point.due and not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
+            raise RunError(f"a weight is not finite after {self.where}, at a learning rate of {rate:.4g}: {MEND}")
+        return point
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: Iterator[Batch],
-    rates: list[float],
-    job: Job,
-    key: Key,
-    epoch: int,
-    team: Team,
-) -> Evaluation:
-    """One step per learning rate in `rates`. The epoch's running loss and accuracy, over the team."""
-    model.train()
-    running = _Running(
-        team, f"{key.phase.name.lower()}" + (f" of group {key.group}" if key.phase is sampling.Phase.REFINE else ""), epoch + 1
-    )
-    for step, (rate, (images, labels)) in enumerate(zip(rates, stream, strict=False)):
-        torch.manual_seed(key.torch_seed(epoch * len(rates) + step, team.rank))
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
-        with job.autocast():
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        running.add(loss.detach(), logits.detach(), labels, rate)
-    return running.result()
+@dataclass(frozen=True)
+class _Step:
+    """What a step leaves to look at, on the device."""
+
+    loss: Tensor  # scalar, the mean over this rank's samples
+    hits: Tensor  # scalar int64
+    samples: int
+    rate: float
+    where: str
 
 
-class _Running:
-    """Sums of an epoch's losses and hits that make the host look at the device only every `CHECK_EVERY` steps."""
-
-    def __init__(self, team: Team, phase: str, epoch: int):
-        self.team, self.phase, self.epoch = team, phase, epoch
-        self.losses: list[Tensor] = []
-        self.hits: list[Tensor] = []
-        self.rates: list[float] = []
-        self.steps = 0
-        self.loss, self.correct, self.samples = 0.0, 0.0, 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, rate: float) -> None:
-        self.losses.append(loss * len(labels))
-        self.hits.append((logits.argmax(1) == labels).sum())
-        self.rates.append(rate)
-        self.samples += len(labels)
-        if len(self.losses) == CHECK_EVERY:
-            self._look()
-
-    def _look(self) -> None:
-        losses = torch.stack(self.losses).double().cpu()
-        self.team.agree(lambda: self._check(losses))
-        self.loss += losses.sum().item()
-        self.correct += torch.stack(self.hits).sum().item()
-        self.steps += len(self.losses)
-        self.losses, self.hits, self.rates = [], [], []
-
-    def _check(self, losses: Tensor) -> None:
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            first = int(bad[0])
-            raise RunError(
-                f"the loss is {losses[first].item()} in {self.phase}, epoch {self.epoch}, step {self.steps + first + 1}, "
-                f"at a learning rate of {self.rates[first]:.4g}: lower the rate, or warm up for longer"
-            )
-
-    def result(self) -> Evaluation:
-        if self.losses:
-            self._look()
-        loss, correct, samples = self.team.sums(self.loss, self.correct, self.samples)
-        return Evaluation(loss / samples, correct / samples)
+def _refuse(step: _Step, loss: float) -> None:
+    raise RunError(f"the loss is {loss} in {step.where}, at a learning rate of {step.rate:.4g}: {MEND}")
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], team: Team) -> Evaluation:
-    """Cross-entropy and accuracy of `model` on the batches of all ranks of `team`, each sample counted once.
-
-    `batches`: this rank's, (images (n, C, H, W), labels (n,) int64). The model's training mode is left as it was.
-    """
-    training = model.training
-    model.eval()
-    losses, hits, samples = [], [], 0
-    for images, labels in batches:
-        logits = model(images)
-        losses.append(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        hits.append((logits.argmax(1) == labels).sum())
-        samples += len(labels)
-    model.train(training)
-    loss = torch.stack(losses).double().sum().item() if losses else 0.0
-    correct = torch.stack(hits).sum().item() if hits else 0
-    loss, correct, samples = team.sums(loss, correct, samples)  # type: ignore[assignment]
+def _means(running: Running, team: Team) -> Evaluation:
+    loss, correct, samples = team.sums(running.loss, running.correct, running.samples)
     return Evaluation(loss / samples, correct / samples)
 
 
-def evaluate_job(model: nn.Module, job: Job, team: Team) -> Evaluation:
-    """`evaluate` on the job's test samples."""
-    with job.autocast():
-        return evaluate(model, job.test_batches(team), team)
+class Refinement:
+    """A group's copy of a model on its way through phase 2, to be trained in parts."""
+
+    def __init__(self, group: int, model: nn.Module, job: Job, team: Team):
+        refine = job.recipe.refine
+        self.group = group
+        self.model = deepcopy(model)
+        self.cycles = WeightSum()
+        self.epoch = 0
+        self.per_cycle = refine.epochs
+        self.epochs = refine.epochs * refine.cycles
+        self._events = fit(self.model, job, refine, Key(job.recipe.seed, Phase.REFINE, group), team, self.cycles)
+
+    def until(self, epoch: int) -> Iterator[Epoch | SavePoint]:
+        """Trains on until that many epochs are done, where they are not already."""
+        for event in self._events if self.epoch < epoch else ():
+            yield event
+            if isinstance(event, SavePoint):
+                self.epoch = event.epoch
+                if epoch <= self.epoch < self.epochs:
+                    return
+
+    def add_to_(self, total: WeightSum) -> None:
+        """Adds the weights at the ends of the cycles so far; inside a cycle, the weights as they are, too."""
+        total.merge_(self.cycles)
+        if self.epoch % self.per_cycle:
+            total.add_(self.model)

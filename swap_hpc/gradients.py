@@ -19,6 +19,13 @@ BUCKETS = 4
 os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 
+def end_stalls(seconds: float) -> None:
+    """Lets Horovod end a phase in which a rank does not send its gradients, half as late again as that many seconds (0: never)."""
+    if seconds:
+        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, min(60, int(seconds / 2)))))
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, int(1.5 * seconds))))
+
+
 def load_horovod() -> Any:
     try:
         import horovod.torch as hvd

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -14,13 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swap_hpc.errors import RunError
-from swap_hpc.fit import Epoch, Evaluation
+from swap_hpc.events import Epoch, Evaluation, SavePoint, part_name
+from swap_hpc.files import write_whole
 from swap_hpc.launcher import launched
 from swap_hpc.ranks import Ranks
 from swap_hpc.recipe import Recipe
 
+Line = dict[str, Any]
+SECONDS = ("setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "save", "total")
 
-def epoch_fields(epoch: Epoch) -> dict[str, Any]:
+
+def epoch_fields(epoch: Epoch) -> Line:
     """An epoch as a line of JSON has it. Times are seconds, accuracies fractions."""
     test = epoch.test or Evaluation(None, None)  # type: ignore[arg-type]
     return {
@@ -41,53 +45,79 @@ def epoch_fields(epoch: Epoch) -> dict[str, Any]:
 
 
 class Journal:
-    """`metrics/*.jsonl` of a run's folder; each file is written by the first rank of the team whose numbers it holds."""
+    """`metrics/*.jsonl` of a run's folder, each written by the first rank of the team whose numbers it holds, and the same in memory.
+
+    A part's lines are saved with its checkpoints: where a run goes on from one, its file is made anew from them.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder = folder
-        self.world = ranks.world.rank == 0
-        self.group = ranks.group.rank == 0
-        if self.world:
-            for stale in folder.glob("*.jsonl"):
-                stale.unlink()
-        ranks.world.barrier()
+        self.writes = {"world": ranks.world.rank == 0}
+        self.writes |= {part_name(group): ranks.group.rank == 0 for group in ranks.groups}
+        self.lines: dict[str, list[Line]] = {name: [] for name in self.writes}
+
+    def begin(self, name: str, lines: list[Line]) -> None:
+        """The file holds just these lines, those of an earlier start."""
+        self.lines[name] = list(lines)
+        if self.writes[name]:
+            write_whole(self._path(name), lambda temporary: temporary.write_text("".join(map(_json_line, lines))))
 
     def epoch(self, epoch: Epoch) -> None:
-        if epoch.group is None:
-            self._write("world", self.world, epoch_fields(epoch))
-        else:
-            self._write(f"group-{epoch.group:03d}", self.group, epoch_fields(epoch))
+        self.add("world" if epoch.group is None else part_name(epoch.group), epoch_fields(epoch))
 
-    def evaluation(self, model: str, result: Evaluation) -> None:
-        """A final evaluation, by all ranks, of the model whose file has that name."""
-        self._write(
-            "world", self.world, {"phase": "evaluation", "model": model, "test_loss": result.loss, "test_accuracy": result.accuracy}
-        )
+    def evaluation(self, model: str, result: Evaluation, **position: int) -> Line:
+        """An evaluation by all ranks. `model`: "large_batch", "average" (on the way) or "swap"."""
+        line = {"phase": "evaluation", "model": model, **position, "test_loss": result.loss, "test_accuracy": result.accuracy}
+        self.add("world", line)
+        return line
 
-    def _write(self, name: str, mine: bool, fields: dict[str, Any]) -> None:
-        if not mine:
+    def add(self, name: str, line: Line) -> None:
+        self.lines[name].append(line)
+        if not self.writes[name]:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps(fields) + "\n")
+            with open(self._path(name), "a") as file:
+                file.write(_json_line(line))
         except OSError as error:
-            raise RunError(f"cannot write {self.folder}/{name}.jsonl: {error.strerror}") from None
+            raise RunError(f"cannot write {self._path(name)}: {error.strerror}") from None
+
+    def last_test(self, name: str) -> Evaluation | None:
+        """Of the model of a part's last line."""
+        lines = self.lines[name]
+        return Evaluation(lines[-1]["test_loss"], lines[-1]["test_accuracy"]) if lines else None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+
+def _json_line(line: Line) -> str:
+    return json.dumps(line) + "\n"
 
 
 class Stopwatch:
-    """Wall seconds by name."""
+    """Wall seconds by name: of this start of the run, and of the starts before it up to their last saves."""
 
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.before: dict[str, float] = {}
+        self.own: defaultdict[str, float] = defaultdict(float)
         self.mark = perf_counter()
 
     def lap(self, name: str | None = None) -> None:
         """Adds the time since the last lap to `name`; to nothing without one."""
         now = perf_counter()
         if name:
-            self.seconds[name] += now - self.mark
+            self.own[name] += now - self.mark
         self.mark = now
+
+    def go_on_from(self, seconds: Mapping[str, float]) -> None:
+        """`seconds`: what a save holds of the starts before. The latest save of several counts."""
+        self.before = {name: max(value, self.before.get(name, 0.0)) for name, value in seconds.items()}
+
+    def seconds(self) -> dict[str, float]:
+        own = {**self.own, "total": perf_counter() - self.started}
+        return {name: self.before.get(name, 0.0) + own.get(name, 0.0) for name in SECONDS}
 
 
 class Display:
@@ -112,19 +142,30 @@ class Display:
         if self.speaks:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def goes_on(self, point: SavePoint) -> None:
+        if point.epoch or point.step:
+            self.say(f"{_name(point.group)} goes on {'at its end' if point.ended else f'after epoch {point.epoch}, step {point.step}'}")
+
+    def average(self, epoch: int, test: Evaluation) -> None:
+        self.say(f"{'average':<12} epoch {epoch:>3}  test {test.accuracy:.4f}")
+
     def epoch(self, epoch: Epoch) -> None:
         phase = self.recipe.large_batch if epoch.group is None else self.recipe.refine
         total = phase.epochs * phase.cycles
-        name = epoch.phase if epoch.group is None else f"group {epoch.group}"
+        name = _name(epoch.group)
         test = f"  test {epoch.test.accuracy:.4f}" if epoch.test else ""
         says = f"train {epoch.train.accuracy:.4f}{test}  lr {epoch.learning_rate:.4g}  {epoch.images / epoch.train_seconds:,.0f} images/s"
-        if self.live.disable:
+        if self.live.disable:  # a log
             left = (total - epoch.epoch) * (epoch.train_seconds + epoch.evaluate_seconds)
             self.say(f"{name:<12} epoch {epoch.epoch:>3}/{total}  {says}  {_clock(left)} left in the phase")
         else:
             if name not in self.tasks:
                 self.tasks[name] = self.live.add_task(name, total=total, says="")
             self.live.update(self.tasks[name], completed=epoch.epoch, says=says)
+
+
+def _name(group: int | None) -> str:
+    return "large_batch" if group is None else f"group {group}"
 
 
 def _on_terminal() -> bool:

@@ -1,6 +1,7 @@
 """A name, or `package.module:function`, to a torch module."""
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
         return builder(**arguments, **model.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model {model.name} refuses its arguments: {' '.join(str(error).split())}") from None
+
+
+def fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Gives `model` the state dict that was read from `source`. Raises UserError where it does not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the weights {source} are not of this model: {' '.join(str(error).split())[:300]}") from None
 
 
 def _torchvision(name: str) -> Any:

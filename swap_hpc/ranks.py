@@ -75,6 +75,19 @@ class Team:
         """Every rank's `value`, a small Python object, in the order of the ranks."""
         return self.comm.allgather(value) if self.size > 1 else [value]
 
+    def gather(self, array: np.ndarray) -> np.ndarray | None:
+        """Every rank's `array`, (n,) uint8 of one length, as (ranks, n) on the first rank; None on the others."""
+        if self.size == 1:
+            return array[None]
+        rows = np.empty((self.size, len(array)), np.uint8) if self.rank == 0 else None
+        self.comm.Gather(array, rows)
+        return rows
+
+    def first(self, function: Callable[[], T]) -> T | None:
+        """`function()` on the first rank alone, None on the others; where it raises there, all raise."""
+        nothing: Callable[[], T | None] = lambda: None  # noqa: E731
+        return self.agree(function if self.rank == 0 else nothing)
+
     def barrier(self) -> None:
         if self.size > 1:
             self.comm.Barrier()

@@ -123,6 +123,14 @@ class Refine(_Phase):
 
     stop_accuracy: ClassVar[float | None] = None
     cycles: Count = 1  # the schedule restarts with each; a group's weights at each one's end enter the average
+    # epochs between evaluations of the averaged model on the way, for which the groups wait for each other; 0: only at the end
+    evaluate_average: CountOrZero = 0
+
+    @property
+    def meetings(self) -> tuple[int, ...]:
+        """The epochs after which the groups meet to be averaged: the last one, and those before it that a recipe asks for."""
+        last = self.epochs * self.cycles
+        return (*range(self.evaluate_average, last, self.evaluate_average), last) if self.evaluate_average else (last,)
 
 
 class BatchNorm(_Section):
@@ -135,6 +143,17 @@ class BatchNorm(_Section):
 class Evaluate(_Section):
     batch_size: Count = 500  # samples per step of one rank
     every: CountOrZero = 1  # epochs between evaluations within a phase; 0: only at its end
+
+
+class Checkpoint(_Section):
+    """Saves to continue from. A stop on request saves, too."""
+
+    epochs: CountOrZero = 1  # between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end
+    minutes: Annotated[float, Field(ge=0)] = 10.0  # at most between saves inside an epoch
+
+
+class Watchdog(_Section):
+    minutes: Annotated[float, Field(ge=0)] = 10.0  # without a step or a batch after which a rank hangs, and the job ends; 0: never
 
 
 class Recipe(_Section):
@@ -154,6 +173,8 @@ class Recipe(_Section):
     refine: Refine
     batchnorm: BatchNorm = BatchNorm()
     evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    watchdog: Watchdog = Watchdog()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Recipe":
@@ -168,8 +189,8 @@ class Recipe(_Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-# Fields that may differ between two starts of one run: where things lie, not what is computed.
-MAY_CHANGE = frozenset({"data.path"})
+# Fields, and sections, that may differ between two starts of one run: where things lie and what is watched, not what is computed.
+MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -195,6 +216,15 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
     if data is not None:
         _apply(f"data.path='{data}'", fields)
     return parse(fields, str(path))
+
+
+def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
+    """The recipe that `to_toml` wrote, with its data elsewhere where `data` says so. Raises UserError."""
+    try:
+        recipe = parse(tomllib.loads(text), source)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} holds no recipe: {error}") from None
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})}) if data else recipe
 
 
 def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -241,7 +271,7 @@ def _fields_beside(location: tuple[int | str, ...]) -> Iterable[str]:
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:
     """Dotted names of the fields in which two recipes differ, except those that may change between two starts."""
     left, right = _flat(one.model_dump()), _flat(other.model_dump())
-    return sorted(k for k in left.keys() | right.keys() if k not in MAY_CHANGE and left.get(k) != right.get(k))
+    return sorted(k for k in left.keys() | right.keys() if not k.startswith(MAY_CHANGE) and left.get(k) != right.get(k))
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

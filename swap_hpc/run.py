@@ -1,51 +1,60 @@
-"""One run: builds everything from a recipe, consumes the events of `swap()`, fills the run's folder."""
+"""One run: builds everything from a recipe, consumes the events of `swap()`, fills the run's folder, goes on where it stopped."""
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
-from swap_hpc import models
 from swap_hpc.averaging import check_equal
-from swap_hpc.checkpoint import load_weights_, save_model, write_json, write_text
-from swap_hpc.data import Arrays, Dataset, load
-from swap_hpc.devices import choose_device
+from swap_hpc.checkpoint import Checkpoints
+from swap_hpc.control import Control
+from swap_hpc.data import Arrays
 from swap_hpc.doctor import environment
-from swap_hpc.errors import UserError
-from swap_hpc.fit import Epoch, Evaluation, Job, evaluate_job
-from swap_hpc.gradients import check_horovod
-from swap_hpc.metrics import Display, Journal, Stopwatch
+from swap_hpc.errors import RunError, Stopped, UserError
+from swap_hpc.evaluation import evaluate_job
+from swap_hpc.events import Epoch, SavePoint, part_name
+from swap_hpc.files import save_model, save_sum, write_json, write_text
+from swap_hpc.gradients import end_stalls
+from swap_hpc.job import Job
+from swap_hpc.metrics import Display, Journal, Line, Stopwatch
+from swap_hpc.prepare import prepare
 from swap_hpc.ranks import Ranks, Team, grid, node_of
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
 from swap_hpc.swap import swap
+from swap_hpc.watchdog import watching
 
 
-def train(recipe: Recipe, out: Path, world: Team, console: Console, started: float) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, world: Team, console: Console, control: Control, started: float) -> dict[str, Any]:
     """Runs `recipe` on the ranks of `world` into the folder `out`, and returns what `result.json` holds.
 
-    `recipe` has passed `check_ranks`. A folder whose run is complete is left as it is. `started`: `perf_counter()` when the process began.
-    Raises UserError, before any training, for all that is wrong with the input; RunError where the run fails.
+    `recipe` has passed `check_ranks`. Goes on where a run in `out` was stopped; leaves a complete one as it is.
+    `control.stop` ends it at the next step boundary. `started`: `perf_counter()` when the process began.
+    Raises UserError, before any training, for all that is wrong with the input; RunError where the run fails; Stopped.
     """
     finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
     with node_of(world) as node, grid(world, recipe.groups) as ranks:
         display = Display(recipe, ranks, console)
+        checkpoints = Checkpoints(out / "checkpoints", recipe)
         if finished:
+            checkpoints.remove(world)
             display.say(f"{out} holds this run, complete: nothing to do")
             return finished
-        job, model = _set_up(recipe, world, node)
+        job, model = prepare(recipe, world, node)
+        world.first(lambda: _remove_parts(out))
         write_text(out / "recipe.toml", recipe.to_toml(), world)
         write_json(out / "environment.json", environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
-        with display.running():
-            result = _Consumer(job, ranks, out, display, started).consume(model)
+        end_stalls(recipe.watchdog.minutes * 60)
+        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks):
+            result = _Consumer(job, ranks, out, checkpoints, display, control, started).consume(model)
         write_json(out / "result.json", result, world)
+        checkpoints.remove(world)
     return result
 
 
@@ -65,50 +74,11 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _set_up(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
-    """All that can fail before training: the device, the data, the model."""
-    device = world.agree(lambda: choose_device(node, recipe.device))
-    kinds = world.allgather(device.torch.type)
-    if len(set(kinds)) > 1:
-        raise UserError(f"rank {kinds.index('cpu')} sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu")
-    if world.size > 1:
-        world.agree(lambda: check_horovod(device))
-    torch.set_num_threads(device.threads)
-    if device.torch.type == "cuda":
-        torch.cuda.set_device(device.torch)
-    dataset = load(recipe.data, world, device.threads)
-    world.agree(lambda: _check_sizes(recipe, dataset))
-    model = world.agree(lambda: _model(recipe, dataset))
-    return Job(recipe, dataset, device), model.to(device.torch)
-
-
-def _model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    model = models.build(recipe.model, len(dataset.classes), dataset.channels, recipe.seed)
-    if recipe.model.weights:
-        load_weights_(model, recipe.model.weights)
-    return model
-
-
-def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
-    samples = len(dataset.train)
-    used = {"large_batch.batch_size": recipe.large_batch.batch_size if recipe.large_batch.epochs else 0}
-    if recipe.refine.epochs:
-        used["refine.batch_size"] = recipe.refine.batch_size
-        used["batchnorm.batch_size"] = recipe.batchnorm.batch_size
-        used["batchnorm.samples"] = recipe.batchnorm.samples or 0
-    for name, wanted in used.items():
-        if wanted > samples:
-            raise UserError(f"{name} = {wanted}, but there are {samples} training samples: --set {name}={samples} or less")
-    if recipe.batchnorm.samples and recipe.batchnorm.samples < recipe.batchnorm.batch_size:
-        raise UserError(
-            f"batchnorm.samples = {recipe.batchnorm.samples} is less than one batch: "
-            f"--set batchnorm.samples={recipe.batchnorm.batch_size} or more"
-        )
-    smallest, pad = min(dataset.image_size), recipe.augment.pad
-    if pad >= smallest or recipe.augment.cutout > smallest:
-        raise UserError(
-            f"augment.pad = {pad} and augment.cutout = {recipe.augment.cutout} do not fit images of {smallest} pixels: make them smaller"
-        )
+def _remove_parts(out: Path) -> None:
+    """Files that a killed run was writing."""
+    for folder in (out, out / "checkpoints", out / "metrics"):
+        for path in folder.glob(".*.*.[0-9]*"):
+            path.unlink(missing_ok=True)
 
 
 def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
@@ -123,99 +93,170 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     return lines
 
 
-@dataclass
 class _Consumer:
     """What `swap()` yields, turned into files, lines on the screen, and the numbers of `result.json`."""
 
-    job: Job
-    ranks: Ranks
-    out: Path
-    display: Display
-    started: float
-    epochs: dict[int | None, Epoch] = field(default_factory=dict)  # the last one of phase 1 (None) and of each group of this rank
-    cycles: dict[tuple[int, int], Evaluation] = field(default_factory=dict)  # (group, cycle) -> test, at each cycle's end
-    images: dict[str, int] = field(default_factory=lambda: {"large_batch": 0, "refine": 0})
-    large_batch: Evaluation | None = None
-    averaged: Evaluation | None = None
+    def __init__(
+        self, job: Job, ranks: Ranks, out: Path, checkpoints: Checkpoints, display: Display, control: Control, started: float
+    ) -> None:
+        self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
+        self.journal = Journal(out / "metrics", ranks)
+        self.watch = Stopwatch(started)
+        self.averages: list[Line] = ranks.world.broadcast(ranks.world.first(self._saved_averages) or [])
+        self.job = replace(job, control=control, load=self._load, met=len(self.averages))
+        control.save_seconds = job.recipe.checkpoint.minutes * 60
 
     def consume(self, model: nn.Module) -> dict[str, Any]:
-        journal = Journal(self.out / "metrics", self.ranks)
-        watch = Stopwatch()
-        watch.seconds["setup"] = perf_counter() - self.started
+        self.watch.own["setup"] = perf_counter() - self.watch.started
+        self._meet(self.control.stop)
+        self.journal.begin("world", [])
         for event in swap(model, self.job, self.ranks):
             if isinstance(event, Epoch):
-                journal.epoch(event)
-                self._epoch(event, watch)
+                self._epoch(event)
+            elif isinstance(event, SavePoint):
+                self._savepoint(event)
             else:
-                self._done(event.what, event.model, journal, watch)
-        return self._result(model, watch)
+                self._done(event.what, event.model, event.epoch)
+        return self._result(model)
 
-    def _epoch(self, epoch: Epoch, watch: Stopwatch) -> None:
+    def _load(self, part: str, team: Team) -> SavePoint | None:
+        """Where a part of the run goes on from; its metrics and times go on, too."""
+        saved = self.checkpoints.load(part, team)
+        self.journal.begin("world" if part == part_name(None) else part, saved.notes["lines"] if saved else [])
+        if not saved:
+            return None
+        self.watch.go_on_from(saved.notes["seconds"])
+        return saved.point
+
+    def _epoch(self, epoch: Epoch) -> None:
         self.display.epoch(epoch)
-        self.epochs[epoch.group] = epoch
-        self.images[epoch.phase] += epoch.images
-        watch.seconds[epoch.phase] += epoch.train_seconds
-        watch.seconds["evaluate"] += epoch.evaluate_seconds
-        if epoch.ends_cycle and epoch.test and epoch.group is not None:
-            self.cycles[epoch.group, epoch.cycle] = epoch.test
-        elif epoch.ends_cycle:
-            self.large_batch = epoch.test
+        self.journal.epoch(epoch)
+        self.watch.own[epoch.phase] += epoch.train_seconds
+        self.watch.own["evaluate"] += epoch.evaluate_seconds
 
-    def _done(self, what: str, model: nn.Module, journal: Journal, watch: Stopwatch) -> None:
-        world = self.ranks.world
-        if what == "large_batch":
-            if self.large_batch is None:  # no epoch of this phase: the model came from a file
-                watch.lap()
-                self.large_batch = evaluate_job(model, self.job, world)
-                watch.lap("evaluate")
-            journal.evaluation("large_batch", self.large_batch)
-            save_model(model, self.out / "large_batch.safetensors", world)
-        elif what.startswith("group-"):
-            save_model(model, self.out / f"{what}.safetensors", self.ranks.group)
-        elif what == "refine":
-            world.barrier()  # waiting for the slowest group is part of neither phase
-            watch.lap()
-        elif what == "average":
-            watch.lap("average")
-        elif what == "batchnorm":
-            watch.lap("batchnorm")
-            self.averaged = evaluate_job(model, self.job, world)
-            watch.lap("evaluate")
-            journal.evaluation("swap", self.averaged)
-            save_model(model, self.out / "swap.safetensors", world)
+    def _savepoint(self, point: SavePoint) -> None:
+        team = self.ranks.world if point.group is None else self.ranks.group
+        if point.ended and point.cycles.count > 1:
+            save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
+        if not point.due:
+            self.display.goes_on(point)
+            return
+        begin = perf_counter()
+        self.control.beat(f"the start of a save of {point.name}")
+        notes = {"lines": self.journal.lines["world" if point.group is None else point.name], "seconds": self.watch.seconds()}
+        self.checkpoints.save(point, notes, team)
+        self.control.saved()
+        self.watch.own["save"] += perf_counter() - begin
+        if team.any(self.control.stop):
+            self._meet(True)
 
-    def _result(self, model: nn.Module, watch: Stopwatch) -> dict[str, Any]:
+    def _meet(self, stops: bool) -> None:
+        """The ranks wait for each other. Raises Stopped, on all, where one of them was asked to stop."""
+        with self.control.waiting():
+            stop = self.ranks.world.any(stops)
+        if stop:
+            raise Stopped(f"stopped on request, all is saved in {self.out}: start it again to go on")
+
+    def _done(self, what: str, model: nn.Module, epoch: int) -> None:
         recipe, world = self.job.recipe, self.ranks.world
-        watch.seconds["total"] = perf_counter() - self.started
-        names = ("setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "total")
-        seconds = dict(zip(names, world.maximum(*(watch.seconds[name] for name in names)), strict=True))
-        cycles = {key: test for part in world.allgather(self.cycles) for key, test in part.items()}
-        groups = [cycles[key] for key in sorted(cycles)]
-        first, last = self.epochs.get(None), next((e for group, e in self.epochs.items() if group is not None), None)
-        # every rank of a group counts the group's images
-        refined = world.sums(self.images["refine"])[0] / self.ranks.group.size
-        per_second = {"large_batch": (self.images["large_batch"], seconds["large_batch"]), "refine": (refined, seconds["refine"])}
+        last = epoch == recipe.refine.meetings[-1]
+        self.control.beat(what)
+        if what == "large_batch":
+            self._large_batch(model)
+        elif what.startswith("group-") and last:
+            save_model(model, self.out / f"{what}.safetensors", recipe, self.ranks.group)
+        elif what == "refine":
+            self._meet(self.control.stop)  # waiting for the slowest group is part of neither phase
+            self.watch.lap()
+        elif what == "average":
+            self.watch.lap("average")
+            self._meet(self.control.stop)
+        elif what == "batchnorm":
+            self.watch.lap("batchnorm")
+            self._meet(self.control.stop)  # it may have ended early
+            averaged = evaluate_job(model, self.job, world)
+            self.watch.lap("evaluate")
+            if last:
+                self.journal.evaluation("swap", averaged)
+                save_model(model, self.out / "swap.safetensors", recipe, world)
+            else:
+                self.display.average(epoch, averaged)
+                self.averages.append(self.journal.evaluation("average", averaged, epoch=epoch))
+                write_json(self._averages, self.averages, world)
+
+    def _large_batch(self, model: nn.Module) -> None:
+        self.watch.lap()
+        test = self.journal.last_test("world")
+        if test is None:  # no epoch of this phase: the model came from a file
+            test = evaluate_job(model, self.job, self.ranks.world)
+            self.watch.lap("evaluate")
+        self.journal.evaluation("large_batch", test)
+        for line in self.averages:
+            self.journal.add("world", line)
+        save_model(model, self.out / "large_batch.safetensors", self.job.recipe, self.ranks.world)
+        self._meet(self.control.stop)
+
+    @property
+    def _averages(self) -> Path:
+        return self.checkpoints.folder / "averages.json"
+
+    def _saved_averages(self) -> list[Line]:
+        """The evaluations of the averaged model at the groups' meetings so far."""
+        try:
+            return json.loads(self._averages.read_text())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {self._averages}: {error}") from None
+
+    def _result(self, model: nn.Module) -> dict[str, Any]:
+        recipe, world, lines = self.job.recipe, self.ranks.world, self.journal.lines
+        mine = self.watch.seconds()
+        seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))
+        first = [line for line in lines["world"] if line["phase"] == "large_batch"]
+        finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
+        ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
+        trained = {"large_batch": sum(line["images"] for line in first), "refine": images}
         return {
             "recipe": recipe.name,
             "seed": recipe.seed,
             "ranks": world.size,
             "groups": recipe.groups,
             "cycles": recipe.refine.cycles,
-            "epochs": {"large_batch": first.epoch if first else 0, "refine": last.epoch if last else 0},
-            "train_accuracy": {"large_batch": first.train.accuracy if first else None},
-            "test_accuracy": _figures("accuracy", self.large_batch, groups, self.averaged),
-            "test_loss": _figures("loss", self.large_batch, groups, self.averaged),
+            "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},
+            "train_accuracy": {"large_batch": first[-1]["train_accuracy"] if first else None},
+            "test_accuracy": _figures("test_accuracy", finals, ends),
+            "test_loss": _figures("test_loss", finals, ends),
             "seconds": seconds,
-            "images_per_second": {phase: images / time if time else None for phase, (images, time) in per_second.items()},
+            "images_per_second": {phase: count / seconds[phase] if seconds[phase] else None for phase, count in trained.items()},
             "weights_sha256": check_equal(model, world),
         }
 
 
-def _figures(name: str, large_batch: Evaluation | None, groups: list[Evaluation], averaged: Evaluation | None) -> dict[str, Any]:
-    values = [getattr(group, name) for group in groups]
+_Ends = dict[tuple[int, int], Line]  # (group, cycle) -> the line of the cycle's last epoch
+
+
+def _ends_and_images(lines: dict[str, list[Line]]) -> tuple[_Ends, dict[int, int]]:
+    """Of this rank's groups: the ends of their cycles, and the images that each was trained on."""
+    epochs = [line for part in lines.values() for line in part if line["phase"] == "refine"]
+    images: dict[int, int] = {}
+    for line in epochs:
+        images[line["group"]] = images.get(line["group"], 0) + line["images"]
+    return {(line["group"], line["cycle"]): line for line in epochs}, images
+
+
+def _over_groups(parts: list[tuple[_Ends, dict[int, int]]]) -> tuple[list[Line], int]:
+    """The same of all ranks, of which several may tell of one group: the ends in order, and all images."""
+    ends = {key: line for part, _ in parts for key, line in part.items()}
+    images = {group: count for _, part in parts for group, count in part.items()}
+    return [ends[key] for key in sorted(ends)], sum(images.values())
+
+
+def _figures(name: str, finals: dict[str, Line], ends: list[Line]) -> dict[str, Any]:
+    values = [line[name] for line in ends]
     return {
-        "large_batch": getattr(large_batch, name),
+        "large_batch": finals["large_batch"][name],
         "groups": values,
         "mean_of_groups": sum(values) / len(values) if values else None,
-        "averaged": getattr(averaged, name) if averaged else None,
+        "averaged": finals["swap"][name] if "swap" in finals else None,
     }

@@ -58,6 +58,22 @@ def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
     return command(BIN / "swap-hpc", *arguments, **how)
 
 
+def processes_of(out: Path, within: float) -> list[int]:
+    """Processes that were started into the folder `out` and still live after that many seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        alive = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(out).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                    alive.append(int(entry.name))
+            except OSError:
+                continue  # it has just ended
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.2)
+
+
 def _mpirun() -> str:
     """The environment's own mpirun where it has one, as `make setup` decides."""
     own = BIN / "mpirun"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from swap_hpc import models
 from swap_hpc.data.splits import Arrays, Dataset, with_statistics
 from swap_hpc.devices import Device
-from swap_hpc.fit import Job
+from swap_hpc.job import Job
 from swap_hpc.recipe import Recipe, parse
 
 CPU = Device(torch.device("cpu"), threads=1)

@@ -21,7 +21,7 @@ KEYS = {
     "train_accuracy": {"large_batch"},
     "test_accuracy": {"large_batch", "groups", "mean_of_groups", "averaged"},
     "test_loss": {"large_batch", "groups", "mean_of_groups", "averaged"},
-    "seconds": {"setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "total"},
+    "seconds": {"setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "save", "total"},
     "images_per_second": {"large_batch", "refine"},
 }  # fmt: skip
 # A small and quick variant of digits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swap_hpc.averaging import weights_sha256
-from swap_hpc.fit import Job
+from swap_hpc.job import Job
 from swap_hpc.ranks import Ranks, Team, grid
 from swap_hpc.swap import Done, swap
 

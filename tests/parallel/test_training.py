@@ -1,5 +1,7 @@
 """Several ranks train as one does."""
 
+from collections.abc import Iterable
+
 import pytest
 import tiny
 import torch
@@ -9,11 +11,17 @@ from torch.nn import functional as F
 from swap_hpc.averaging import broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
-from swap_hpc.fit import evaluate_job, fit
+from swap_hpc.evaluation import evaluate_job
+from swap_hpc.events import Epoch, SavePoint
+from swap_hpc.fit import fit
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.ranks import Team
 
 KEY = Key(seed=3, phase=Phase.LARGE_BATCH)
+
+
+def only_epochs(events: Iterable[Epoch | SavePoint]) -> list[Epoch]:
+    return [event for event in events if isinstance(event, Epoch)]
 
 
 def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
@@ -52,8 +60,8 @@ def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
 def test_ranks_give_one_ranks_weights(world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 3})
     together, alone = tiny.model(job), tiny.model(job)
-    epochs = list(fit(together, job, job.recipe.large_batch, KEY, world))
-    reference = list(fit(alone, job, job.recipe.large_batch, KEY, Team.alone()))
+    epochs = only_epochs(fit(together, job, job.recipe.large_batch, KEY, world))
+    reference = only_epochs(fit(alone, job, job.recipe.large_batch, KEY, Team.alone()))
     torch.testing.assert_close(tiny.weights(together), tiny.weights(alone), rtol=1e-4, atol=1e-6)
     assert (tiny.weights(alone) - tiny.weights(tiny.model(job))).abs().max() > 1e-2  # it did train
     for ours, theirs in zip(epochs, reference, strict=True):
@@ -83,7 +91,7 @@ def test_evaluation_counts_each_sample_once(world: Team) -> None:
 
 def test_the_phase_ends_at_its_training_accuracy(world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 30, "learning_rate": 0.05, "stop_accuracy": 0.7})
-    epochs = list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+    epochs = only_epochs(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
     assert [e.train.accuracy >= 0.7 for e in epochs] == [False] * (len(epochs) - 1) + [True]
     assert epochs[-1].ends_cycle and epochs[-1].test is not None
 

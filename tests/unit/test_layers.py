@@ -13,12 +13,12 @@ PACKAGE = Path(swap_hpc.__file__).parent
 
 # Lowest first: a module imports only those before it.
 LAYERS = {
-    0: ["errors", "launcher", "schedule", "recipe"],
+    0: ["errors", "launcher", "schedule", "recipe", "control"],
     1: ["ranks", "devices", "gradients", "data.sampling", "data.splits", "data.decode", "data.loader", "data.sources", "data", "models"],
-    2: ["averaging", "fit"],
+    2: ["averaging", "events", "job", "evaluation", "fit"],
     3: ["swap"],
-    4: ["metrics", "checkpoint"],
-    5: ["report", "doctor", "run", "cli", "__main__"],
+    4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
+    5: ["report", "doctor", "prepare", "saved", "run", "cli", "__main__"],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]
 

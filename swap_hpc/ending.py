@@ -1,0 +1,44 @@
+"""How a job speaks with one voice, and how all of it ends."""
+
+import sys
+import time
+from typing import NoReturn
+
+from swap_hpc.launcher import launched
+
+
+def say(text: str) -> None:
+    if _rank() == 0:
+        print(text, flush=True)
+
+
+def _rank() -> int:
+    """This process's rank: by MPI where it was started; else by the launcher's word, so that a login node needs no MPI."""
+    told = launched()
+    if "swap_hpc.ranks" in sys.modules:
+        from swap_hpc.ranks import Team
+
+        world = Team.world()
+        if world.size > 1 or told is None:
+            return world.rank
+    return told.rank if told else 0
+
+
+def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
+    """Says `text`, from one rank, and ends all ranks, also those that know of no error.
+
+    Where all ranks fail alike the first one speaks and ends the others, which wait for that meanwhile.
+    """
+    rank = _rank()
+    time.sleep(10 if said_elsewhere else 1 + 0.05 * min(rank, 40) if rank else 0)
+    alone = "swap_hpc.ranks" not in sys.modules
+    if not alone:
+        from swap_hpc import ranks
+
+        alone = ranks.Team.world().size == 1
+    if not said_elsewhere and (rank == 0 or not alone):
+        print(text, file=sys.stderr, flush=True)
+    if not alone:
+        time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
+        ranks.abort(code)
+    sys.exit(code)

@@ -1,0 +1,38 @@
+"""Loss and accuracy of a model on test samples that a team of ranks shares."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from swap_hpc.events import Evaluation
+from swap_hpc.job import Batch, Job
+from swap_hpc.ranks import Team
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], team: Team) -> Evaluation:
+    """Cross-entropy and accuracy of `model` on the batches of all ranks of `team`, each sample counted once.
+
+    `batches`: this rank's, (images (n, C, H, W), labels (n,) int64). The model's training mode is left as it was.
+    """
+    training = model.training
+    model.eval()
+    losses, hits, samples = [], [], 0
+    for images, labels in batches:
+        logits = model(images)
+        losses.append(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        hits.append((logits.argmax(1) == labels).sum())
+        samples += len(labels)
+    model.train(training)
+    loss = torch.stack(losses).double().sum().item() if losses else 0.0
+    correct = torch.stack(hits).sum().item() if hits else 0
+    loss, correct, samples = team.sums(loss, correct, samples)  # type: ignore[assignment]
+    return Evaluation(loss / samples, correct / samples)
+
+
+def evaluate_job(model: nn.Module, job: Job, team: Team) -> Evaluation:
+    """`evaluate` on the job's test samples."""
+    with job.autocast():
+        return evaluate(model, job.test_batches(team), team)

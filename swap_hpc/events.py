@@ -1,0 +1,75 @@
+"""What training yields: `Epoch`s to tell of, and `SavePoint`s to go on from."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from swap_hpc.averaging import WeightSum
+
+PhaseName = Literal["large_batch", "refine"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over samples."""
+
+    loss: float
+    accuracy: float  # in [0, 1]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a phase, as all ranks of its team see it."""
+
+    phase: PhaseName
+    group: int | None
+    cycle: int  # from 1
+    epoch: int  # from 1, since the phase began
+    learning_rate: float  # at the epoch's end
+    train: Evaluation  # running: of augmented batches, each before its step
+    test: Evaluation | None  # None where `evaluate.every` skips it
+    images: int  # the team's
+    train_seconds: float  # data loading in; the slowest rank's
+    evaluate_seconds: float
+    ends_cycle: bool
+
+
+@dataclass(frozen=True)
+class Running:
+    """One rank's sums over the steps of an epoch so far."""
+
+    loss: float = 0.0  # over samples
+    correct: int = 0
+    samples: int = 0
+    seconds: float = 0.0  # of training
+
+    def to(self, loss: float, correct: int, samples: int) -> "Running":
+        """These sums and one more step's. Added up step by step, so that they do not depend on when somebody looked."""
+        return Running(self.loss + loss, self.correct + correct, self.samples + samples, self.seconds)
+
+
+@dataclass(frozen=True)
+class SavePoint:
+    """A step boundary, and all that a phase goes on from there, to the bit. Its tensors are the live ones: save them at once."""
+
+    phase: PhaseName
+    group: int | None
+    epoch: int  # whole epochs done since the phase began, over all its cycles
+    step: int  # steps done of the next one
+    ended: bool  # the phase is over
+    due: bool  # to be saved; else it only says where the phase stands
+    weights: dict[str, Tensor]  # of the state dict, alike on all ranks of the team
+    buffers: dict[str, Tensor]  # of the state dict, this rank's own: batch norm has seen its share of the batches
+    momentum: dict[str, Tensor]  # by parameter, where it has been stepped
+    cycles: WeightSum = field(default_factory=WeightSum)  # the weights at the ends of the cycles so far
+    running: Running = field(default_factory=Running)  # of the epoch begun, this rank's
+
+    @property
+    def name(self) -> str:
+        return part_name(self.group)
+
+
+def part_name(group: int | None) -> str:
+    """What files call a part of the run: phase 1 (None), or a group's refinement."""
+    return "large_batch" if group is None else f"group-{group:03d}"

@@ -1,0 +1,110 @@
+"""Files that are either whole or not there: models and results of a run."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from swap_hpc.averaging import WeightSum, hashed
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.models import fill_
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import Recipe
+
+Tensors = dict[str, Tensor]
+
+
+class Unreadable(Exception):
+    """Why a file of tensors cannot be used."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)`, then the file gets its name: a reader finds the old file or the new one, never a part.
+
+    Raises RunError where the file cannot be written (a full disk, a read-only folder); what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush(temporary)
+        temporary.rename(path)
+        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder; the file is whole there all the same
+            _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, team: Team) -> None:
+    """Writes a file once, by the team's first rank. Raises RunError on all of them."""
+    team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text)))
+
+
+def write_json(path: Path, value: Mapping[str, Any] | list[Any], team: Team) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n", team)
+
+
+def save_model(model: nn.Module, path: Path, recipe: Recipe, team: Team) -> None:
+    """Writes the state dict of `model`, alike on all ranks of `team`, once, the recipe in its header. Raises RunError on all."""
+    team.first(lambda: write_tensors(path, model.state_dict(), {"recipe": recipe.to_toml()}))
+
+
+def save_sum(total: WeightSum, path: Path, recipe: Recipe, team: Team) -> None:
+    """Writes a sum of weights, alike on all ranks of `team`, once. Raises RunError on all of them."""
+    tensors = {f"sums/{name}": t for name, t in total.sums.items()} | {f"kept/{name}": t for name, t in total.kept.items()}
+    team.first(lambda: write_tensors(path, tensors, {"recipe": recipe.to_toml(), "count": str(total.count)}))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """A .safetensors file that holds its own checksum. Raises RunError where it cannot be written."""
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    header = {**header, "format": "pt"}
+    header["sha256"] = _checksum(copies, header)
+    write_whole(path, lambda temporary: save_file(copies, temporary, metadata=header))
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and header of a .safetensors file; nothing in it is executed. Raises Unreadable where it is damaged or not there."""
+    if not path.is_file():
+        raise Unreadable("No such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    except (OSError, SafetensorError) as error:
+        raise Unreadable(getattr(error, "strerror", None) or f"truncated or damaged: {error}") from None
+    # a file that somebody else wrote has no checksum
+    if "sha256" in header and header["sha256"] != _checksum(tensors, header):
+        raise Unreadable("damaged: its checksum does not match")
+    return tensors, header
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of all that a file says but for the checksum itself."""
+    digest = hashed(tensors)
+    digest.update(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def load_weights_(model: nn.Module, path: Path) -> None:
+    """Gives `model` the weights in a .safetensors file. Raises UserError where they do not fit."""
+    try:
+        tensors, _ = read_tensors(path)
+    except Unreadable as why:
+        raise UserError(f"cannot read the weights {path}: {why}") from None
+    fill_(model, tensors, str(path))

@@ -1,0 +1,58 @@
+"""What all phases of a run share: the recipe, the data set, the device, and what a run is asked from outside."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swap_hpc.control import Control
+from swap_hpc.data import Dataset, loader, sampling
+from swap_hpc.data.sampling import Key
+from swap_hpc.devices import Device
+from swap_hpc.events import SavePoint
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import LargeBatch, Recipe, Refine
+
+Batch = tuple[Tensor, Tensor]  # images (n, C, H, W) float32, labels (n,) int64
+
+
+def _nothing_saved(part: str, team: Team) -> SavePoint | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    dataset: Dataset
+    device: Device
+    control: Control = field(default_factory=Control)
+    load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
+    met: int = 0  # meetings of the groups that are over, their averaged models evaluated
+
+    def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+        """This rank's share of every step of a phase from a step of an epoch on (both from 0), all epochs in one stream."""
+        epochs = range(epoch, phase.epochs * phase.cycles)
+        picks = sampling.training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, epochs, step)
+        return loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, phase.batch_size // team.size, self.device)
+
+    def test_batches(self, team: Team) -> Iterator[Batch]:
+        """This rank's share of the test samples, each of which the team sees once."""
+        size = self.recipe.evaluate.batch_size
+        picks = sampling.evaluation_picks(len(self.dataset.test), size, team.rank, team.size)
+        for batch in loader.batches(self.dataset, self.dataset.test, picks, None, size, self.device):
+            self.control.beat("an evaluation")
+            yield batch
+
+    def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
+        """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""
+        size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
+        picks = sampling.batchnorm_picks(self.recipe.seed, samples, self.recipe.batchnorm.samples or samples, size, team.rank, team.size)
+        for images, _ in loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, size, self.device):
+            self.control.beat("the batch-norm refresh")
+            if self.control.stop:
+                return
+            yield images
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.torch.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")

@@ -1,0 +1,113 @@
+"""What is made of a run's saved weights without training: the average of any of its groups, and evaluations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from swap_hpc.averaging import WeightSum, average_weights_, check_equal, refresh_batchnorm_
+from swap_hpc.checkpoint import model_state, sum_of
+from swap_hpc.errors import UserError
+from swap_hpc.evaluation import evaluate_job
+from swap_hpc.events import Evaluation, part_name
+from swap_hpc.files import Tensors, Unreadable, load_weights_, read_tensors, save_model
+from swap_hpc.job import Job
+from swap_hpc.models import fill_
+from swap_hpc.prepare import prepare
+from swap_hpc.ranks import Team, node_of
+from swap_hpc.recipe import Recipe, load_recipe, recipe_of
+
+
+class Result(NamedTuple):
+    file: Path
+    test: Evaluation
+    weights_sha256: str
+
+
+def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: Team) -> Result:
+    """Averages the weights that groups of a run ended with (None: all) and refreshes batch norm, on any number of ranks.
+
+    Writes the model into the run's folder. With all groups it is the one that `train` ends with. Raises UserError, on all
+    ranks, for what is no run's folder, and for groups that the run does not have or that did not end.
+    """
+    recipe = world.agree(lambda: _recipe_in(run, data))
+    chosen = world.agree(lambda: _chosen(run, recipe, groups))
+    job, model = _prepare(recipe, world)
+    total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
+    _average_(model, total, job, world, world)
+    name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
+    file = run / f"{name}.safetensors"
+    save_model(model, file, recipe, world)
+    return Result(file, evaluate_job(model, job, world), check_equal(model, world))
+
+
+def evaluate(file: Path, data: Path | None, world: Team) -> Result:
+    """The test loss and accuracy of any .safetensors file that a run leaves, on any number of ranks.
+
+    Of a checkpoint, its model as it stands (of batch-norm statistics that differ between ranks, their mean); of a group's sum over
+    cycles, their average, batch norm refreshed. Raises UserError, on all ranks.
+    """
+    tensors, header = world.agree(lambda: _read(file))
+    recipe = world.agree(lambda: recipe_of(header["recipe"], str(file), data) if "recipe" in header else _recipe_in(file.parent, data))
+    job, model = _prepare(recipe, world)
+    if "count" in header:
+        _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
+    else:
+        state = model_state(tensors) if "checkpoint" in header else tensors
+        world.agree(lambda: fill_(model, state, str(file)))
+    return Result(file, evaluate_job(model, job, world), check_equal(model, world))
+
+
+def _read(file: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        return read_tensors(file)
+    except Unreadable as why:
+        raise UserError(f"cannot read {file}: {why}") from None
+
+
+def _recipe_in(run: Path, data: Path | None) -> Recipe:
+    file = run / "recipe.toml"
+    if not file.is_file():
+        raise UserError(f"{run} is not a run's folder: there is no recipe.toml in it")
+    return load_recipe(str(file), data=data)
+
+
+def _prepare(recipe: Recipe, world: Team) -> tuple[Job, nn.Module]:
+    """A job, and its model, whose weights are still to be filled in."""
+    with node_of(world) as node:
+        return prepare(recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})}), world, node)
+
+
+def _chosen(run: Path, recipe: Recipe, groups: Sequence[int] | None) -> list[int]:
+    if recipe.refine.epochs == 0:
+        raise UserError(f"{run} holds a run without refinement: there is nothing to average")
+    chosen = sorted(set(groups)) if groups is not None else list(range(recipe.groups))
+    unknown = [group for group in chosen if not 0 <= group < recipe.groups]
+    if unknown:
+        raise UserError(f"--groups {','.join(map(str, chosen))}: the run has groups 0 to {recipe.groups - 1}")
+    ended = [group for group in range(recipe.groups) if (run / f"{part_name(group)}.safetensors").is_file()]
+    missing = [group for group in chosen if group not in ended]
+    if missing:
+        mend = f"--groups {','.join(map(str, ended))} averages those that have" if ended else "start train again"
+        raise UserError(f"{run}: no weights of group {', '.join(map(str, missing))}, whose refinement has not ended: {mend}")
+    return chosen
+
+
+def _sum(groups: Sequence[int], run: Path, recipe: Recipe, model: nn.Module) -> WeightSum:
+    """What groups contribute to the average: their weights at the ends of all their cycles. Changes `model`."""
+    total = WeightSum()
+    for group in groups:
+        if recipe.refine.cycles > 1:
+            tensors, header = _read(run / f"{part_name(group)}-cycles.safetensors")
+            total.merge_(sum_of(tensors, int(header["count"])))
+        else:
+            load_weights_(model, run / f"{part_name(group)}.safetensors")
+            total.add_(model)
+    return total
+
+
+def _average_(model: nn.Module, total: WeightSum, job: Job, peers: Team, world: Team) -> None:
+    average_weights_(model, peers, total)
+    with job.autocast():
+        refresh_batchnorm_(model, job.batchnorm_batches(world), world)
