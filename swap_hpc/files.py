@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             _flush(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise RunError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, without what safetensors puts around it."""
+    said = getattr(error, "strerror", None) or str(error)
+    return re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", said)
 
 
 def _flush(path: Path) -> None:
@@ -50,13 +57,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str, team: Team) -> None:
-    """Writes a file once, by the team's first rank. Raises RunError on all of them."""
-    team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text)))
-
-
 def write_json(path: Path, value: Mapping[str, Any] | list[Any], team: Team) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n", team)
+    """Writes a file once, by the team's first rank. Raises RunError on all of them."""
+    text = json.dumps(value, indent=2) + "\n"
+    team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text)))
 
 
 def save_model(model: nn.Module, path: Path, recipe: Recipe, team: Team) -> None:

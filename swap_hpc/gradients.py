@@ -46,8 +46,9 @@ def check_horovod(device: Device) -> None:
 def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, device: Device) -> Iterator[torch.optim.Optimizer]:
     """`optimizer`, stepping with gradients averaged over `team`, whose ranks hold equal weights.
 
-    Horovod is started on the team's communicator and shut down at the end, so that no thread of it runs elsewhere. Its
-    hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one never touches Horovod.
+    Horovod is started on the team's communicator and shut down at the end, or when all leave training, so that no thread of
+    it runs elsewhere. Its hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one
+    never touches Horovod.
     """
     if team.size == 1:
         yield optimizer
@@ -58,12 +59,16 @@ def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team:
         # Horovod's thread wakes up every millisecond to ask the other ranks; with the model on the same core that costs a third of the step
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
     hvd.init(team.comm)
-    if through_host:
-        hook = optimizer.register_step_pre_hook(lambda *_: _average_through_host(model, hvd))
-        yield optimizer
-        hook.remove()
-    else:
-        yield hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), groups=_buckets(model))
+    try:
+        if through_host:
+            hook = optimizer.register_step_pre_hook(lambda *_: _average_through_host(model, hvd))
+            yield optimizer
+            hook.remove()
+        else:
+            yield hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), groups=_buckets(model))
+    except GeneratorExit:  # all ranks leave training before its end; at an error of one rank the others may not be there to shut down with
+        hvd.shutdown()
+        raise
     hvd.shutdown()
 
 

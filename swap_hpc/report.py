@@ -7,6 +7,8 @@ from typing import Any
 
 from swap_hpc.errors import UserError
 
+Lines = list[dict[str, Any]]  # of a metrics file
+
 
 def load_result(run: Path) -> dict[str, Any]:
     """What `result.json` of a run's folder holds. Raises UserError where the folder holds no complete run."""
@@ -65,11 +67,12 @@ def curves(run: Path, figure: Path) -> None:
     result = load_result(run)
     large_batch = [line for line in _lines(run / "metrics" / "world.jsonl") if line["phase"] == "large_batch"]
     groups = [_lines(path) for path in sorted((run / "metrics").glob("group-*.jsonl"))]
+    averages = [line for line in _lines(run / "metrics" / "world.jsonl") if line.get("model") == "average"]
     views = 2 if groups else 1
     ratios, size = {"height_ratios": (3, 1), "width_ratios": (1, 0.8)[:views]}, (1.5 + 3.5 * views, 5)
     fig, axes = plt.subplots(2, views, sharex="col", squeeze=False, layout="constrained", figsize=size, gridspec_kw=ratios)
     for top, bottom in axes.T:
-        _draw(top, bottom, result, large_batch, groups)
+        _draw(top, bottom, result, large_batch, groups, averages)
         bottom.set_xlabel("epoch")
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("learning rate")
@@ -81,7 +84,14 @@ def curves(run: Path, figure: Path) -> None:
     plt.close(fig)
 
 
-def _draw(top: Any, bottom: Any, result: dict[str, Any], large_batch: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> None:
+def _draw(
+    top: Any,
+    bottom: Any,
+    result: dict[str, Any],
+    large_batch: list[dict[str, Any]],
+    groups: list[list[dict[str, Any]]],
+    averages: list[dict[str, Any]],
+) -> None:
     begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
     fork = [(begin, 100 * accuracy["large_batch"])]
     top.plot(*_points(large_batch, 0), color="black", label="large batch")
@@ -93,18 +103,19 @@ def _draw(top: Any, bottom: Any, result: dict[str, Any], large_batch: list[dict[
         end = begin + result["epochs"]["refine"]
         mean, averaged = 100 * accuracy["mean_of_groups"], 100 * accuracy["averaged"]
         top.plot(end, mean, "o", color="grey", label=f"mean of groups {mean:.2f}")
+        top.plot([*_points(averages, begin)[0], end], [*_points(averages, begin)[1], averaged], color="red", lw=1.5)
         top.plot(end, averaged, "*", color="red", ms=12, label=f"averaged {averaged:.2f}")
 
 
 def _points(
-    lines: list[dict[str, Any]], start: int, field: str = "test_accuracy", scale: float = 100, before: Sequence[tuple[float, float]] = ()
+    lines: Lines, start: int, field: str = "test_accuracy", scale: float = 100, before: Sequence[tuple[float, float]] = ()
 ) -> tuple[list[float], list[float]]:
     """Epochs of the run and values of a field, where it was measured."""
     points = [*before, *((start + line["epoch"], scale * line[field]) for line in lines if line[field] is not None)]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[list[dict[str, Any]]]) -> None:
+def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines]) -> None:
     """Limits the axes to the refinement."""
     begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
     values = [100 * accuracy[name] for name in ("large_batch", "averaged")] + [y for lines in groups for y in _points(lines, begin)[1]]
@@ -116,5 +127,5 @@ def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[list[dict[
     bottom.set_ylim(-0.05 * highest, 1.1 * highest or 1)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> Lines:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

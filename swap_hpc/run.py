@@ -18,14 +18,14 @@ from swap_hpc.doctor import environment
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Epoch, SavePoint, part_name
-from swap_hpc.files import save_model, save_sum, write_json, write_text
+from swap_hpc.files import save_model, save_sum, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
 from swap_hpc.metrics import Display, Journal, Line, Stopwatch
 from swap_hpc.prepare import prepare
 from swap_hpc.ranks import Ranks, Team, grid, node_of
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
-from swap_hpc.swap import swap
+from swap_hpc.swap import Event, swap
 from swap_hpc.watchdog import watching
 
 
@@ -45,8 +45,7 @@ def train(recipe: Recipe, out: Path, world: Team, console: Console, control: Con
             display.say(f"{out} holds this run, complete: nothing to do")
             return finished
         job, model = prepare(recipe, world, node)
-        world.first(lambda: _remove_parts(out))
-        write_text(out / "recipe.toml", recipe.to_toml(), world)
+        world.first(lambda: _claim(recipe, out))
         write_json(out / "environment.json", environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
@@ -74,8 +73,12 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _remove_parts(out: Path) -> None:
-    """Files that a killed run was writing."""
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Writes the recipe into the folder, and removes what a killed start was writing. Raises UserError where that cannot be done."""
+    try:
+        write_whole(out / "recipe.toml", lambda temporary: temporary.write_text(recipe.to_toml()))
+    except RunError as error:
+        raise UserError(f"{error}: choose another --out") from None
     for folder in (out, out / "checkpoints", out / "metrics"):
         for path in folder.glob(".*.*.[0-9]*"):
             path.unlink(missing_ok=True)
@@ -110,14 +113,22 @@ class _Consumer:
         self.watch.own["setup"] = perf_counter() - self.watch.started
         self._meet(self.control.stop)
         self.journal.begin("world", [])
-        for event in swap(model, self.job, self.ranks):
-            if isinstance(event, Epoch):
-                self._epoch(event)
-            elif isinstance(event, SavePoint):
-                self._savepoint(event)
-            else:
-                self._done(event.what, event.model, event.epoch)
+        events = swap(model, self.job, self.ranks)
+        try:
+            for event in events:
+                self._consume(event)
+        except Stopped:  # all ranks leave together
+            events.close()
+            raise
         return self._result(model)
+
+    def _consume(self, event: Event) -> None:
+        if isinstance(event, Epoch):
+            self._epoch(event)
+        elif isinstance(event, SavePoint):
+            self._savepoint(event)
+        else:
+            self._done(event.what, event.model, event.epoch)
 
     def _load(self, part: str, team: Team) -> SavePoint | None:
         """Where a part of the run goes on from; its metrics and times go on, too."""

@@ -1,6 +1,6 @@
 """Stochastic Weight Averaging in Parallel (Gupta, Akle Serrano, DeCoste, arXiv 2001.02312)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,7 +26,7 @@ class Done:
 Event: TypeAlias = Epoch | SavePoint | Done
 
 
-def swap(model: nn.Module, job: Job, ranks: Ranks) -> Iterator[Event]:
+def swap(model: nn.Module, job: Job, ranks: Ranks) -> Generator[Event, None, None]:
     """Trains `model`, in place: at the end it is the averaged one, alike on all ranks."""
     recipe = job.recipe
 

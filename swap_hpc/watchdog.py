@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 
 from swap_hpc.control import Control
 from swap_hpc.ending import fail
-from swap_hpc.errors import RunError
 from swap_hpc.launcher import launched
 from swap_hpc.ranks import Ranks
 
@@ -63,7 +62,7 @@ class _Watchdog:
             passed = min(monotonic() - last, 2 * step)
             last = monotonic()
             if launcher is not None and os.getppid() != launcher:
-                _end("the launcher has died")
+                os._exit(3)  # nobody is left to tell, and MPI to end the others with: they see it, too
             if not self.limit:
                 continue
             if last - written > self.limit / 10:
@@ -93,8 +92,7 @@ def _read(path: Path) -> str | None:
 
 
 def _end(reason: str) -> None:
-    try:
-        fail(3, f"swap-hpc: {RunError(reason)} (watchdog.minutes sets the limit)")
-    finally:
-        sleep(5)
-        os._exit(3)
+    late = threading.Timer(15, os._exit, [3])  # where MPI cannot end the job any more
+    late.daemon = True
+    late.start()
+    fail(3, f"swap-hpc: {reason} (watchdog.minutes sets the limit)")

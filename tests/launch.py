@@ -37,20 +37,26 @@ def command(
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Finished:
     """Runs a command, under `mpirun -n ranks` where `ranks` is given; kills all of it at the time-out."""
-    line = [str(a) for a in arguments]
-    if ranks is not None:
-        line = [_mpirun(), "-n", str(ranks), *line]
     begin = time.monotonic()
-    env = _environment() | dict(variables)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = launch(*arguments, ranks=ranks, cwd=cwd, variables=variables)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"{line} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+        raise AssertionError(f"{arguments} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
     return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
+
+
+def launch(
+    *arguments: str | Path, ranks: int | None = None, cwd: Path | None = None, variables: Mapping[str, str] = MappingProxyType({})
+) -> "subprocess.Popen[str]":
+    """Starts a command, in a session of its own."""
+    line = [str(a) for a in arguments]
+    if ranks is not None:
+        line = [_mpirun(), "-n", str(ranks), *line]
+    pipe, env = subprocess.PIPE, _environment() | dict(variables)
+    return subprocess.Popen(line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:

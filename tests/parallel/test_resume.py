@@ -1,0 +1,209 @@
+"""A run that is stopped at any step boundary and goes on from its checkpoints ends as if it had not been."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from swap_hpc import fit as fit_module
+from swap_hpc.averaging import weights_sha256
+from swap_hpc.checkpoint import Checkpoints
+from swap_hpc.control import Control
+from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.errors import RunError
+from swap_hpc.events import Epoch, SavePoint
+from swap_hpc.fit import fit
+from swap_hpc.job import Job
+from swap_hpc.ranks import Ranks, Team, grid
+from swap_hpc.swap import Done, Event, swap
+
+NORMED: dict[str, Any] = {"model": {"name": "tiny:normed"}, "refine": {"epochs": 2, "cycles": 2}}  # batch norm and dropout
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks look at every step whether a save is due."""
+    monkeypatch.setattr(fit_module, "LOOK_SECONDS", 0.0)
+
+
+@pytest.fixture
+def folder(world: Team, tmp_path: Path) -> Path | None:
+    """One folder for all ranks."""
+    return Path(world.broadcast(str(tmp_path))) if world else None
+
+
+def eager(job: Job) -> Job:
+    """Always due to save."""
+    return replace(job, control=Control(save_seconds=0.0))
+
+
+@dataclass
+class Record:
+    """What a run says and leaves; equal ones are equal to the bit, but for the times."""
+
+    epochs: dict[tuple[str, int | None, int], tuple[Any, ...]] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Epoch):
+            self.epochs[event.phase, event.group, event.epoch] = (event.train, event.test, event.learning_rate, event.images)
+        elif isinstance(event, Done) and event.what != "refine":  # which names no model
+            self.models[event.what] = weights_sha256(event.model)
+
+
+def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | None = None) -> bool:
+    """`swap()` as `train` runs it: on from the checkpoints in `folder`, up to its save point number `stop_at`. Whether it ended."""
+    checkpoints = Checkpoints(folder, job.recipe)
+    events = swap(tiny.model(job), replace(job, load=lambda part, team: loaded(checkpoints, part, team)), ranks)
+    number = 0
+    for event in events:
+        record.add(event)
+        if isinstance(event, SavePoint) and event.due:
+            checkpoints.save(event, {}, ranks.world if event.group is None else ranks.group)
+            number += 1
+            if number == stop_at:
+                events.close()
+                ranks.world.barrier()
+                return False
+    return True
+
+
+def loaded(checkpoints: Checkpoints, part: str, team: Team) -> SavePoint | None:
+    saved = checkpoints.load(part, team)
+    return saved.point if saved else None
+
+
+@pytest.mark.ranks(1, 3)
+def test_stopped_at_any_step_it_ends_the_same_to_the_bit(world: Team, folder: Path, every_step: None) -> None:
+    job = eager(tiny.job(groups=world.size, **NORMED))
+    with grid(world, world.size) as ranks:
+        whole = Record()
+        assert run(job, ranks, folder / "whole", whole)
+        steps = 2 * 4 + 4 * 8  # of both phases: 101 samples in batches of 24 and of 12
+        for stop_at in (1, 4, 8, 11, 24, steps):
+            parts = Record()
+            assert not run(job, ranks, folder / str(stop_at), parts, stop_at)
+            assert run(job, ranks, folder / str(stop_at), parts)
+            assert parts == whole, f"stopped at save point {stop_at}"
+
+
+def test_stopped_again_and_again_it_ends_the_same(world: Team, folder: Path, every_step: None) -> None:
+    """Every start does three steps; groups of several ranks where the number of ranks allows it; a rank with two groups; meetings."""
+    layout = 2 if world.size % 2 == 0 else 2 * world.size
+    job = eager(tiny.job(groups=layout, model={"name": "tiny:normed"}, refine={"epochs": 2, "evaluate_average": 1}))
+    with grid(world, layout) as ranks:
+        whole, parts = Record(), Record()
+        assert run(job, ranks, folder / "whole", whole)
+        starts = 1
+        while not run(job, ranks, folder / "parts", parts, stop_at=3):
+            starts += 1
+            assert starts < 100
+        assert parts == whole and starts > 8
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(world: Team, folder: Path, every_step: None) -> None:
+    """Saved by all ranks inside an epoch of each phase, it goes on on one rank alone."""
+    job = eager(tiny.job(groups=1, refine={"epochs": 1, "batch_size": 24}))
+    for stop_at in (2, 6, 10):  # of 8 steps in phase 1 and 4 in phase 2
+        with grid(world, 1) as ranks, grid(Team.alone(), 1) as one:
+            begun, whole = Record(), Record()
+            run(job, ranks, folder / str(stop_at), begun, stop_at)
+            if world.rank == 0:
+                run(job, one, folder / str(stop_at), begun)
+                run(job, one, folder / f"whole-{stop_at}", whole)
+            world.barrier()
+        assert begun.epochs.keys() >= whole.epochs.keys()
+        for key, (train, test, *rest) in whole.epochs.items():
+            found = begun.epochs[key]
+            assert found[0].loss == pytest.approx(train.loss, rel=1e-4) and found[0].accuracy == pytest.approx(train.accuracy, abs=0.02)
+            assert found[1].loss == pytest.approx(test.loss, rel=1e-4) and list(found[2:]) == rest
+
+
+@pytest.mark.ranks(2, 4)
+def test_batch_norm_statistics_of_each_rank_come_back(world: Team, folder: Path, every_step: None) -> None:
+    job = eager(tiny.job(model={"name": "tiny:normed"}))
+    checkpoints = Checkpoints(folder, job.recipe)
+    events = fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world)
+    point = next(event for event in events if isinstance(event, SavePoint) and event.step == 2)
+    mine = {name: t.clone() for name, t in point.buffers.items()}
+    checkpoints.save(point, {"a": 1}, world)
+    events.close()  # type: ignore[attr-defined]
+    there = world.allgather(mine["1.running_mean"])
+    assert not torch.equal(there[0], there[1])  # each rank saw its share of the batch
+    saved = checkpoints.load("large_batch", world)
+    assert saved and saved.notes == {"a": 1} and saved.point.running == point.running
+    assert all(torch.equal(saved.point.buffers[name], t) for name, t in mine.items())
+    alone = Checkpoints(folder, job.recipe).load("large_batch", Team.alone())
+    assert alone
+    torch.testing.assert_close(alone.point.buffers["1.running_mean"], torch.stack(there).double().mean(0).float(), rtol=0, atol=0)
+    assert alone.point.running.samples == 2 * 24
+
+
+def test_one_rank_that_is_asked_stops_all_at_the_same_step(world: Team, every_step: None) -> None:
+    job = tiny.job()
+    control = job.control
+
+    def watched() -> Iterator[Epoch | SavePoint]:
+        for event in fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world):
+            yield event
+            if isinstance(event, Epoch) and world.rank == world.size - 1:
+                control.stop = True
+
+    points = [(event.epoch, event.step) for event in watched() if isinstance(event, SavePoint) and event.due]
+    assert points == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
+    assert world.allgather(points) == [points] * world.size
+
+
+def test_looking_more_often_changes_nothing(world: Team, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, records = tiny.job(**NORMED), []
+    with grid(world, 1) as ranks:
+        for seconds in (0.0, 1e9):
+            monkeypatch.setattr(fit_module, "LOOK_SECONDS", seconds)
+            records.append(Record())
+            run(eager(job) if seconds == 0 else job, ranks, folder / str(seconds), records[-1])
+    assert records[0] == records[1]
+
+
+def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: Path) -> None:
+    """But what is asked for: the mean of the groups' weights as they are then, and of their cycles' ends."""
+    jobs = [tiny.job(groups=2 * world.size, refine={"epochs": 2, "cycles": 2, "evaluate_average": every}) for every in (0, 1)]
+    records, averages, copies = [Record(), Record()], [], []
+    with grid(world, 2 * world.size) as ranks:
+        for job, record in zip(jobs, records, strict=True):
+            for event in swap(tiny.model(job), job, ranks):
+                record.add(event)
+                if not isinstance(event, Epoch | SavePoint) and job is jobs[1]:
+                    weights = tiny.weights(event.model)
+                    averages += [weights] if event.what == "batchnorm" else []
+                    copies += [weights] if event.what.startswith("group-") else []
+    assert records[0] == records[1]
+    assert len(averages) == 4
+    everyones = [torch.stack(copies)[k : k + 2] for k in range(0, 8, 2)]  # per meeting, this rank's two groups
+    ends = [torch.stack([w for part in world.allgather(each) for w in part]) for each in everyones]
+    expected: list[Tensor] = [
+        ends[0].mean(0),
+        ends[1].mean(0),
+        torch.cat([ends[1], ends[2]]).mean(0),
+        torch.cat([ends[1], ends[3]]).mean(0),
+    ]
+    for average, wanted in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_are_not_finite_are_never_saved(world: Team, every_step: None) -> None:
+    """The loss of the last step was still finite; the weights after it are not."""
+    job = eager(tiny.job())
+    model = tiny.model(job)
+    events = fit(model, job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world)
+    for event in events:
+        if isinstance(event, SavePoint) and event.step == 1:
+            break
+    job.control.beat = lambda where: model.get_parameter("0.weight").data.fill_(math.inf)  # type: ignore[method-assign, assignment]
+    with pytest.raises(RunError, match=r"a weight is not finite after large_batch, epoch 1, step 2, at a learning rate of 0.0"):
+        next(events)
