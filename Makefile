@@ -10,6 +10,8 @@ HOROVOD_BUILD ?=
 RANKS ?= 4
 RECIPE ?= digits
 ARGS ?=
+FAULTS ?= 60
+SEED ?= 0
 
 activate := . "$(VENV)/bin/activate"
 # ranks may outnumber cores, and in a container one is root: Open MPI wants to be told
@@ -18,7 +20,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test lint doctor clean
+.PHONY: help setup run test soak lint doctor clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +34,9 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
 	@$(activate) && ruff check . && ruff format --check . && mypy && python -m pytest $(ARGS)
+
+soak: setup  ## kill, stop, break and hang runs at every place, 20 minutes (FAULTS=60, 175 are all; SEED=0)
+	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
 
 lint: setup  ## ruff and mypy
 	@$(activate) && ruff check . && ruff format --check . && mypy

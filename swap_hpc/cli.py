@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 DataDir = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder with the data, or to download it to.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10")]
 
 
 @app.command()
@@ -31,26 +32,33 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
     data: DataDir = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<recipe name>]")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     from rich.console import Console
 
-    from swap_hpc import ranks
     from swap_hpc.control import Control
-    from swap_hpc.recipe import check_ranks, load_recipe
 
     control = Control()
     control.listen()
-    world = ranks.Team.world()
-    if mismatch := ranks.launcher_mismatch(world):
-        raise UserError(mismatch)
-    parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
-    world.agree(lambda: check_ranks(parsed, world.size))  # before torch, which takes seconds to import
+    world, parsed = _recipe(recipe, overrides, data)
     from swap_hpc import report, run
 
     result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED)
     say(f"\n{report.table(result)}")
+
+
+def _recipe(name: str, overrides: list[str] | None, data: Path | None) -> tuple[Any, Any]:
+    """All ranks, and a recipe that they can run: checked before torch, which takes seconds to import."""
+    from swap_hpc import ranks
+    from swap_hpc.recipe import check_ranks, load_recipe
+
+    world = ranks.Team.world()
+    if mismatch := ranks.launcher_mismatch(world):
+        raise UserError(mismatch)
+    parsed = world.agree(lambda: load_recipe(name, overrides or (), data))
+    world.agree(lambda: check_ranks(parsed, world.size))
+    return world, parsed
 
 
 @app.command()
@@ -137,6 +145,21 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete 
     for folder in runs:
         say(f"{report.table(report.load_result(folder))}\n")
         say(f"written: {report.write_report(folder)}, {folder / 'curves.png'}")
+
+
+@app.command()
+def bench(
+    name: Annotated[Literal["checkpoint"], typer.Argument(help="What to measure.")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")] = "cifar10-cpu",
+    data: DataDir = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder on the file system that is measured.")] = Path("runs/bench"),
+    overrides: Overrides = None,
+) -> None:
+    """Measure what saving a checkpoint costs: seconds, and the share of a whole run."""
+    world, parsed = _recipe(recipe, overrides, data)
+    from swap_hpc.bench import checkpoint
+
+    say(checkpoint.report(parsed, out, world))
 
 
 @app.callback(invoke_without_command=True)

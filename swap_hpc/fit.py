@@ -31,7 +31,7 @@ MEND = "lower the rate, or warm up for longer"
 
 def fit(
     model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: Team, cycles: WeightSum | None = None
-) -> Iterator[Epoch | SavePoint]:
+) -> Generator[Epoch | SavePoint, None, None]:
     """Trains `model` in place with SGD on batches shared by `team`, from where `job.load` finds the phase.
 
     Yields first a `SavePoint` that says where; then each epoch at its end, followed by a `SavePoint`; and inside an epoch

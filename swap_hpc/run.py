@@ -112,7 +112,8 @@ class _Consumer:
     def consume(self, model: nn.Module) -> dict[str, Any]:
         self.watch.own["setup"] = perf_counter() - self.watch.started
         self._meet(self.control.stop)
-        self.journal.begin("world", [])
+        if not self.job.recipe.large_batch.epochs:
+            self.journal.begin("world", [])
         events = swap(model, self.job, self.ranks)
         try:
             for event in events:

@@ -139,6 +139,7 @@ def test_a_loss_that_is_not_finite_is_said_once(tmp_path: Path) -> None:
     assert done.code == 3 and len(done.ours) == 1, done.stderr
     assert "in refine of group" in done.ours[0] and "at a learning rate of 1e+30: lower the rate" in done.ours[0]
     assert (tmp_path / "large_batch.safetensors").exists() and not (tmp_path / "result.json").exists()
+    assert list((tmp_path / "checkpoints").glob("large_batch-00001-*.safetensors"))
 
 
 def test_wrong_input_that_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_batch_norm_statistics_of_each_rank_come_back(world: Team, folder: Path,
     point = next(event for event in events if isinstance(event, SavePoint) and event.step == 2)
     mine = {name: t.clone() for name, t in point.buffers.items()}
     checkpoints.save(point, {"a": 1}, world)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     there = world.allgather(mine["1.running_mean"])
     assert not torch.equal(there[0], there[1])  # each rank saw its share of the batch
     saved = checkpoints.load("large_batch", world)

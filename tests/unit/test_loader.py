@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from swap_hpc.data import loader
-from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, evaluation_picks
+from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Dataset, Files
 from swap_hpc.errors import RunError
 from swap_hpc.recipe import Augment
@@ -70,6 +70,20 @@ def files(tmp_path: Path) -> Dataset:
         Image.fromarray(ramp.astype(np.uint8)).save(paths[-1])
     split = Files(tuple(paths), np.arange(40) % 3)
     return Dataset(split, split, ("a", "b", "c"), (32, 32), 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["memory", "streamed"])
+def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(files: Dataset, kind: str) -> None:
+    data = files if kind == "streamed" else tiny.dataset(40)
+    augment, key = Augment(pad=0 if kind == "streamed" else 1, flip=True), Key(0, Phase.REFINE, 1)
+
+    def images(first_epoch: int, step: int) -> list[torch.Tensor]:
+        picks = training_picks(key, 40, 12, 1, 2, range(first_epoch, 3), step)
+        return [batch.clone() for batch, _ in loader.batches(data, data.train, picks, augment, 6, tiny.CPU)]
+
+    whole, rest = images(0, 0), images(1, 2)
+    assert len(whole) == 9 and len(rest) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
 
 
 def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> None:
