@@ -77,7 +77,7 @@ def curves(run: Path, figure: Path) -> None:
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("learning rate")
     if groups:
-        _zoom(axes[0, 1], axes[1, 1], result, groups)
+        _zoom(axes[0, 1], axes[1, 1], result, groups, averages)
     axes[0, -1].legend(loc="lower right", fontsize="small")
     fig.suptitle(f"{result['recipe']}, seed {result['seed']}, {result['ranks']} ranks")
     fig.savefig(figure, dpi=120)
@@ -103,7 +103,9 @@ def _draw(
         end = begin + result["epochs"]["refine"]
         mean, averaged = 100 * accuracy["mean_of_groups"], 100 * accuracy["averaged"]
         top.plot(end, mean, "o", color="grey", label=f"mean of groups {mean:.2f}")
-        top.plot([*_points(averages, begin)[0], end], [*_points(averages, begin)[1], averaged], color="red", lw=1.5)
+        if averages:  # evaluated on the way
+            epochs, values = _points(averages, begin, before=fork)
+            top.plot([*epochs, end], [*values, averaged], color="red", lw=1.5)
         top.plot(end, averaged, "*", color="red", ms=12, label=f"averaged {averaged:.2f}")
 
 
@@ -115,10 +117,11 @@ def _points(
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines]) -> None:
+def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines], averages: Lines) -> None:
     """Limits the axes to the refinement."""
     begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
-    values = [100 * accuracy[name] for name in ("large_batch", "averaged")] + [y for lines in groups for y in _points(lines, begin)[1]]
+    curves = [y for lines in (*groups, averages) for y in _points(lines, begin)[1]]
+    values = [100 * accuracy["large_batch"], 100 * accuracy["averaged"], *curves]
     margin = 0.05 * (max(values) - min(values)) + 0.1
     top.set(
         xlim=(begin - 0.1, begin + result["epochs"]["refine"] + 0.3), ylim=(min(values) - margin, max(values) + margin), title="refinement"

@@ -56,6 +56,19 @@ def test_a_figure_shows_what_the_metrics_say(run: Path, monkeypatch: pytest.Monk
     assert [100 * report.load_result(run)["test_accuracy"]["averaged"]] in drawn[0]
 
 
+def test_the_averaged_models_curve_begins_and_ends_where_the_groups_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[list[list[float]]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append([list(x.get_ydata()) for x in figure.axes[0].lines]))
+    with open(run / "metrics" / "world.jsonl", "a") as file:
+        for epoch in (1, 2):
+            file.write(json.dumps({"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.8 + epoch / 100}) + "\n")
+    report.curves(run, run / "curves.png")
+    accuracy = report.load_result(run)["test_accuracy"]
+    assert [100 * a for a in (accuracy["large_batch"], 0.81, 0.82, accuracy["averaged"])] in drawn[0]
+
+
 def test_a_run_that_is_not_complete_is_named(run: Path) -> None:
     (run / "result.json").unlink()
     with pytest.raises(UserError, match="run has not finished yet"):
