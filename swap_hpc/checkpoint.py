@@ -1,5 +1,6 @@
 """Saves to continue from: written whole, verified when read, the newest two of each part of the run kept."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -95,13 +96,16 @@ class Checkpoints:
         for path in self._files(part):
             try:
                 tensors, header = read_tensors(path)
+                if "sha256" not in header:
+                    raise Unreadable("damaged: it has no checksum")
             except Unreadable as why:
                 bad[path] = why
                 continue
             self._check(path, header)
             for damaged, reason in bad.items():
                 print(f"swap-hpc: warning: {damaged} is {reason}; going on from {path.name}", file=sys.stderr, flush=True)
-                damaged.rename(damaged.with_suffix(".damaged"))
+                with contextlib.suppress(OSError):
+                    damaged.rename(damaged.with_suffix(".damaged"))
             return tensors, json.loads(header["state"])
         if bad:
             reasons = "; ".join(f"{path.name} is {why}" for path, why in bad.items())

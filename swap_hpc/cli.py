@@ -48,14 +48,21 @@ def train(
     say(f"\n{report.table(result)}")
 
 
-def _recipe(name: str, overrides: list[str] | None, data: Path | None) -> tuple[Any, Any]:
-    """All ranks, and a recipe that they can run: checked before torch, which takes seconds to import."""
+def _world() -> Any:
+    """All ranks. Raises UserError where launcher and MPI library do not match."""
     from swap_hpc import ranks
-    from swap_hpc.recipe import check_ranks, load_recipe
 
     world = ranks.Team.world()
     if mismatch := ranks.launcher_mismatch(world):
         raise UserError(mismatch)
+    return world
+
+
+def _recipe(name: str, overrides: list[str] | None, data: Path | None) -> tuple[Any, Any]:
+    """All ranks, and a recipe that they can run: checked before torch, which takes seconds to import."""
+    from swap_hpc.recipe import check_ranks, load_recipe
+
+    world = _world()
     parsed = world.agree(lambda: load_recipe(name, overrides or (), data))
     world.agree(lambda: check_ranks(parsed, world.size))
     return world, parsed
@@ -68,9 +75,7 @@ def average(
     data: DataDir = None,
 ) -> None:
     """Average the weights that a run's groups ended with, without training, and refresh batch norm."""
-    from swap_hpc.ranks import Team
-
-    world = Team.world()
+    world = _world()
     chosen = world.agree(lambda: _numbers(groups) if groups is not None else None)
     from swap_hpc import saved
 
@@ -83,10 +88,10 @@ def evaluate(
     data: DataDir = None,
 ) -> None:
     """Print the test accuracy and loss of a saved model."""
+    world = _world()
     from swap_hpc import saved
-    from swap_hpc.ranks import Team
 
-    _say_result(saved.evaluate(checkpoint, data, Team.world()))
+    _say_result(saved.evaluate(checkpoint, data, world))
 
 
 def _numbers(text: str) -> list[int]:
@@ -174,7 +179,10 @@ STARTED = time.perf_counter()
 def main() -> None:
     """Runs the command line; errors end in one clear line, from one rank."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except Stopped as stopped:
         say(f"swap-hpc: {stopped}")
         sys.exit(75)
@@ -189,8 +197,6 @@ def main() -> None:
     except KeyboardInterrupt:
         fail(3, "swap-hpc: interrupted")
     except Exception as error:
-        if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
-            fail(3, "swap-hpc: interrupted")
         if hasattr(error, "format_message"):  # the command line itself is wrong
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
         fail(3, traceback.format_exc().rstrip())

@@ -36,8 +36,8 @@ class Control:
     def waiting(self) -> Iterator[None]:
         self.waits = True
         yield
+        self.beats += 1  # first: the watchdog must not take the wait for a standstill
         self.waits = False
-        self.beats += 1
 
     def listen(self) -> None:
         """Lets SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop, and a second SIGINT interrupt at once."""

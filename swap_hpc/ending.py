@@ -30,7 +30,8 @@ def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
     Where all ranks fail alike the first one speaks and ends the others, which wait for that meanwhile.
     """
     rank = _rank()
-    time.sleep(10 if said_elsewhere else 1 + 0.05 * min(rank, 40) if rank else 0)
+    # far enough apart for the first one's abort to reach the next before it speaks
+    time.sleep(10 if said_elsewhere else 1 + 0.4 * min(rank, 8) if rank else 0)
     alone = "swap_hpc.ranks" not in sys.modules
     if not alone:
         from swap_hpc import ranks

@@ -39,7 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):  # some network file systems cannot flush a folder; the file is whole there all the same
             _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {_reason(error)}") from None
 
 
@@ -83,9 +84,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and header of a .safetensors file; nothing in it is executed. Raises Unreadable where it is damaged or not there."""
+    """Tensors and header of a .safetensors file; nothing in it is executed. Raises Unreadable where it is damaged or not there,
+    RunError where the system cannot read it now."""
     if not path.is_file():
         raise Unreadable("No such file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})

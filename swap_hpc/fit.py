@@ -14,7 +14,7 @@ from swap_hpc.averaging import WeightSum, average_running_statistics_, broadcast
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.evaluation import evaluate_job
-from swap_hpc.events import Epoch, Evaluation, Running, SavePoint, part_name
+from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
 from swap_hpc.models import fill_
@@ -39,7 +39,7 @@ def fit(
     agree about every `LOOK_SECONDS`, and at least every `LOOK_STEPS` steps. What is trained does not depend on when they do.
 
     Momentum starts at zero and is kept over the phase's cycles; the learning rate is interpolated at every step. The
-    weights at each cycle's end are added to `cycles`. Ends after all epochs, or with the first one whose training accuracy
+    weights at each cycle's end of a refinement are added to `cycles`. Ends after all epochs, or with the first one whose training accuracy
     reaches `phase.stop_accuracy`. Raises RunError, on all ranks of the team, where a loss or a weight is not finite.
     """
     if phase.epochs == 0:
@@ -49,7 +49,8 @@ def fit(
     start = job.load(part_name(group), team)
     cycles = cycles if cycles is not None else WeightSum()
     if start:
-        fill_(model, start.weights | start.buffers, f"of the checkpoint of {start.name}")
+        state, source = start.weights | start.buffers, f"of the checkpoint of {start.name}"
+        team.agree(lambda: fill_(model, state, source))
         cycles.merge_(start.cycles)
         if start.ended:
             yield replace(start, due=False)
@@ -92,7 +93,7 @@ class _Training:
         own = {name for name, _ in self.model.named_buffers()}
         momenta = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.model.named_parameters()}
         return SavePoint(
-            phase="large_batch" if self.group is None else "refine",
+            phase=self.phase_name,
             group=self.group,
             epoch=self.epoch,
             step=self.step,
@@ -124,10 +125,10 @@ class _Training:
             every = job.recipe.evaluate.every
             test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None
             train_seconds, evaluate_seconds = team.maximum(seconds, perf_counter() - trained)
-            if ends_cycle:
+            if ends_cycle and self.group is not None:
                 self.cycles.add_(self.model)
             yield Epoch(
-                phase="large_batch" if self.group is None else "refine",
+                phase=self.phase_name,
                 group=self.group,
                 cycle=cycle + 1,
                 epoch=self.epoch,
@@ -174,8 +175,12 @@ class _Training:
         return due
 
     @property
+    def phase_name(self) -> PhaseName:
+        return "large_batch" if self.group is None else "refine"
+
+    @property
     def where(self) -> str:
-        phase = "large_batch" if self.group is None else f"refine of group {self.group}"
+        phase = self.phase_name + ("" if self.group is None else f" of group {self.group}")
         return f"{phase}, epoch {self.epoch + 1}, step {self.step}"
 
     def _look(self, seen: list["_Step"], started: float) -> bool:
@@ -195,8 +200,13 @@ class _Training:
 
     def _checked(self, point: SavePoint, rate: float) -> SavePoint:
         """`point`. Raises RunError, on all ranks, rather than let weights be saved that training cannot go on from."""
-        if point.due and not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
-            raise RunError(f"a weight is not finite after {self.where}, at a learning rate of {rate:.4g}: {MEND}")
+
+        def check() -> None:
+            if not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
+                raise RunError(f"a weight is not finite after {self.where}, at a learning rate of {rate:.4g}: {MEND}")
+
+        if point.due:
+            self.team.agree(check)
         return point
 
 
@@ -224,26 +234,34 @@ class Refinement:
     """A group's copy of a model on its way through phase 2, to be trained in parts."""
 
     def __init__(self, group: int, model: nn.Module, job: Job, team: Team):
-        refine = job.recipe.refine
-        self.group = group
-        self.model = deepcopy(model)
+        self.group, self.job, self.team = group, job, team
+        self.model = model  # until it begins, when it takes a copy
         self.cycles = WeightSum()
         self.epoch = 0
-        self.per_cycle = refine.epochs
-        self.epochs = refine.epochs * refine.cycles
-        self._events = fit(self.model, job, refine, Key(job.recipe.seed, Phase.REFINE, group), team, self.cycles)
+        self._events: Generator[Epoch | SavePoint, None, None] | None = None
 
     def until(self, epoch: int) -> Iterator[Epoch | SavePoint]:
         """Trains on until that many epochs are done, where they are not already."""
-        for event in self._events if self.epoch < epoch else ():
-            yield event
-            if isinstance(event, SavePoint):
-                self.epoch = event.epoch
-                if epoch <= self.epoch < self.epochs:
-                    return
+        refine = self.job.recipe.refine
+        if self._events is None:
+            self.model = deepcopy(self.model)
+            self._events = fit(self.model, self.job, refine, Key(self.job.recipe.seed, Phase.REFINE, self.group), self.team, self.cycles)
+        try:
+            for event in self._events if self.epoch < epoch else ():
+                yield event
+                if isinstance(event, SavePoint):
+                    self.epoch = event.epoch
+                    if epoch <= self.epoch < refine.meetings[-1]:
+                        break
+        except GeneratorExit:
+            self._events.close()
+            raise
+        if self.epoch > epoch:
+            raise RunError(f"group {self.group} is {self.epoch} epochs on, past the meeting after {epoch}: the meetings' record was lost")
+        self.model.zero_grad()  # frees the gradients
 
     def add_to_(self, total: WeightSum) -> None:
         """Adds the weights at the ends of the cycles so far; inside a cycle, the weights as they are, too."""
         total.merge_(self.cycles)
-        if self.epoch % self.per_cycle:
+        if self.epoch % self.job.recipe.refine.epochs:
             total.add_(self.model)

@@ -47,7 +47,7 @@ def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team:
     """`optimizer`, stepping with gradients averaged over `team`, whose ranks hold equal weights.
 
     Horovod is started on the team's communicator and shut down at the end, or when all leave training, so that no thread of
-    it runs elsewhere. Its hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one
+    it runs in other parts of a run. Its hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one
     never touches Horovod.
     """
     if team.size == 1:

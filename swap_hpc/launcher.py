@@ -13,6 +13,8 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 
+PARENT = os.getppid()  # when this process began
+
 
 class Launched(NamedTuple):
     by: str

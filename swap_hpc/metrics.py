@@ -82,6 +82,11 @@ class Journal:
         except OSError as error:
             raise RunError(f"cannot write {self._path(name)}: {error.strerror}") from None
 
+    def end(self) -> None:
+        """Makes sure that the files are on the disk, whatever happens to the machine."""
+        for name, lines in self.lines.items():
+            self.begin(name, lines)
+
     def last_test(self, name: str) -> Evaluation | None:
         """Of the model of a part's last line."""
         lines = self.lines[name]
@@ -143,8 +148,7 @@ class Display:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def goes_on(self, point: SavePoint) -> None:
-        if point.epoch or point.step:
-            self.say(f"{_name(point.group)} goes on {'at its end' if point.ended else f'after epoch {point.epoch}, step {point.step}'}")
+        self.say(f"{_name(point.group)} goes on {'at its end' if point.ended else f'after epoch {point.epoch}, step {point.step}'}")
 
     def average(self, epoch: int, test: Evaluation) -> None:
         self.say(f"{'average':<12} epoch {epoch:>3}  test {test.accuracy:.4f}")

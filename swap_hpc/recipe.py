@@ -149,7 +149,7 @@ class Checkpoint(_Section):
     """Saves to continue from. A stop on request saves, too."""
 
     epochs: CountOrZero = 1  # between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end
-    minutes: Annotated[float, Field(ge=0)] = 10.0  # at most between saves inside an epoch
+    minutes: Annotated[float, Field(ge=0)] = 10.0  # at most between saves inside an epoch; 0: none there
 
 
 class Watchdog(_Section):

@@ -107,7 +107,7 @@ class _Consumer:
         self.watch = Stopwatch(started)
         self.averages: list[Line] = ranks.world.broadcast(ranks.world.first(self._saved_averages) or [])
         self.job = replace(job, control=control, load=self._load, met=len(self.averages))
-        control.save_seconds = job.recipe.checkpoint.minutes * 60
+        control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
 
     def consume(self, model: nn.Module) -> dict[str, Any]:
         self.watch.own["setup"] = perf_counter() - self.watch.started
@@ -138,6 +138,7 @@ class _Consumer:
         if not saved:
             return None
         self.watch.go_on_from(saved.notes["seconds"])
+        self.display.goes_on(saved.point)
         return saved.point
 
     def _epoch(self, epoch: Epoch) -> None:
@@ -151,7 +152,6 @@ class _Consumer:
         if point.ended and point.cycles.count > 1:
             save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
         if not point.due:
-            self.display.goes_on(point)
             return
         begin = perf_counter()
         self.control.beat(f"the start of a save of {point.name}")
@@ -222,6 +222,7 @@ class _Consumer:
             raise RunError(f"cannot read {self._averages}: {error}") from None
 
     def _result(self, model: nn.Module) -> dict[str, Any]:
+        self.journal.end()
         recipe, world, lines = self.job.recipe, self.ranks.world, self.journal.lines
         mine = self.watch.seconds()
         seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))

@@ -36,10 +36,11 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
     job, model = _prepare(recipe, world)
     total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
     _average_(model, total, job, world, world)
+    digest = check_equal(model, world)
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
     save_model(model, file, recipe, world)
-    return Result(file, evaluate_job(model, job, world), check_equal(model, world))
+    return Result(file, evaluate_job(model, job, world), digest)
 
 
 def evaluate(file: Path, data: Path | None, world: Team) -> Result:

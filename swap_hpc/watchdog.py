@@ -3,14 +3,14 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
 from swap_hpc.control import Control
 from swap_hpc.ending import fail
-from swap_hpc.launcher import launched
+from swap_hpc.launcher import PARENT, launched
 from swap_hpc.ranks import Ranks
 
 
@@ -18,16 +18,18 @@ from swap_hpc.ranks import Ranks
 def watching(control: Control, minutes: float, folder: Path, ranks: Ranks) -> Iterator[None]:
     """Ends all ranks, with exit code 3, where one makes no progress for that many minutes (0: never).
 
-    A rank measures itself: waiting for other groups is no hang. It leaves what it measures in a file in `folder`, where
-    ranks that wait see that another one stands still as a whole (stopped, or stuck in the kernel), its watchdog with it.
+    A rank measures its own progress: waiting for other groups is no hang. Where a process stands still as a whole (stopped, or
+    stuck in the kernel) so does its watchdog. Therefore each group's first rank keeps changing a file in `folder`, and the
+    first rank of the group before it looks at it: a standstill is noticed there after a fifth more time.
     """
     mine = folder / f"rank-{ranks.world.rank:05d}.alive"
-    heartbeat = ranks.group.first(lambda: mine)  # the other ranks of a group stand still with the first
-    others = [path for path in ranks.world.allgather(heartbeat) if path and path != mine]
-    dog = _Watchdog(control, minutes * 60, heartbeat, others)
+    first = ranks.group.first(lambda: mine)  # the other ranks of a group stand still with their first
+    ring = [path for path in ranks.world.allgather(first) if path]
+    neighbour = ring[(ring.index(first) + 1) % len(ring)] if first and len(ring) > 1 else None
+    dog = _Watchdog(control, minutes * 60, first, neighbour)
     dog.start()
     yield
-    dog.over.set()
+    dog.end()
 
 
 @dataclass
@@ -47,52 +49,60 @@ class _Stillness:
 class _Watchdog:
     control: Control
     limit: float  # seconds; 0: none
-    heartbeat: Path | None
-    others: list[Path]
+    mine: Path | None  # the file that shows that this process lives
+    neighbour: Path | None  # another one's
     over: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        self.over.set()
+        self.thread.join()
 
     def _run(self) -> None:
-        launcher = os.getppid() if launched() else None
         step = min(1.0, self.limit / 10) if self.limit else 1.0  # seconds between looks
-        own, still, last, written = _Stillness(), {path: _Stillness() for path in self.others}, monotonic(), 0.0
+        own, other = _Stillness(), _Stillness()
+        looked, exchanged, count = monotonic(), 0.0, 0
         while not self.over.wait(step):
-            passed = min(monotonic() - last, 2 * step)
-            last = monotonic()
-            if launcher is not None and os.getppid() != launcher:
-                os._exit(3)  # nobody is left to tell, and MPI to end the others with: they see it, too
+            now = monotonic()
+            passed, looked = min(now - looked, 2 * step), now
+            if launched() and os.getppid() != PARENT:
+                os._exit(3)  # nobody is left to tell, and no MPI to end the others, who see it, too
             if not self.limit:
                 continue
-            if last - written > self.limit / 10:
-                self._write()
-                written = last
-            if own.see(self.control.beats, passed) > self.limit and not self.control.waits:
+            waits = self.control.waits  # before the beats, which are counted on before a wait ends
+            if own.see((self.control.beats, waits), passed) > self.limit and not waits:
                 _end(f"no progress for {self.limit:.3g} s after {self.control.where}: this rank, or one that it waits for, hangs")
-            if self.control.waits:
-                for path, each in still.items():
-                    if each.see(_read(path), passed) > self.limit and not str(each.value).endswith("waits"):
-                        _end(f"{path.stem} has made no progress for {self.limit:.3g} s: it hangs")
+            if now - exchanged >= self.limit / 10:
+                since, exchanged, count = min(now - exchanged, self.limit / 5), now, count + 1
+                self._show(count)
+                seen = _read(self.neighbour)
+                if seen and other.see(seen, since) > 1.2 * self.limit:
+                    _end(f"the process of {seen} stands still for {self.limit:.3g} s")
 
-    def _write(self) -> None:
-        if self.heartbeat:
-            try:
-                self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
-                self.heartbeat.write_text(f"{self.control.beats} {'waits' if self.control.waits else self.control.where}")
-            except OSError:
-                pass  # a full disk ends the run at the next save, which says so
+    def _show(self, count: int) -> None:
+        if self.mine:
+            with suppress(OSError):  # a full disk ends the run at the next save, which says so
+                self.mine.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.mine.with_suffix(".part")
+                temporary.write_text(f"{self.mine.stem}, after {self.control.where} (sign of life {count})")
+                temporary.rename(self.mine)
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
+def _read(path: Path | None) -> str | None:
+    """None where it was never written: on file systems that the ranks do not share."""
+    with suppress(OSError):
+        return path.read_text() if path else None
+    return None
 
 
 def _end(reason: str) -> None:
     late = threading.Timer(15, os._exit, [3])  # where MPI cannot end the job any more
     late.daemon = True
     late.start()
-    fail(3, f"swap-hpc: {reason} (watchdog.minutes sets the limit)")
+    try:
+        fail(3, f"swap-hpc: {reason} (watchdog.minutes sets the limit)")
+    finally:
+        os._exit(3)

@@ -1,5 +1,6 @@
 """What saving costs: seconds per save, and its share of a whole run of a recipe."""
 
+import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,11 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
     """Trains one epoch of each phase, saves its end 20 times into `folder`, and tells what that makes of a whole run."""
     with node_of(world) as node, grid(world, recipe.groups) as ranks:
         job, model = prepare(recipe, world, node)
-        costs = {"large_batch": _measure(model, job, recipe.large_batch, ranks, folder)} if recipe.large_batch.epochs else {}
+        checkpoints = Checkpoints(Path(world.broadcast(world.first(lambda: _empty_folder(folder)) or "")), recipe)
+        costs = {"large_batch": _measure(model, job, recipe.large_batch, ranks, checkpoints)} if recipe.large_batch.epochs else {}
         if recipe.refine.epochs:
-            costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, folder)
+            costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, checkpoints)
+        checkpoints.remove(world)
     run = sum(cost.training + cost.saving for cost in costs.values())
     rows = []
     for phase, cost in costs.items():
@@ -58,7 +61,12 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
     return f"{recipe.name} on {world.size} ranks, {SAVES} saves into {folder}\n\n{markdown(head, rows)}\n\nshare of the run: {total:.3f} %"
 
 
-def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Ranks, folder: Path) -> Cost:
+def _empty_folder(inside: Path) -> str:
+    inside.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix="saves-", dir=inside)
+
+
+def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Ranks, checkpoints: Checkpoints) -> Cost:
     first = isinstance(phase, LargeBatch)
     team, group = (ranks.world, None) if first else (ranks.group, ranks.groups[0])
     key = Key(job.recipe.seed, Phase.LARGE_BATCH if first else Phase.REFINE, group or 0)
@@ -70,7 +78,6 @@ def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Rank
         elif isinstance(event, SavePoint) and event.epoch == 1:
             break
     assert isinstance(event, SavePoint)
-    checkpoints = Checkpoints(folder / "checkpoints", job.recipe)
     seconds = []
     for _ in range(SAVES):
         ranks.world.barrier()
@@ -80,7 +87,6 @@ def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Rank
     size = sum(path.stat().st_size for path in checkpoints.folder.glob(f"{part_name(group)}-*.safetensors"))
     events.close()
     ranks.world.barrier()
-    checkpoints.remove(ranks.world)
     epochs = phase.epochs * phase.cycles * (1 if first else len(ranks.groups))
     every, minutes = job.recipe.checkpoint.epochs, job.recipe.checkpoint.minutes
     inside = int(epoch_seconds / (60 * minutes)) if minutes else 0

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from swap_hpc.checkpoint import FORMAT, Checkpoints
 from swap_hpc.data.sampling import Key, Phase
@@ -122,5 +121,5 @@ def test_it_is_a_safetensors_file_with_a_readable_header(checkpoints: Checkpoint
     state = json.loads(header["state"])
     assert state["phase"] == "large_batch" and state["epoch"] == 3 and header["checkpoint"] == FORMAT
     assert tensors["momentum/0.weight"].shape == tensors["weights/0.weight"].shape and "buffers/1.running_mean" in tensors
-    assert tensors["sums/0.weight"].dtype == torch.float64
+    assert not any(name.startswith("sums/") for name in tensors)  # which only groups have
     assert "ranks" not in tensors  # one rank's buffers are all there are
