@@ -22,7 +22,7 @@ from faults import KINDS, PLACES
 from launch import BIN, Finished, command, processes_of
 
 HERE = Path(__file__).parent
-HANG_SECONDS = 6  # watchdog.minutes of these runs
+HANG_SECONDS = 10  # watchdog.minutes of these runs: longer than a first step takes on a busy machine
 
 RECIPE = {
     "model.width": 4,
@@ -79,9 +79,11 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def chain(layout: Layout, kinds: list[str], draw: random.Random, expected: dict[str, Any], out: Path) -> list[Outcome]:
-    """One run with a fault at every place, in their order: `kinds`, as many as there are places."""
-    outcomes = [fault(layout, kind, place, draw, out) for kind, place in zip(kinds, PLACES, strict=True)]
+def chain(
+    layout: Layout, kinds: list[str], draw: random.Random, expected: dict[str, Any], out: Path, patience: float = 1.0
+) -> list[Outcome]:
+    """One run with a fault at every place, in their order: `kinds`, as many as there are places. `patience`: times the limits."""
+    outcomes = [fault(layout, kind, place, draw, out, patience) for kind, place in zip(kinds, PLACES, strict=True)]
     done = start(layout, out)
     wrong = [] if done.code == 0 else [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
     if done.code == 0:
@@ -92,7 +94,7 @@ def chain(layout: Layout, kinds: list[str], draw: random.Random, expected: dict[
     return outcomes
 
 
-def fault(layout: Layout, kind: str, place: str, draw: random.Random, out: Path) -> Outcome:
+def fault(layout: Layout, kind: str, place: str, draw: random.Random, out: Path, patience: float) -> Outcome:
     """Starts the run, or starts it again, into one fault."""
     outcome = Outcome(layout, kind, place)
     mark = out.with_suffix(f".{place}")
@@ -110,7 +112,7 @@ def fault(layout: Layout, kind: str, place: str, draw: random.Random, out: Path)
     code = CODES[kind][0 if layout.ranks > 1 else 1]
     if done.code != code:
         outcome.wrong.append(f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}")
-    if outcome.seconds > LIMITS[kind] * (2 if layout.ranks > (os.cpu_count() or 1) else 1):
+    if outcome.seconds > patience * LIMITS[kind] * (2 if layout.ranks > (os.cpu_count() or 1) else 1):
         outcome.wrong.append(f"took {outcome.seconds:.1f} s to end")
     left = processes_of(out, within=3)
     if left:

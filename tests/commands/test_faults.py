@@ -31,7 +31,7 @@ CHAINS = {
 @pytest.mark.parametrize("layout", CHAINS, ids=str)
 def test_what_met_a_fault_at_every_place_ends_as_if_it_had_not(layout: Layout, tmp_path: Path) -> None:
     expected = soak.undisturbed(layout, tmp_path)
-    outcomes = soak.chain(layout, list(CHAINS[layout]), random.Random(0), expected, tmp_path / "run")
+    outcomes = soak.chain(layout, list(CHAINS[layout]), random.Random(0), expected, tmp_path / "run", patience=3)
     assert [f"{o.place}, {o.kind}: {o.wrong}" for o in outcomes if o.wrong] == []
     assert soak.record(tmp_path / "run") == expected
 
