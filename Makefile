@@ -35,7 +35,7 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
 	@$(activate) && ruff check . && ruff format --check . && mypy && python -m pytest $(ARGS)
 
-soak: setup  ## kill, stop, break and hang runs at every place, 20 minutes (FAULTS=60, 175 are all; SEED=0)
+soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAULTS=60, 175 are all; SEED=0)
 	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
 
 lint: setup  ## ruff and mypy
