@@ -58,17 +58,17 @@ def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = None) -> None:
     """Replaces the weights of `model` by their mean over `peers`, on every rank.
 
-    Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing at all where nothing was,
-    but not so on the first rank). Parameters and floating-point
-    buffers are summed in float64 by MPI_Allreduce, in chunks of at most 64 MiB, divided, and rounded once to their own
-    type: the result does not depend on the number or the layout of the ranks. Everything else (integer buffers,
-    batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes from the first rank's first contribution.
+    Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing where nothing was, but
+    not so on the first rank). Parameters and floating-point buffers are summed in float64 by MPI_Allreduce, in chunks of
+    at most 64 MiB, divided, and rounded once to their own type: the result does not depend on the number or the layout of
+    the ranks. Everything else (integer buffers, batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes
+    from the first rank's first contribution.
     """
     targets = averaged_tensors(model)
     zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()} if total and not total.count else {}
     sources = (total.sums or zeros) if total else targets
     count = peers.sums(total.count if total else 1)[0]
-    for pieces in _chunks(sources):
+    for pieces in _chunks(targets):  # whose order is the same on all ranks; that of sums that come from a file is not
         packed = torch.cat([sources[name].flatten()[a:b].to("cpu", torch.float64) for name, a, b in pieces])
         mean = torch.from_numpy(peers.sum_(packed.numpy())) / count
         for (name, a, b), values in zip(pieces, mean.split([b - a for _, a, b in pieces]), strict=True):

@@ -51,6 +51,20 @@ def test_the_layout_of_the_ranks_does_not_matter(world: Team) -> None:
     assert torch.equal(tiny.weights(here), tiny.weights(there))
 
 
+def test_the_order_in_which_a_rank_holds_its_sum_does_not_matter(world: Team) -> None:
+    """One that went on from a file has it in another order; one that has nothing to add has none."""
+    total, whole = WeightSum(), WeightSum()
+    for rank in range(max(1, world.size - 1)):
+        whole.add_(random_model(rank))
+    if world.rank < max(1, world.size - 1):
+        total.add_(random_model(world.rank))
+    total.sums = dict(sorted(total.sums.items(), reverse=world.rank % 2 == 1))
+    here, there = random_model(0), random_model(0)
+    average_weights_(here, world, total)
+    average_weights_(there, Team.alone(), whole)
+    assert torch.equal(tiny.weights(here), tiny.weights(there))
+
+
 def batches(count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(5 + i % 3, 3, 8, 8, generator=generator) * (1 + i) + i for i in range(count)]
