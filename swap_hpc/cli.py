@@ -14,7 +14,8 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.ending import fail, say
 from swap_hpc.errors import RunError, Stopped, UserError
-from swap_hpc.recipe import DataName
+from swap_hpc.part import WHOLE, Part, PhaseChoice, check_part, check_ranks
+from swap_hpc.recipe import DataName, load_recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -33,6 +34,8 @@ def train(
     data: DataDir = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<recipe name>]")] = None,
     overrides: Overrides = None,
+    phase: Annotated[PhaseChoice | None, typer.Option(help="Only this one: other jobs do the others, into the same folder.")] = None,
+    group: Annotated[int | None, typer.Option(metavar="N", help="With --phase refine: the group to refine, on all ranks.")] = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     from rich.console import Console
@@ -41,11 +44,13 @@ def train(
 
     control = Control()
     control.listen()
-    world, parsed = _recipe(recipe, overrides, data)
+    part = Part(phase, group)
+    world, parsed = _recipe(recipe, overrides, data, part)
     from swap_hpc import report, run
 
-    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED)
-    say(f"\n{report.table(result)}")
+    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED, part)
+    if result:
+        say(f"\n{report.table(result)}")
 
 
 def _world() -> Any:
@@ -58,13 +63,12 @@ def _world() -> Any:
     return world
 
 
-def _recipe(name: str, overrides: list[str] | None, data: Path | None) -> tuple[Any, Any]:
+def _recipe(name: str, overrides: list[str] | None, data: Path | None, part: Part = WHOLE) -> tuple[Any, Any]:
     """All ranks, and a recipe that they can run: checked before torch, which takes seconds to import."""
-    from swap_hpc.recipe import check_ranks, load_recipe
-
     world = _world()
     parsed = world.agree(lambda: load_recipe(name, overrides or (), data))
-    world.agree(lambda: check_ranks(parsed, world.size))
+    world.agree(lambda: check_part(part, parsed))
+    world.agree(lambda: check_ranks(parsed, world.size, part))
     return world, parsed
 
 

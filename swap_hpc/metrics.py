@@ -17,7 +17,7 @@ from swap_hpc.errors import RunError
 from swap_hpc.events import Epoch, Evaluation, SavePoint, part_name
 from swap_hpc.files import write_whole
 from swap_hpc.launcher import launched
-from swap_hpc.ranks import Ranks
+from swap_hpc.ranks import Ranks, Team
 from swap_hpc.recipe import Recipe
 
 Line = dict[str, Any]
@@ -50,10 +50,10 @@ class Journal:
     A part's lines are saved with its checkpoints: where a run goes on from one, its file is made anew from them.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks):
+    def __init__(self, folder: Path, teams: Mapping[str, Team]):
+        """`teams`: "world", "group-000" ..., each that this job tells of, and whose numbers they are."""
         self.folder = folder
-        self.writes = {"world": ranks.world.rank == 0}
-        self.writes |= {part_name(group): ranks.group.rank == 0 for group in ranks.groups}
+        self.writes = {name: team.rank == 0 for name, team in teams.items()}
         self.lines: dict[str, list[Line]] = {name: [] for name in self.writes}
 
     def begin(self, name: str, lines: list[Line]) -> None:

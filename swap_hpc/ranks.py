@@ -161,6 +161,12 @@ def _grid(world: Team, groups: int) -> Ranks:
     raise UserError(f"{world.size} ranks cannot share {groups} groups: start a multiple or a divisor of the groups")
 
 
+@contextmanager
+def single_row(world: Team, groups: tuple[int, ...]) -> Iterator[Ranks]:
+    """All ranks of `world` as one group that refines `groups`, of a grid whose other groups are other jobs'."""
+    yield Ranks(world, world, Team.alone(), groups)
+
+
 def _split(team: Team, colour: int) -> Team:
     return Team(team.comm.Split(colour, team.rank))
 

@@ -1,7 +1,7 @@
 """What to run: a TOML file, typed, validated and frozen.
 
 Nothing is derived behind the user's back: batch sizes, epochs and learning rates are used as they are written, whatever
-the number of ranks. Only what depends on the ranks is checked later, by `check_ranks`.
+the number of ranks. Only what depends on the ranks is checked later, by `part.check_ranks`.
 """
 
 import math
@@ -279,33 +279,3 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in fields.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raises UserError where `recipe` cannot run on that many ranks."""
-    groups = recipe.groups
-    if ranks % groups and groups % ranks:
-        near = [n for n in range(1, 4 * groups + 1) if n % groups == 0 or groups % n == 0]
-        raise UserError(
-            f"{ranks} ranks cannot share {groups} groups: start a multiple or a divisor of the groups ({', '.join(map(str, near))})"
-        )
-    large_batch, refine = recipe.large_batch, recipe.refine
-    if large_batch.epochs:
-        _check_share("large_batch", large_batch.batch_size, ranks)
-    if refine.epochs:
-        _check_share("refine", refine.batch_size, max(1, ranks // groups))
-    share, wanted = large_batch.batch_size // ranks, large_batch.batchnorm_batch_size
-    if large_batch.epochs and wanted is not None and share != wanted:
-        raise UserError(
-            f"large_batch.batchnorm_batch_size = {wanted}, but {ranks} ranks share batches of {large_batch.batch_size} as {share} each: "
-            f"start {large_batch.batch_size // wanted} ranks, or set the field to {share} for another result"
-        )
-
-
-def _check_share(phase: str, batch_size: int, ranks: int) -> None:
-    if batch_size % ranks:
-        near = [b for b in (batch_size // ranks * ranks, (batch_size // ranks + 1) * ranks) if b]
-        raise UserError(
-            f"{phase}.batch_size = {batch_size} does not divide by its {ranks} ranks: "
-            f"--set {phase}.batch_size={' or '.join(map(str, near))}"
-        )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -22,22 +23,26 @@ from swap_hpc.files import save_model, save_sum, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
 from swap_hpc.metrics import Display, Journal, Line, Stopwatch
+from swap_hpc.part import WHOLE, Part
 from swap_hpc.prepare import prepare
-from swap_hpc.ranks import Ranks, Team, grid, node_of
+from swap_hpc.ranks import Ranks, Team, grid, node_of, single_row
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
-from swap_hpc.swap import Event, swap
+from swap_hpc.swap import Done, Event, swap
 from swap_hpc.watchdog import watching
 
 
-def train(recipe: Recipe, out: Path, world: Team, console: Console, control: Control, started: float) -> dict[str, Any]:
-    """Runs `recipe` on the ranks of `world` into the folder `out`, and returns what `result.json` holds.
+def train(
+    recipe: Recipe, out: Path, world: Team, console: Console, control: Control, started: float, part: Part = WHOLE
+) -> dict[str, Any] | None:
+    """Runs `recipe`, or a part of it, on the ranks of `world` into the folder `out`.
 
-    `recipe` has passed `check_ranks`. Goes on where a run in `out` was stopped; leaves a complete one as it is.
-    `control.stop` ends it at the next step boundary. `started`: `perf_counter()` when the process began.
-    Raises UserError, before any training, for all that is wrong with the input; RunError where the run fails; Stopped.
+    Returns what `result.json` holds; None where the run is not complete with this part. `recipe` has passed `check_ranks`.
+    Goes on where a run in `out` was stopped; leaves a complete one as it is. `control.stop` ends it at the next step
+    boundary. `started`: `perf_counter()` when the process began. Raises UserError, before any training, for all that is
+    wrong with the input; RunError where the run fails; Stopped.
     """
     finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
-    with node_of(world) as node, grid(world, recipe.groups) as ranks:
+    with node_of(world) as node, _ranks(world, recipe, part) as ranks:
         display = Display(recipe, ranks, console)
         checkpoints = Checkpoints(out / "checkpoints", recipe)
         if finished:
@@ -45,13 +50,17 @@ def train(recipe: Recipe, out: Path, world: Team, console: Console, control: Con
             display.say(f"{out} holds this run, complete: nothing to do")
             return finished
         job, model = prepare(recipe, world, node)
-        world.first(lambda: _claim(recipe, out))
-        write_json(out / "environment.json", environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}, world)
+        world.first(lambda: _claim(recipe, out, part))
+        facts = environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        write_json(out / f"environment{'' if part.group is None else f'-{part_name(part.group)}'}.json", facts, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
         end_stalls(recipe.watchdog.minutes * 60)
         with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks):
-            result = _Consumer(job, ranks, out, checkpoints, display, control, started).consume(model)
+            result = _Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
+        if result is None:
+            display.say(f"{part_name(part.group)} is done, for the run in {out}")
+            return None
         write_json(out / "result.json", result, world)
         checkpoints.remove(world)
     return result
@@ -73,14 +82,21 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _claim(recipe: Recipe, out: Path) -> None:
+def _ranks(world: Team, recipe: Recipe, part: Part) -> AbstractContextManager[Ranks]:
+    if part.phase == "large_batch":
+        return single_row(world, ())
+    return grid(world, recipe.groups) if part.group is None else single_row(world, (part.group,))
+
+
+def _claim(recipe: Recipe, out: Path, part: Part) -> None:
     """Writes the recipe into the folder, and removes what a killed start was writing. Raises UserError where that cannot be done."""
     try:
         write_whole(out / "recipe.toml", lambda temporary: temporary.write_text(recipe.to_toml()))
     except RunError as error:
         raise UserError(f"{error}: choose another --out") from None
+    own = "" if part.group is None else f"*{part_name(part.group)}"  # other jobs may be writing other groups' files
     for folder in (out, out / "checkpoints", out / "metrics"):
-        for path in folder.glob(".*.*.[0-9]*"):
+        for path in folder.glob(f".{own}*.*.[0-9]*"):
             path.unlink(missing_ok=True)
 
 
@@ -100,24 +116,29 @@ class _Consumer:
     """What `swap()` yields, turned into files, lines on the screen, and the numbers of `result.json`."""
 
     def __init__(
-        self, job: Job, ranks: Ranks, out: Path, checkpoints: Checkpoints, display: Display, control: Control, started: float
+        self, job: Job, ranks: Ranks, out: Path, checkpoints: Checkpoints, display: Display, control: Control, started: float, part: Part
     ) -> None:
         self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
-        self.journal = Journal(out / "metrics", ranks)
+        self.part = part
+        shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
+        self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups})
         self.watch = Stopwatch(started)
         self.averages: list[Line] = ranks.world.broadcast(ranks.world.first(self._saved_averages) or [])
         self.job = replace(job, control=control, load=self._load, met=len(self.averages))
         control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
 
-    def consume(self, model: nn.Module) -> dict[str, Any]:
+    def consume(self, model: nn.Module) -> dict[str, Any] | None:
         self.watch.own["setup"] = perf_counter() - self.watch.started
         self._meet(self.control.stop)
-        if not self.job.recipe.large_batch.epochs:
+        if not self.job.recipe.large_batch.epochs and "world" in self.journal.lines:
             self.journal.begin("world", [])
         events = swap(model, self.job, self.ranks)
         try:
             for event in events:
                 self._consume(event)
+                if isinstance(event, Done) and event.what == self.part.last:
+                    self.journal.end()
+                    return None
         except Stopped:  # all ranks leave together
             events.close()
             raise
@@ -134,7 +155,12 @@ class _Consumer:
     def _load(self, part: str, team: Team) -> SavePoint | None:
         """Where a part of the run goes on from; its metrics and times go on, too."""
         saved = self.checkpoints.load(part, team)
-        self.journal.begin("world" if part == part_name(None) else part, saved.notes["lines"] if saved else [])
+        if self.part.needs(part) and not (saved and saved.point.ended):
+            phase = "large_batch" if part == part_name(None) else f"refine --group {int(part.removeprefix('group-'))}"
+            raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
+        name = "world" if part == part_name(None) else part
+        if name in self.journal.lines:
+            self.journal.begin(name, saved.notes["lines"] if saved else [])
         if not saved:
             return None
         self.watch.go_on_from(saved.notes["seconds"])
@@ -198,6 +224,8 @@ class _Consumer:
 
     def _large_batch(self, model: nn.Module) -> None:
         self.watch.lap()
+        if self.part.phase == "refine":  # what it left is written already
+            return
         test = self.journal.last_test("world")
         if test is None:  # no epoch of this phase: the model came from a file
             test = evaluate_job(model, self.job, self.ranks.world)

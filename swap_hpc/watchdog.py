@@ -25,8 +25,10 @@ def watching(control: Control, minutes: float, folder: Path, ranks: Ranks) -> It
     mine = folder / f"rank-{ranks.world.rank:05d}.alive"
     first = ranks.group.first(lambda: mine)  # the other ranks of a group stand still with their first
     ring = [path for path in ranks.world.allgather(first) if path]
-    neighbour = ring[(ring.index(first) + 1) % len(ring)] if first and len(ring) > 1 else None
-    dog = _Watchdog(control, minutes * 60, first, neighbour)
+    if first and len(ring) > 1:
+        dog = _Watchdog(control, minutes * 60, first, ring[(ring.index(first) + 1) % len(ring)])
+    else:
+        dog = _Watchdog(control, minutes * 60, None, None)
     dog.start()
     yield
     dog.end()

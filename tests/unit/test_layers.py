@@ -13,7 +13,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 
 # Lowest first: a module imports only those before it.
 LAYERS = {
-    0: ["errors", "launcher", "schedule", "recipe", "control"],
+    0: ["errors", "launcher", "schedule", "recipe", "part", "control"],
     1: ["ranks", "devices", "gradients", "data.sampling", "data.splits", "data.decode", "data.loader", "data.sources", "data", "models"],
     2: ["averaging", "events", "job", "evaluation", "fit"],
     3: ["swap"],

@@ -8,7 +8,8 @@ import tiny
 from pydantic import ValidationError
 
 from swap_hpc.errors import UserError
-from swap_hpc.recipe import check_ranks, differing_fields, load_recipe, parse, shipped_recipes
+from swap_hpc.part import check_ranks
+from swap_hpc.recipe import differing_fields, load_recipe, parse, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
