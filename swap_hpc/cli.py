@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from swap_hpc import __version__
-from swap_hpc.ending import fail, say
+from swap_hpc.ending import fail, say, tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.part import WHOLE, Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.recipe import DataName, load_recipe
@@ -186,6 +186,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
+        tell_launcher("done")
         sys.exit(code)
     except Stopped as stopped:
         say(f"swap-hpc: {stopped}")

@@ -1,8 +1,11 @@
 """How a job speaks with one voice, and how all of it ends."""
 
+import os
 import sys
 import time
-from typing import NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NoReturn
 
 from swap_hpc.launcher import launched
 
@@ -10,6 +13,13 @@ from swap_hpc.launcher import launched
 def say(text: str) -> None:
     if _rank() == 0:
         print(text, flush=True)
+
+
+def tell_launcher(state: Literal["training", "done"]) -> None:
+    """Writes how far the job came into the file SWAP_HPC_STATE, where a batch script names one: a launcher's exit code may not tell."""
+    if "SWAP_HPC_STATE" in os.environ and _rank() == 0:
+        with suppress(OSError):
+            Path(os.environ["SWAP_HPC_STATE"]).write_text(state)
 
 
 def _rank() -> int:

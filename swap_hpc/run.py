@@ -16,6 +16,7 @@ from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.control import Control
 from swap_hpc.data import Arrays
 from swap_hpc.doctor import environment
+from swap_hpc.ending import tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Epoch, SavePoint, part_name
@@ -56,6 +57,7 @@ def train(
         for line in _introduction(job, ranks, out):
             display.say(line)
         end_stalls(recipe.watchdog.minutes * 60)
+        tell_launcher("training")
         with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks):
             result = _Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
         if result is None:

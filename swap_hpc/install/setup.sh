@@ -84,6 +84,6 @@ install --force-reinstall --no-deps "$wheel"
 install cloudpickle psutil pyyaml packaging   # Horovod's own needs
 
 step "swap_hpc"
-install -e "$root[$EXTRAS]"
+install -e "${root}[$EXTRAS]"
 echo "$wanted" >"$stamp"
 step "ready: . $VENV/bin/activate"

@@ -1,0 +1,25 @@
+"""One cluster for all tests of this folder; they are skipped where Slurm is not installed."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_of_two import INSTALL, ROOT, Cluster, missing, running
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if why := missing():
+        pytest.skip(f"no Slurm cluster can be started here: {why}")
+    with running(tmp_path_factory.mktemp("cluster")) as started:
+        if "pmix" not in started.run("srun", "--mpi=list"):
+            pytest.skip(f"this srun has no MPI type pmix: {INSTALL}")
+        yield started
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder to call sbatch in, with the batch scripts as they are shipped."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    return tmp_path

@@ -1,0 +1,46 @@
+"""Jobs on the two-node cluster, as a user submits them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster_of_two import Cluster, wait_for
+
+SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a node
+TWO_NODES = ("--nodes=2", *SMALL)
+
+
+def submit(cluster: Cluster, home: Path, *line: str | Path, script: str = "slurm/swap.sbatch", options: tuple[str, ...] = TWO_NODES) -> int:
+    """The number of the job."""
+    return int(cluster.run("sbatch", "--parsable", *options, script, *line, cwd=home))
+
+
+def complete(cluster: Cluster, job: int, out: Path, seconds: float = 150) -> dict[str, Any]:
+    """What a job's run ended with; fails where the job did not end well."""
+    (ended,) = cluster.wait(job, seconds)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(ended)
+    return json.loads((out / "result.json").read_text())
+
+
+def output(job: dict[str, str]) -> str:
+    return Path(job["StdOut"]).read_text()
+
+
+def lines(file: Path) -> int:
+    """Epochs that a file of metrics tells of."""
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def reached(out: Path, part: str, epochs: int, seconds: float = 60) -> None:
+    """Waits until a part of a run ("world", "group-000" ...) is that far."""
+    wait_for(lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs, f"epoch {epochs} of {part} in {out}", seconds, every=0.02)
+
+
+def commands(text: str, word: str) -> list[str]:
+    """The lines of a text, or of a script's comment, that are shell commands with `word` in them, as one types them."""
+    typed = [line.removeprefix("#   ").split("  #")[0].strip() for line in text.splitlines() if line[:1] != "#" or line.startswith("#   ")]
+    return [line for line in typed if word in line]
+
+
+def digest(out: Path) -> str:
+    return str(json.loads((out / "result.json").read_text())["weights_sha256"])
