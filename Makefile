@@ -20,7 +20,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test soak lint doctor clean
+.PHONY: help setup run test test-slurm test-image test-bundle soak lint doctor image bundle clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,11 +35,26 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
 	@$(activate) && ruff check . && ruff format --check . && mypy && python -m pytest $(ARGS)
 
+test-slurm: setup  ## the batch scripts on a Slurm cluster of two nodes, which the tests start themselves (root; 10 minutes)
+	@$(activate) && python -m pytest tests/cluster $(ARGS)
+
+test-image: setup  ## build the CPU image, and train inside it (root, buildah, debootstrap; 10 minutes)
+	@$(activate) && python -m pytest -s tests/image $(ARGS)
+
+test-bundle: setup  ## make a bundle, install it and train in a network namespace with no way out (root; 5 minutes)
+	@$(activate) && python -m pytest tests/bundle $(ARGS)
+
 soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAULTS=60, 175 are all; SEED=0)
 	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
 
 lint: setup  ## ruff and mypy
 	@$(activate) && ruff check . && ruff format --check . && mypy
+
+image:  ## build the container image with docker, podman or buildah (IMAGE=swap_hpc BASE= RUNTIME= HOROVOD_BUILD=)
+	@docker/image.sh $(ARGS)
+
+bundle: setup  ## all that a cluster without a network needs, in one folder under dist/ (PYTHON=, CUDA=: of the environment)
+	@$(activate) && swap_hpc/install/bundle.sh $(FOLDER)
 
 doctor: setup  ## what a person asks first when a job fails
 	@$(activate) && mpirun -n $(RANKS) swap-hpc doctor

@@ -44,14 +44,15 @@ launch() {
   finish "$code"
 }
 
-# 2 is wrong input and 3 a run that failed: going on would not help, and neither would it where training never began. All else came
-# from outside: a stop with all saved (75), a rank, a step or a node that was killed. Open MPI's mpirun may say 0 where it lost a node.
+# 2 is wrong input and 3 a run that failed: going on would not help. Neither would it where a first start never came to train (a restart may have
+# been given a node that is down). All else came from outside: a stop with all saved (75), a rank, a step or a node that was killed.
+# Open MPI's mpirun may say 0 where it lost a node.
 finish() {
   local code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${SWAP_RESTARTS:-20} state
   state=$(cat "$SWAP_HPC_STATE" 2>/dev/null); rm -f "$SWAP_HPC_STATE"
   if [ "$code" = 0 ] && [ "$state" = "done" ]; then exit 0; fi
   case $code in 0) code=1 ;; 2|3) exit "$code" ;; esac
-  if [ -z "$state" ]; then
+  if [ -z "$state" ] && [ "$restarts" = 0 ]; then
     say "stopped with code $code before training began"
   elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
     say "stopped with code $code, as the job was cancelled or requeued"

@@ -83,8 +83,7 @@ class Cluster:
     def start(self) -> None:
         self.control_port, *ports = _free_ports(1 + len(NODES))
         self.ports = dict(zip(NODES, ports, strict=True))
-        for name in ("state", *(f"{kind}-{node}" for kind in ("spool", "tmp") for node in NODES)):
-            (self.folder / name).mkdir(parents=True)
+        (self.folder / "state").mkdir(parents=True)
         configuration = CONFIGURATION.format(host=socket.gethostname(), port=self.control_port, folder=self.folder)
         configuration += "".join(NODE.format(name=name, port=port) for name, port in self.ports.items())
         configuration += f"PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
@@ -105,6 +104,10 @@ class Cluster:
         wait_for(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), f"two idle nodes (logs in {self.folder})", 60)
 
     def start_node(self, node: str) -> None:
+        """Boots it: its spool is empty, as on a node that has it in memory. (Killed steps left PMIx sockets there.)"""
+        for name in (f"spool-{node}", f"tmp-{node}"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir()
         inside = f'hostname "{node}" && exec slurmd -D -N "{node}"'
         self._begin(node, ["unshare", "--uts", "sh", "-c", inside])
 

@@ -1,18 +1,28 @@
 """Jobs on the two-node cluster, as a user submits them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cluster_of_two import Cluster, wait_for
 
+TESTS = Path(__file__).parent
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a node
 TWO_NODES = ("--nodes=2", *SMALL)
 
 
-def submit(cluster: Cluster, home: Path, *line: str | Path, script: str = "slurm/swap.sbatch", options: tuple[str, ...] = TWO_NODES) -> int:
+def submit(
+    cluster: Cluster,
+    home: Path,
+    *line: str | Path,
+    script: str = "slurm/swap.sbatch",
+    options: tuple[str, ...] = TWO_NODES,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """The number of the job."""
-    return int(cluster.run("sbatch", "--parsable", *options, script, *line, cwd=home))
+    return int(cluster.run("sbatch", "--parsable", *options, script, *line, variables=variables, cwd=home))
 
 
 def complete(cluster: Cluster, job: int, out: Path, seconds: float = 150) -> dict[str, Any]:

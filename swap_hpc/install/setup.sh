@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environment of this checkout: a virtual environment with torch, torchvision, DALI, MPI, Horovod and swap_hpc.
 #
-#   VENV=.venv  PYTHON=python3  CUDA=13|12  HOROVOD_BUILD=auto|cpu|nccl  EXTRAS=dev   setup.sh
+#   VENV=.venv  PYTHON=python3  CUDA=13|12  HOROVOD_BUILD=auto|cpu|nccl  EXTRAS=dev|none   setup.sh
 #
+# With EXTRAS=none the environment holds a copy of swap_hpc and no tools for developing it; else the checkout is what runs.
 # What is not given stays as the environment was made. It does nothing where all is there already. No root is needed.
 set -euo pipefail
 
@@ -48,7 +49,7 @@ step() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
 logged() { "$@" >>"$log" 2>&1; }
 
 # before anything large is downloaded
-compgen -G "$SWAP_HPC_CACHE/horovod-*/*.whl" >/dev/null || need_compiler
+compgen -G "$SWAP_HPC_CACHE/horovod-*/*.whl" >/dev/null || [ -n "${HOROVOD_BROUGHT:-}" ] || need_compiler
 
 clear=()
 if [ -e "$made_with" ] && ! grep -qxF "base: $base" "$made_with"; then clear=(--clear); fi
@@ -84,6 +85,6 @@ install --force-reinstall --no-deps "$wheel"
 install cloudpickle psutil pyyaml packaging   # Horovod's own needs
 
 step "swap_hpc"
-install -e "${root}[$EXTRAS]"
+if [ "$EXTRAS" = none ]; then install --no-build-isolation "$root"; else install -e "${root}[$EXTRAS]"; fi
 echo "$wanted" >"$stamp"
 step "ready: . $VENV/bin/activate"

