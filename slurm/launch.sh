@@ -28,39 +28,41 @@ read -ra more <<<"${SWAP_LAUNCHER_ARGS:-}"
 export SWAP_HPC_STATE=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.state
 
 launch() {
-  local pid code asked
+  local pid code asked told=
   command -v "$1" >/dev/null || { say "no $1 on the PATH: make setup, or name the environment in $here/site.env"; exit 2; }
   rm -f "$SWAP_HPC_STATE"
   "${launcher[@]}" "${more[@]}" "$@" &
   pid=$!
-  # Both launchers hand USR1 on to the ranks, which save and exit with 75. In the background, because a shell acts on a
-  # signal only when no command runs in its foreground.
-  trap 'asked=1; kill -USR1 "$pid"' USR1 TERM
+  # Both launchers hand USR1 and USR2 on to the ranks, which save and exit with 75. In the background, because a shell acts on
+  # a signal only when no command runs in its foreground.
+  trap 'asked=1 told=1; kill -USR1 "$pid"' USR1 TERM
+  trap 'asked=1 told=1; kill -USR2 "$pid"' USR2
   while :; do
     asked=
     wait "$pid"; code=$?
     if [ -z "$asked" ] || [ "$code" -le 128 ]; then break; fi  # else a signal ended the wait, and not the launcher
   done
-  finish "$code"
+  finish "$code" "$told"
 }
 
 # 2 is wrong input and 3 a run that failed: going on would not help. Neither would it where a first start never came to train (a restart may have
 # been given a node that is down). All else came from outside: a stop with all saved (75), a rank, a step or a node that was killed.
 # Open MPI's mpirun may say 0 where it lost a node.
 finish() {
-  local code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${SWAP_RESTARTS:-20} state
+  local code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${SWAP_RESTARTS:-20} state job=$SLURM_JOB_ID
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # its number may stand for the whole array
   state=$(cat "$SWAP_HPC_STATE" 2>/dev/null); rm -f "$SWAP_HPC_STATE"
   if [ "$code" = 0 ] && [ "$state" = "done" ]; then exit 0; fi
   case $code in 0) code=1 ;; 2|3) exit "$code" ;; esac
-  if [ -z "$state" ] && [ "$restarts" = 0 ]; then
+  if [ -z "$state$2" ] && [ "$restarts" = 0 ]; then
     say "stopped with code $code before training began"
-  elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+  elif [ "$(squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
     say "stopped with code $code, as the job was cancelled or requeued"
   elif [ "$restarts" -ge "$most" ]; then
     say "stopped with code $code, and not restarted again after $restarts restarts (SWAP_RESTARTS): submit the same command again to go on"
   else
     say "stopped with code $code: back into the queue, restart $((restarts + 1)) of at most $most"
-    scontrol requeue "$SLURM_JOB_ID" || say "this cluster does not requeue: submit the same command again to go on"
+    scontrol requeue "$job" || say "this cluster does not requeue: submit the same command again to go on"
   fi
   exit "$code"
 }

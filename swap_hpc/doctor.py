@@ -21,8 +21,9 @@ PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "nvidia-dali-cuda130", 
 REDUCED = 2**20  # float32 elements of the timed allreduce: 4 MiB
 
 
-def environment(world: Team, device: Device) -> dict[str, Any]:
-    """Versions, builds, hosts and devices of a run, alike on all ranks."""
+def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
+    """Versions, builds, hosts and devices of a run, alike on all ranks. `node`: this rank's."""
+    mine = (host(), node.rank, _describe(device), os.environ.get("CUDA_VISIBLE_DEVICES"), device.threads)
     return {
         "swap_hpc": __version__,
         "python": platform.python_version(),
@@ -33,8 +34,8 @@ def environment(world: Team, device: Device) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
         "cpu": _cpu(),
         "ranks": [
-            {"rank": rank, "host": name, "device": kind, "threads": threads}
-            for rank, (name, kind, threads) in enumerate(world.allgather((host(), _describe(device), device.threads)))
+            {"rank": rank, **dict(zip(("host", "local_rank", "device", "cuda_visible_devices", "threads"), each, strict=True))}
+            for rank, each in enumerate(world.allgather(mine))
         ],
     }
 
@@ -54,6 +55,12 @@ def _horovod_build() -> dict[str, bool] | None:
     return {"mpi": hvd.mpi_built(), "nccl": bool(hvd.nccl_built()), "gloo": hvd.gloo_built()}
 
 
+def _place(rank: dict[str, Any]) -> str:
+    seen = rank["cuda_visible_devices"]
+    told = "" if seen is None else f", CUDA_VISIBLE_DEVICES={seen}"
+    return f"rank {rank['rank']} -> {rank['host']}, local rank {rank['local_rank']} -> {rank['device']}, {rank['threads']} threads{told}"
+
+
 def _describe(device: Device) -> str:
     return f"{device.torch} ({device.name}, {device.uuid})" if device.torch.type == "cuda" else "cpu"
 
@@ -70,7 +77,7 @@ def report(world: Team, groups: int) -> list[str]:
     """Lines for a person, alike on all ranks; ends with what is wrong, or that nothing was found."""
     with node_of(world) as node, grid(world, groups) as ranks:
         device = world.agree(lambda: choose_device(node, "auto"))
-        facts = environment(world, device)
+        facts = environment(world, node, device)
         nodes = world.allgather(host())
         timed = {name: _seconds_of_allreduce(team) for name, team in (("world", world), ("group", ranks.group), ("peers", ranks.peers))}
         spans = world.any(len(set(ranks.group.allgather(host()))) > 1)
@@ -87,7 +94,7 @@ def report(world: Team, groups: int) -> list[str]:
     lines.append(
         f"CUDA of torch: {facts['cuda']}; NCCL: {facts['nccl'] or 'not in use (no GPU)'}; GPUs seen by rank 0: {torch.cuda.device_count()}"
     )
-    lines += [f"rank {r['rank']} -> {r['host']} -> {r['device']}, {r['threads']} threads" for r in facts["ranks"]]
+    lines += [_place(rank) for rank in facts["ranks"]]
     lines.append(f"grid: {world.size} ranks on {len(set(nodes))} nodes, {groups} groups")
     lines += [f"allreduce of 4 MiB over {name}: {1e3 * seconds:.2f} ms" for name, seconds in timed.items()]
     return lines + ([f"PROBLEM: {problem}" for problem in problems] or ["no problem found"])

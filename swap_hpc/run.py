@@ -52,7 +52,7 @@ def train(
             return finished
         job, model = prepare(recipe, world, node)
         world.first(lambda: _claim(recipe, out, part))
-        facts = environment(world, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         write_json(out / f"environment{'' if part.group is None else f'-{part_name(part.group)}'}.json", facts, world)
         for line in _introduction(job, ranks, out):
             display.say(line)

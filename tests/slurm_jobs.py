@@ -54,3 +54,8 @@ def commands(text: str, word: str) -> list[str]:
 
 def digest(out: Path) -> str:
     return str(json.loads((out / "result.json").read_text())["weights_sha256"])
+
+
+def places(out: Path) -> list[tuple[str, int]]:
+    """Host and local rank of each rank."""
+    return [(rank["host"], rank["local_rank"]) for rank in json.loads((out / "environment.json").read_text())["ranks"]]

@@ -60,8 +60,8 @@ if [ -f "$found" ]; then echo "$found"; exit 0; fi
 
 # One that a bundle brought does where all else is the same and its glibc not newer. It may have NCCL where no toolkit is.
 brought() {
-  local wheel theirs
-  wheel=$(echo "${HOROVOD_BROUGHT:-/nowhere}"/*.whl); theirs=$HOROVOD_BROUGHT/depends.txt
+  local folder=${HOROVOD_BROUGHT:-/nowhere} wheel theirs
+  wheel=$(echo "$folder"/*.whl); theirs=$folder/depends.txt
   [ "$build" = auto ] && [ -f "$wheel" ] || return 1
   diff <(grep -v '^glibc\|^horovod' "$theirs") <(grep -v '^glibc\|^horovod' <<<"$depends") >/dev/null || return 1
   [ "$(printf '%s\n' "$(sed -n 's/^glibc //p' "$theirs")" "$(glibc)" | sort -V | head -n 1)" = "$(sed -n 's/^glibc //p' "$theirs")" ] || return 1

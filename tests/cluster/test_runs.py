@@ -1,6 +1,5 @@
 """Whole runs by the batch scripts on two nodes: they give what plain `mpirun` gives."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from cluster_of_two import ROOT, Cluster
 from launch import swap_hpc
 from safetensors.torch import load_file
-from slurm_jobs import SMALL, commands, complete, digest, output, submit
+from slurm_jobs import SMALL, commands, complete, digest, output, places, reached, submit
 
 LAUNCHERS = ("srun", "mpirun")
 QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=2", "--set", "model.width=4")
@@ -40,10 +39,6 @@ def site(home: Path, launcher: str, *lines: str) -> None:
     (home / "slurm" / "site.env").write_text("\n".join([text, f"export SWAP_LAUNCHER={launcher}", *lines, ""]))
 
 
-def hosts(out: Path) -> list[str]:
-    return [rank["host"] for rank in json.loads((out / "environment.json").read_text())["ranks"]]
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_groups_of_one_rank_refine_and_average_as_under_plain_mpirun(
     cluster: Cluster, home: Path, launcher: str, plain: Callable[..., Path]
@@ -57,7 +52,7 @@ def test_groups_of_one_rank_refine_and_average_as_under_plain_mpirun(
     assert done.code == 0 and "large_batch goes on at its end" in done.stdout, done.stderr
     site(home, launcher)
     result = complete(cluster, submit(cluster, home, "digits", *QUICK, "--out", there), there)
-    assert hosts(there) == ["swap-n1", "swap-n1", "swap-n2", "swap-n2"]
+    assert places(there) == [("swap-n1", 0), ("swap-n1", 1), ("swap-n2", 0), ("swap-n2", 1)]
     assert result["weights_sha256"] == digest(here)
 
 
@@ -68,7 +63,7 @@ def test_two_ranks_on_two_nodes_train_as_two_on_one(cluster: Cluster, home: Path
     options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
     out = home / "out"
     result = complete(cluster, submit(cluster, home, "digits", *QUICK, "--out", out, options=options), out)
-    assert hosts(out) == ["swap-n1", "swap-n2"]
+    assert places(out) == [("swap-n1", 0), ("swap-n2", 0)]
     assert result["weights_sha256"] == digest(plain(2))
 
 
@@ -85,7 +80,7 @@ def test_groups_of_two_ranks_across_the_nodes(cluster: Cluster, home: Path, laun
     site(home, launcher, 'export SWAP_LAUNCHER_ARGS="--map-by node"' if launcher == "mpirun" else "")
     options = ("--nodes=2", *SMALL, "--distribution=cyclic")
     complete(cluster, submit(cluster, home, "digits", *QUICK, *two_groups, "--out", there, options=options), there)
-    assert hosts(there) == ["swap-n1", "swap-n2", "swap-n1", "swap-n2"]  # groups 0, 0, 1, 1
+    assert [host for host, _ in places(there)] == ["swap-n1", "swap-n2", "swap-n1", "swap-n2"]  # of groups 0, 0, 1, 1
     for file in ("group-000", "group-001"):
         mine, other = load_file(there / f"{file}.safetensors"), load_file(here / f"{file}.safetensors")
         assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
@@ -105,7 +100,7 @@ def test_four_ranks_on_two_nodes_train_as_four_on_one(cluster: Cluster, home: Pa
 
 
 def test_an_array_of_jobs_gives_what_one_job_gives(cluster: Cluster, home: Path, plain: Callable[..., Path]) -> None:
-    """The three commands that stand in refine-array.sbatch, for digits; one group's job is requeued on its way."""
+    """The three commands that stand in refine-array.sbatch, for digits; one group's job is stopped on its way, and requeues itself."""
     text = (home / "slurm" / "refine-array.sbatch").read_text()
     typed = commands(text, "sbatch --")
     assert len(typed) == 3
@@ -116,9 +111,12 @@ def test_an_array_of_jobs_gives_what_one_job_gives(cluster: Cluster, home: Path,
     done = cluster.run("bash", "-c", script + "\necho $first $groups", cwd=home)
     last = int(done.split("Submitted batch job ")[1].split()[0])
     first, groups = map(int, done.splitlines()[-1].split())
+    reached(out, "group-003", 1)
+    cluster.run("scancel", "--batch", "--signal=USR2", f"{groups}_3")
     result = complete(cluster, last, out)
     assert all(job["JobState"] == "COMPLETED" for number in (first, groups) for job in cluster.jobs(number))
-    assert len(cluster.jobs(groups)) == 4 and {f"environment-group-{g:03d}.json" for g in range(4)} <= {p.name for p in out.iterdir()}
+    assert sorted((job["ArrayTaskId"], job["Restarts"]) for job in cluster.jobs(groups)) == [("0", "0"), ("1", "0"), ("2", "0"), ("3", "1")]
+    assert {f"environment-group-{g:03d}.json" for g in range(4)} <= {p.name for p in out.iterdir()}
     assert result["weights_sha256"] == digest(plain(4))
 
 

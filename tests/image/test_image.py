@@ -63,15 +63,15 @@ def base(buildah: Buildah) -> str:
     """A Debian image made here, from packages, because no registry may be reachable; it trusts and asks whom this host does."""
     root = buildah.folder / "base"
     sources = Path("/etc/apt/sources.list.d/debian.sources")
-    mirror = (
-        next((line.split()[1] for line in sources.read_text().splitlines() if line.startswith("URIs:")), "") if sources.exists() else ""
-    )
+    lines = sources.read_text().splitlines() if sources.exists() else []
+    mirror = [line.split()[1] for line in lines if line.startswith("URIs:")][:1]
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     buildah.run("debootstrap", "--variant=minbase", SUITE, root, *mirror, seconds=600, PATH=path)
-    for file in ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt", str(sources)):
+    certificates = root / "usr" / "local" / "share" / "ca-certificates"
+    certificates.mkdir(parents=True, exist_ok=True)
+    for file, copy in (("/etc/pip.conf", root / "etc" / "pip.conf"), ("/etc/ssl/certs/ca-certificates.crt", certificates / "host.crt")):
         if Path(file).exists():
-            (root / file[1:]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, root / file[1:])
+            shutil.copy(file, copy)
     tar = buildah.folder / "base.tar"
     buildah.run("tar", "--directory", root, "--create", "--file", tar, ".", seconds=120)
     shutil.rmtree(root)

@@ -1,0 +1,49 @@
+"""Which rank runs where, on two nodes: as `doctor` and a run's environment.json tell it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cluster_of_two import Cluster
+from launch import swap_hpc
+from slurm_jobs import complete, digest, places, submit
+
+QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=2", "--set", "model.width=4")
+
+
+def doctor(cluster: Cluster, *options: str) -> list[str]:
+    return cluster.run("srun", "--mpi=pmix", "--nodes=2", "--ntasks=4", *options, "swap-hpc", "doctor", "--groups", "2").splitlines()
+
+
+def test_nodes_of_unequal_size(cluster: Cluster) -> None:
+    said = doctor(cluster, "--distribution=block")
+    ranks = [line.partition(" -> cpu")[0] for line in said if line.startswith("rank ")]
+    assert ranks == [*(f"rank {r} -> swap-n1, local rank {r}" for r in range(3)), "rank 3 -> swap-n2, local rank 0"]
+    assert "grid: 4 ranks on 2 nodes, 2 groups" in said
+    assert [line for line in said if line.startswith("PROBLEM")] == [
+        "PROBLEM: a group spans nodes although a node has room for it: "
+        "place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"), [(("--gpus-per-node=2", "--gpu-bind=none"), 2), (("--gpus-per-task=1", "--ntasks-per-node=2"), 1)]
+)
+def test_gpus_all_shown_or_one_each(cluster: Cluster, options: tuple[str, ...], shown: int) -> None:
+    """What Slurm makes of the options that the batch scripts use, and of the other way; tests/parallel chooses devices under both."""
+    said = [line for line in doctor(cluster, *options) if line.startswith("rank ")]
+    visible = [line.split("CUDA_VISIBLE_DEVICES=")[1].split(",") for line in said]
+    assert len(visible) == 4 and {len(each) for each in visible} == {shown}
+
+
+def test_three_ranks_on_one_node_and_one_on_the_other_give_the_same_weights(cluster: Cluster, home: Path) -> None:
+    here, there = home / "here", home / "there"
+    done = swap_hpc("train", "digits", *QUICK, "--phase", "large_batch", "--out", here, ranks=4)
+    assert done.code == 0, done.stderr
+    shutil.copytree(here, there)
+    done = swap_hpc("train", "digits", *QUICK, "--out", here, ranks=4)
+    assert done.code == 0, done.stderr
+    options = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=3", "--gpus-per-node=3", "--cpus-per-task=1")
+    complete(cluster, submit(cluster, home, "digits", *QUICK, "--out", there, options=options), there)
+    assert places(there) == [("swap-n1", 0), ("swap-n1", 1), ("swap-n1", 2), ("swap-n2", 0)]
+    assert digest(there) == digest(here)
