@@ -3,7 +3,8 @@
 set -euo pipefail
 case $1 in
   build) packages=(g++ make python3-dev python3-venv) ;;
-  run) packages=(python3 openssh-client) ;;  # ssh: mpirun on several hosts, and Open MPI wants to find one in any case
+  # ssh: mpirun on several hosts, and Open MPI wants to find one in any case. verbs: NCCL's way to InfiniBand.
+  run) packages=(python3 openssh-client libibverbs1 ibverbs-providers) ;;
   *) echo "packages.sh build|run [further packages]" >&2; exit 2 ;;
 esac
 export DEBIAN_FRONTEND=noninteractive

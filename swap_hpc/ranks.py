@@ -8,9 +8,10 @@
 ```
 """
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -210,6 +211,13 @@ def launcher_mismatch(world: Team) -> str | None:
 def mpi_library() -> str:
     """The MPI library in one line, for example "Open MPI v5.0.11"."""
     return MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
+
+
+def mpi_library_file() -> str | None:
+    """The file of the MPI library that this process loaded: in a container it shows whose MPI it is. None where the system does not say."""
+    with suppress(OSError), open("/proc/self/maps") as maps:
+        return next((line.split(maxsplit=5)[5].strip() for line in maps if re.search(r"/libmpi\.so|/libmpich\.so", line)), None)
+    return None
 
 
 def thread_level() -> str:

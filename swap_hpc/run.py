@@ -53,7 +53,7 @@ def train(
         job, model = prepare(recipe, world, node)
         world.first(lambda: _claim(recipe, out, part))
         facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
-        write_json(out / f"environment{'' if part.group is None else f'-{part_name(part.group)}'}.json", facts, world)
+        write_json(out / _environment_name(part), facts, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
         end_stalls(recipe.watchdog.minutes * 60)
@@ -90,15 +90,23 @@ def _ranks(world: Team, recipe: Recipe, part: Part) -> AbstractContextManager[Ra
     return grid(world, recipe.groups) if part.group is None else single_row(world, (part.group,))
 
 
+def _environment_name(part: Part) -> str:
+    """Of the file; that of the whole run, and of phase 1, is environment.json."""
+    other = part_name(part.group) if part.group is not None else part.phase
+    return "environment.json" if other in (None, "large_batch") else f"environment-{other}.json"
+
+
 def _claim(recipe: Recipe, out: Path, part: Part) -> None:
     """Writes the recipe into the folder, and removes what a killed start was writing. Raises UserError where that cannot be done."""
-    try:
-        write_whole(out / "recipe.toml", lambda temporary: temporary.write_text(recipe.to_toml()))
-    except RunError as error:
-        raise UserError(f"{error}: choose another --out") from None
-    own = "" if part.group is None else f"*{part_name(part.group)}"  # other jobs may be writing other groups' files
-    for folder in (out, out / "checkpoints", out / "metrics"):
-        for path in folder.glob(f".{own}*.*.[0-9]*"):
+    text, file = recipe.to_toml(), out / "recipe.toml"
+    if not (file.is_file() and file.read_text() == text):
+        try:
+            write_whole(file, lambda temporary: temporary.write_text(text))
+        except RunError as error:
+            raise UserError(f"{error}: choose another --out") from None
+    own = {None: "*", "refine": f"*{part_name(part.group)}*"}.get(part.phase)
+    for folder in (out, out / "checkpoints", out / "metrics") if own else ():  # other jobs may be writing other parts' files
+        for path in folder.glob(f".{own}.*.[0-9]*"):
             path.unlink(missing_ok=True)
 
 
@@ -122,6 +130,7 @@ class _Consumer:
     ) -> None:
         self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
         self.part = part
+        self.trained_on = ranks.world.size  # ranks
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
         self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups})
         self.watch = Stopwatch(started)
@@ -160,6 +169,8 @@ class _Consumer:
         if self.part.needs(part) and not (saved and saved.point.ended):
             phase = "large_batch" if part == part_name(None) else f"refine --group {int(part.removeprefix('group-'))}"
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
+        if saved and self.part.phase == "average" and part == part_name(None):
+            self.trained_on = saved.notes["ranks"]
         name = "world" if part == part_name(None) else part
         if name in self.journal.lines:
             self.journal.begin(name, saved.notes["lines"] if saved else [])
@@ -183,7 +194,8 @@ class _Consumer:
             return
         begin = perf_counter()
         self.control.beat(f"the start of a save of {point.name}")
-        notes = {"lines": self.journal.lines["world" if point.group is None else point.name], "seconds": self.watch.seconds()}
+        lines = self.journal.lines["world" if point.group is None else point.name]
+        notes = {"ranks": self.ranks.world.size, "lines": lines, "seconds": self.watch.seconds()}
         self.checkpoints.save(point, notes, team)
         self.control.saved()
         self.watch.own["save"] += perf_counter() - begin
@@ -263,7 +275,7 @@ class _Consumer:
         return {
             "recipe": recipe.name,
             "seed": recipe.seed,
-            "ranks": world.size,
+            "ranks": self.trained_on,
             "groups": recipe.groups,
             "cycles": recipe.refine.cycles,
             "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},

@@ -113,8 +113,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """The power fails: its slurmd and everything that runs on it dies at once."""
-        namespace = os.readlink(f"/proc/{self.daemons[node].pid}/ns/uts")
-        for pid in _processes_in(namespace):
+        for pid in _processes_of(self.daemons[node]):
             _kill(pid)
         self.daemons[node].wait()
 
@@ -126,7 +125,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends all jobs and daemons; nothing is left but the folder."""
-        namespaces = {os.readlink(f"/proc/{d.pid}/ns/uts") for n, d in self.daemons.items() if n in NODES and d.poll() is None}
+        jobs = [pid for node in NODES if node in self.daemons for pid in _processes_of(self.daemons[node])]
         subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=self.environment, capture_output=True, check=False)
         for name in reversed(self.daemons):
             self.daemons[name].terminate()
@@ -135,9 +134,8 @@ class Cluster:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-        for namespace in namespaces:
-            for pid in _processes_in(namespace):
-                _kill(pid)
+        for pid in jobs:
+            _kill(pid)
 
     # --- a user's commands ----------------------------------------------------------------------------------------------
     def run(self, *line: str | Path, variables: Mapping[str, str] = MappingProxyType({}), cwd: Path | None = None) -> str:
@@ -180,7 +178,9 @@ def missing() -> str | None:
     lacking = [program for program in NEEDED if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
     if lacking:
         return f"no {', '.join(lacking)}: {INSTALL}"
-    return None if os.geteuid() == 0 else "two slurmd on one host need root"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode:
+        return "two slurmd on one host need host names of their own (unshare --uts), and that needs root"
+    return None
 
 
 @contextmanager
@@ -203,15 +203,20 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _processes_in(namespace: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "ns/uts") == namespace:
-                found.append(int(entry.name))
-        except OSError:
-            continue  # it has just ended
-    return found
+def _processes_of(daemon: "subprocess.Popen[bytes]") -> list[int]:
+    """All that runs on a daemon's node, which is a UTS namespace; nothing where that is still this host's own."""
+    own, node = _namespace("self"), _namespace(str(daemon.pid))
+    if node in (None, own):
+        return []
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _namespace(entry.name) == node]
+
+
+def _namespace(process: str) -> str | None:
+    """None for a process that has ended."""
+    try:
+        return os.readlink(f"/proc/{process}/ns/uts")
+    except OSError:
+        return None
 
 
 def _kill(pid: int) -> None:

@@ -1,16 +1,23 @@
 """Jobs on the two-node cluster, as a user submits them."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cluster_of_two import Cluster, wait_for
+from cluster_of_two import ROOT, Cluster, wait_for
 
 TESTS = Path(__file__).parent
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a node
 TWO_NODES = ("--nodes=2", *SMALL)
+
+
+def user_folder(folder: Path) -> Path:
+    """To call sbatch in: with the batch scripts as they are shipped, without this checkout's own settings."""
+    shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    return folder
 
 
 def submit(

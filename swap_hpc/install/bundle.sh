@@ -41,8 +41,9 @@ cat >"$work/install.sh" <<INSTALL
 # For Python $python_version, CUDA $cuda, $(uname -m). With a site's MPI (its mpicc on the PATH) mpi4py and Horovod are built for it here.
 set -euo pipefail
 here=\$(cd "\$(dirname "\${BASH_SOURCE[0]}")" && pwd)
-export PYTHON=\${PYTHON:-python3} VENV=\${VENV:-\$here/env} CUDA=$cuda EXTRAS=none HOROVOD_BROUGHT=\$here/horovod
-export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS=\$here/wheels PIP_NO_CACHE_DIR=1
+VENV=\$(realpath -m "\${VENV:-\$here/env}")
+export PYTHON=\${PYTHON:-python3} VENV CUDA=$cuda EXTRAS=none HOROVOD_BROUGHT=\$here/horovod
+export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS=file://\${here// /%20}/wheels PIP_NO_CACHE_DIR=1
 unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 export SWAP_HPC_CACHE=\${SWAP_HPC_CACHE:-\$VENV.log}
 "\$PYTHON" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$python_version")' 2>/dev/null \\

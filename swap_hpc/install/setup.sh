@@ -37,8 +37,9 @@ MPI=${made_mpi:-${site_mpi:-wheel}}
 
 settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
 base="$python_version CUDA=$CUDA MPI=$MPI VENV=$VENV"   # another one is another environment
+copied=$([ "$EXTRAS" != none ] || find "$root/swap_hpc" -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)
 wanted="$settings
-$base
+$base $copied
 $root $(cat "$here"/constraints.txt "$here"/*.sh "$root/pyproject.toml" | cksum)"
 if [ -x "$VENV/bin/swap-hpc" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 

@@ -1,11 +1,11 @@
 """One cluster for all tests of this folder; they are skipped where Slurm is not installed."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_of_two import INSTALL, ROOT, Cluster, missing, running
+from cluster_of_two import INSTALL, Cluster, missing, running
+from slurm_jobs import user_folder
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,4 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder to call sbatch in, with the batch scripts as they are shipped."""
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
-    return tmp_path
+    return user_folder(tmp_path)

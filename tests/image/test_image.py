@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from slurm_jobs import commands
+from cluster_of_two import missing, running
+from slurm_jobs import TESTS, commands, complete, places, submit, user_folder
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
@@ -125,6 +126,18 @@ def test_without_more_it_runs_as_a_user_of_its_own(buildah: Buildah, container: 
     assert buildah("run", container, "--", "sh", "-c", "id -u; pwd; touch here; swap-hpc --version").startswith(
         "2000\n/home/swap\nswap_hpc "
     )
+
+
+def test_its_ranks_find_each_other_under_slurm(buildah: Buildah, container: str, tmp_path: Path) -> None:
+    """swap-apptainer.sbatch, hybrid: the host's srun starts ranks inside the image, whose MPI connects them over two nodes."""
+    if why := missing():
+        pytest.skip(f"no Slurm cluster can be started here: {why}")
+    inside = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": buildah("mount", container).strip()}
+    home = user_folder(tmp_path)
+    with running(buildah.folder / "cluster") as cluster:
+        job = submit(cluster, home, "digits", "--set", "refine.epochs=1", script="slurm/swap-apptainer.sbatch", variables=inside)
+        result = complete(cluster, job, home / "runs" / "digits")
+    assert result["ranks"] == 4 and [host for host, _ in places(home / "runs" / "digits")] == ["swap-n1", "swap-n1", "swap-n2", "swap-n2"]
 
 
 def test_the_image_holds_no_compiler_and_no_tools_for_developing(buildah: Buildah, container: str) -> None:
