@@ -20,9 +20,10 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 case ${SWAP_LAUNCHER:-srun} in
-  # Each rank sees all GPUs of its node and takes the one at its local rank. A rank that is lost ends the job's step.
+  # Each rank is shown all of the job's GPUs on its node (--gpu-bind=none would show it no list at all) and takes the one at its local
+  # rank. A rank that is lost ends the job's step.
   # Since 22.05 srun has to be told the cores per task again.
-  srun) launcher=(srun "--mpi=${SWAP_MPI:-pmix}" "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --gpu-bind=none --kill-on-bad-exit=1) ;;
+  srun) launcher=(srun "--mpi=${SWAP_MPI:-pmix}" "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1) ;;
   mpirun) launcher=(mpirun --bind-to none) ;;
   *) say "SWAP_LAUNCHER=$SWAP_LAUNCHER is not known: choose srun or mpirun"; exit 2 ;;
 esac

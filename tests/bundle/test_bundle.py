@@ -52,9 +52,11 @@ def test_it_installs_and_runs_without_a_network(bundle: Path, tmp_path: Path) ->
 def test_what_cannot_be_installed_gets_one_line(bundle: Path, tmp_path: Path) -> None:
     other = run(bundle / "install.sh", seconds=30, PYTHON="/nowhere/python3", VENV=str(tmp_path / "env"))
     assert other.returncode == 1 and other.stderr.startswith("swap_hpc install: /nowhere/python3 is missing or not Python 3.")
-    file = bundle / "src" / "LICENSE"
-    file.write_text(file.read_text() + " ")
-    damaged = run(bundle / "install.sh", seconds=60, PYTHON=sys.executable, VENV=str(tmp_path / "env"))
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in ("install.sh", "SHA256SUMS"):
+        shutil.copy(bundle / name, part / name)
+    damaged = run(part / "install.sh", seconds=60, PYTHON=sys.executable, VENV=str(tmp_path / "env"))
     assert damaged.returncode == 1 and "swap_hpc install: the bundle was damaged on its way: copy it again" in damaged.stderr
     again = run(ROOT / "swap_hpc" / "install" / "bundle.sh", bundle, seconds=30)
     assert again.returncode == 1 and f"{bundle} is there already: remove it, or name another folder" in again.stderr

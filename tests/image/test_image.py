@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster_of_two import missing, running
+from launch import BIN
 from slurm_jobs import TESTS, commands, complete, places, submit, user_folder
 
 ROOT = Path(__file__).parents[2]
@@ -128,16 +129,20 @@ def test_without_more_it_runs_as_a_user_of_its_own(buildah: Buildah, container: 
     )
 
 
-def test_its_ranks_find_each_other_under_slurm(buildah: Buildah, container: str, tmp_path: Path) -> None:
-    """swap-apptainer.sbatch, hybrid: the host's srun starts ranks inside the image, whose MPI connects them over two nodes."""
+@pytest.mark.parametrize("mode", ["hybrid", "bind"])
+def test_its_ranks_find_each_other_under_slurm(buildah: Buildah, container: str, tmp_path: Path, mode: str) -> None:
+    """swap-apptainer.sbatch: the host's srun starts ranks in the image; its MPI, or the host's, connects them over two nodes."""
     if why := missing():
         pytest.skip(f"no Slurm cluster can be started here: {why}")
     inside = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": buildah("mount", container).strip()}
+    inside |= {"SWAP_MPI_DIR": str(BIN.parent)} if mode == "bind" else {}
     home = user_folder(tmp_path)
-    with running(buildah.folder / "cluster") as cluster:
+    with running(tmp_path / "cluster") as cluster:
         job = submit(cluster, home, "digits", "--set", "refine.epochs=1", script="slurm/swap-apptainer.sbatch", variables=inside)
         result = complete(cluster, job, home / "runs" / "digits")
     assert result["ranks"] == 4 and [host for host, _ in places(home / "runs" / "digits")] == ["swap-n1", "swap-n1", "swap-n2", "swap-n2"]
+    told = json.loads((home / "runs" / "digits" / "environment.json").read_text())["mpi"]["file"]
+    assert told.startswith(str(BIN.parent) if mode == "bind" else "/opt/swap_hpc/")
 
 
 def test_the_image_holds_no_compiler_and_no_tools_for_developing(buildah: Buildah, container: str) -> None:
