@@ -141,7 +141,7 @@ class Cluster:
     def run(self, *line: str | Path, variables: Mapping[str, str] = MappingProxyType({}), cwd: Path | None = None) -> str:
         """A command's output. Fails where it fails."""
         done = subprocess.run(
-            list(map(str, line)), env=self.environment | dict(variables), cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            list(map(str, line)), env=self.environment | dict(variables), cwd=cwd, capture_output=True, text=True, timeout=180, check=False
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout

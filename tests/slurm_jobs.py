@@ -32,7 +32,7 @@ def submit(
     return int(cluster.run("sbatch", "--parsable", *options, script, *line, variables=variables, cwd=home))
 
 
-def complete(cluster: Cluster, job: int, out: Path, seconds: float = 150) -> dict[str, Any]:
+def complete(cluster: Cluster, job: int, out: Path, seconds: float = 300) -> dict[str, Any]:
     """What a job's run ended with; fails where the job did not end well."""
     (ended,) = cluster.wait(job, seconds)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(ended)
@@ -48,7 +48,7 @@ def lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def reached(out: Path, part: str, epochs: int, seconds: float = 60) -> None:
+def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
     """Waits until a part of a run ("world", "group-000" ...) is that far."""
     wait_for(lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs, f"epoch {epochs} of {part} in {out}", seconds, every=0.02)
 

@@ -104,7 +104,7 @@ def test_an_array_of_jobs_gives_what_one_job_gives(cluster: Cluster, home: Path,
     text = (home / "slurm" / "refine-array.sbatch").read_text()
     typed = commands(text, "sbatch --")
     assert len(typed) == 3
-    out, longer = home / "out", ("--set", "refine.epochs=20")
+    out, longer = home / "out", ("--set", "refine.epochs=40")
     script = "set -e\n" + "\n".join(typed).replace("cifar10 --data /data/cifar10", f"digits {' '.join((*QUICK, *longer))} --out {out}")
     script = script.replace("0-7", "0-3").replace("--parsable slurm", f"--parsable {' '.join(('--nodes=2', *SMALL))} slurm")
     site(home, "srun", f"export SBATCH_OUTPUT={home}/%x-%A.out")

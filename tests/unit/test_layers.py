@@ -18,7 +18,7 @@ LAYERS = {
     2: ["averaging", "events", "job", "evaluation", "fit"],
     3: ["swap"],
     4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
-    5: ["report", "doctor", "prepare", "saved", "bench.checkpoint", "bench", "run", "cli", "__main__"],
+    5: ["report", "doctor", "prepare", "saved", "bench.checkpoint", "bench", "result", "run", "cli", "__main__"],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]
 

@@ -1,0 +1,66 @@
+"""What `result.json` holds, from the lines of a run's metrics and its times."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from swap_hpc.metrics import Line
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import Recipe
+
+
+def result_of(
+    recipe: Recipe, lines: Mapping[str, list[Line]], mine: Mapping[str, float], trained_on: int, digest: str, world: Team
+) -> dict[str, Any]:
+    """Alike on all ranks of `world`; the keys are those of the design.
+
+    `lines`: of the parts that this rank tells of, "world" and its groups'. `mine`: this rank's seconds by name; the slowest
+    rank's count. `trained_on`: the number of ranks of phase 1. `digest`: of the final weights.
+    """
+    seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))
+    first = [line for line in lines["world"] if line["phase"] == "large_batch"]
+    finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
+    ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
+    trained = {"large_batch": sum(line["images"] for line in first), "refine": images}
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "ranks": trained_on,
+        "groups": recipe.groups,
+        "cycles": recipe.refine.cycles,
+        "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},
+        "train_accuracy": {"large_batch": first[-1]["train_accuracy"] if first else None},
+        "test_accuracy": _figures("test_accuracy", finals, ends),
+        "test_loss": _figures("test_loss", finals, ends),
+        "seconds": seconds,
+        "images_per_second": {phase: count / seconds[phase] if seconds[phase] else None for phase, count in trained.items()},
+        "weights_sha256": digest,
+    }
+
+
+_Ends = dict[tuple[int, int], Line]  # (group, cycle) -> the line of the cycle's last epoch
+
+
+def _ends_and_images(lines: Mapping[str, list[Line]]) -> tuple[_Ends, dict[int, int]]:
+    """Of this rank's groups: the ends of their cycles, and the images that each was trained on."""
+    epochs = [line for part in lines.values() for line in part if line["phase"] == "refine"]
+    images: dict[int, int] = {}
+    for line in epochs:
+        images[line["group"]] = images.get(line["group"], 0) + line["images"]
+    return {(line["group"], line["cycle"]): line for line in epochs}, images
+
+
+def _over_groups(parts: list[tuple[_Ends, dict[int, int]]]) -> tuple[list[Line], int]:
+    """The same of all ranks, of which several may tell of one group: the ends in order, and all images."""
+    ends = {key: line for part, _ in parts for key, line in part.items()}
+    images = {group: count for _, part in parts for group, count in part.items()}
+    return [ends[key] for key in sorted(ends)], sum(images.values())
+
+
+def _figures(name: str, finals: dict[str, Line], ends: list[Line]) -> dict[str, Any]:
+    values = [line[name] for line in ends]
+    return {
+        "large_batch": finals["large_batch"][name],
+        "groups": values,
+        "mean_of_groups": sum(values) / len(values) if values else None,
+        "averaged": finals["swap"][name] if "swap" in finals else None,
+    }
