@@ -29,7 +29,7 @@ case ${SWAP_LAUNCHER:-srun} in
 esac
 read -ra more <<<"${SWAP_LAUNCHER_ARGS:-}"
 
-# The first rank says here how far it came ("training", "done"), where it can reach the file; and how often ranks were lost.
+# The first rank says here how far it came ("training", "stopped", "done"), where it can reach the file; and how often ranks were lost.
 export SWAP_HPC_STATE=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.state
 losses=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.losses
 
@@ -71,6 +71,7 @@ finish() {
   local code=$1 state=$2 restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID now lost
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # its number may stand for the whole array
   if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # Open MPI's mpirun may say 0 where it lost a node
+  if [ "$state" = stopped ]; then code=75; fi  # srun ends a rank that is slower to leave than the others, and says 143
   if [ "$code" = 75 ]; then told=1; fi
   lost=$(cat "$losses" 2>/dev/null || echo 0)
   rm -f "$SWAP_HPC_STATE" "$losses"

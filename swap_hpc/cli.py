@@ -190,6 +190,7 @@ def main() -> None:
         sys.exit(code)
     except Stopped as stopped:
         say(f"swap-hpc: {stopped}")
+        tell_launcher("stopped")
         sys.exit(75)
     except UserError as error:
         fail(2, f"swap-hpc: {error}", error.said_elsewhere)

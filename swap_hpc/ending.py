@@ -15,7 +15,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def tell_launcher(state: Literal["training", "done"]) -> None:
+def tell_launcher(state: Literal["training", "stopped", "done"]) -> None:
     """Writes how far the job came into the file SWAP_HPC_STATE, where a batch script names one: a launcher's exit code may not tell."""
     if "SWAP_HPC_STATE" in os.environ and _rank() == 0:
         with suppress(OSError):

@@ -105,10 +105,22 @@ def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(clust
     assert complete(cluster, again, out)["weights_sha256"] == undisturbed and "large_batch goes on" in output(cluster.jobs(again)[0])
 
 
+# Its last act, after MPI's end, is to wait for ever: then only the launcher ends it
+SLOW_TO_LEAVE = """
+import ctypes, os
+
+if os.environ.get("PMIX_RANK", "0") != "0":
+    libc = ctypes.CDLL(None)
+    libc["__cxa_atexit"](libc.pause, None, None)
+"""
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_restarts_are_bounded(cluster: Cluster, home: Path, launcher: str) -> None:
+def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(cluster: Cluster, home: Path, launcher: str) -> None:
     out = home / "out"
-    job = submit(cluster, home, "digits", *LONG, "--out", out, variables={"SWAP_LAUNCHER": launcher, "SWAP_RESTARTS": "0"})
+    (home / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
+    variables = {"SWAP_LAUNCHER": launcher, "SWAP_RESTARTS": "0", "PYTHONPATH": str(home)}
+    job = submit(cluster, home, "digits", *LONG, "--out", out, variables=variables)
     reached(out, "world", 3)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     (ended,) = cluster.wait(job, 120)
