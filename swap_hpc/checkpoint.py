@@ -4,10 +4,10 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from swap_hpc.recipe import Recipe, differing_fields, recipe_of
 
 FORMAT = "1"  # of the files; what another version wrote is refused
 KEPT = 2  # files of each part
+
+
+Position: TypeAlias = tuple[int, int]  # whole epochs done, and steps of the next one
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,24 @@ class Checkpoints:
         for old in self._files(point.name)[KEPT:]:
             old.unlink()
 
-    def load(self, part: str, team: Team) -> Saved | None:
+    def common(self, parts: Sequence[str], world: Team) -> Position | None:
+        """The newest position at which all parts, of which each rank names its own, have a save that can be used; None where there is none.
+
+        Collective over `world`. Raises as `load` does.
+        """
+        mine = world.agree(lambda: [{_position(state) for _, state in self._usable(part)} for part in parts])
+        shared = set.intersection(*(positions for each in world.allgather(mine) for positions in each))
+        return max(shared, default=None)
+
+    def load(self, part: str, team: Team, at: Position | None = None) -> Saved | None:
         """The newest save of a part that can be used, as each rank of `team` goes on from it; None where there is none.
+
+        `at`: the one at this position.
 
         A team of another size than the saving one shares the sums of the epoch so far, and the mean of the ranks' buffers.
         Raises, on all ranks: RunError where files are there but none can be read; UserError for another recipe or format.
         """
-        found = team.first(lambda: self._newest(part))
+        found = team.first(lambda: next((each for each in self._usable(part) if at in (None, _position(each[1]))), None))
         tensors, state = found or ({}, None)
         state, kinds = team.broadcast((state, {name: (t.dtype, t.shape) for name, t in tensors.items()}))
         if state is None:
@@ -91,8 +105,10 @@ class Checkpoints:
         )
         return Saved(point, state["notes"])
 
-    def _newest(self, part: str) -> tuple[Tensors, dict[str, Any]] | None:
+    def _usable(self, part: str) -> Iterator[tuple[Tensors, dict[str, Any]]]:
+        """Newest first. Raises where there are files, but none that can be used."""
         bad: dict[Path, Unreadable] = {}
+        found = False
         for path in self._files(part):
             try:
                 tensors, header = read_tensors(path)
@@ -106,13 +122,13 @@ class Checkpoints:
                 print(f"swap-hpc: warning: {damaged} is {reason}; going on from {path.name}", file=sys.stderr, flush=True)
                 with contextlib.suppress(OSError):
                     damaged.rename(damaged.with_suffix(".damaged"))
-            return tensors, json.loads(header["state"])
-        if bad:
+            bad, found = {}, True
+            yield tensors, json.loads(header["state"])
+        if bad and not found:
             reasons = "; ".join(f"{path.name} is {why}" for path, why in bad.items())
             raise RunError(
                 f"no checkpoint of {part} in {self.folder} can be used ({reasons}): restore one, or remove both to begin this part again"
             )
-        return None
 
     def _check(self, path: Path, header: Mapping[str, str]) -> None:
         if header.get("checkpoint") != FORMAT:
@@ -131,6 +147,10 @@ class Checkpoints:
     def remove(self, team: Team) -> None:
         """Removes the folder: the run is complete."""
         team.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+
+
+def _position(state: Mapping[str, Any]) -> Position:
+    return state["epoch"], state["step"]
 
 
 def sum_of(tensors: Tensors, count: int) -> WeightSum:

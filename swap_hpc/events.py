@@ -1,9 +1,9 @@
 """What training yields: `Epoch`s to tell of, and `SavePoint`s to go on from."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from swap_hpc.averaging import WeightSum
 
@@ -68,6 +68,28 @@ class SavePoint:
     @property
     def name(self) -> str:
         return part_name(self.group)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where in the refinement the groups' weights are averaged."""
+
+    step: int  # steps done since the refinement began
+    epoch: int  # whole epochs done
+    then: Literal["go_on", "look", "end"]  # go on from the average; look at the average, go on alone; end
+    saves: bool = False  # the groups' save is due, where they go on from the average
+
+
+@dataclass(frozen=True)
+class Done:
+    """A part of the run is done: its name, and the model as it left it."""
+
+    what: str  # "large_batch", "group-000" ..., "refine" (all of this rank's groups), "average", "go_on", "batchnorm"
+    model: nn.Module
+    meeting: Meeting | None = None  # of the refinement
+
+
+Event: TypeAlias = Epoch | SavePoint | Done
 
 
 def part_name(group: int | None) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.averaging import WeightSum, average_running_statistics_, broadcast_weights_
+from swap_hpc.averaging import WeightSum, average_running_statistics_, averaged_tensors, broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.evaluation import evaluate_job
@@ -108,7 +108,7 @@ class _Training:
 
     def epochs(self) -> Iterator[Epoch | SavePoint]:
         phase, job, team = self.phase, self.job, self.team
-        steps = len(job.dataset.train) // phase.batch_size
+        steps = job.steps(phase)
         stream = job.training_batches(phase, self.key, team, self.epoch, self.step)
         while not self.ended:
             cycle, within = divmod(self.epoch, phase.epochs)
@@ -140,11 +140,11 @@ class _Training:
                 evaluate_seconds=evaluate_seconds,
                 ends_cycle=ends_cycle,
             )
-            yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), rates[-1])
+            yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), f"at a learning rate of {rates[-1]:.4g}")
 
     def _saves_epoch(self) -> bool:
         every = self.job.recipe.checkpoint.epochs
-        return every > 0 and self.epoch % every == 0
+        return every > 0 and self.epoch % every == 0 and not self.phase.average_every_steps
 
     def _steps(self, stream: Iterator[Batch], rates: list[float]) -> Generator[SavePoint, None, bool]:
         """The rest of an epoch, one step per learning rate. Returns whether a save is due at its end."""
@@ -166,11 +166,13 @@ class _Training:
             self.step += 1
             seen.append(_Step(loss.detach(), (logits.detach().argmax(1) == labels).sum(), len(labels), rate, self.where))
             self.job.control.beat(self.where)
-            if len(seen) >= self.look_steps or self.step == len(rates):
-                due = self._look(seen, started)
+            every = self.phase.average_every_steps
+            meets = every is not None and (self.epoch * len(rates) + self.step) % every == 0
+            if len(seen) >= self.look_steps or self.step == len(rates) or meets:
+                due = self._look(seen, started) and not every  # groups that go on from their average save where they meet, all at once
                 seen, started = [], perf_counter()
-                if due and self.step < len(rates):
-                    yield self._checked(self.savepoint(due), rate)
+                if (due or meets) and self.step < len(rates):
+                    yield self._checked(self.savepoint(due), f"at a learning rate of {rate:.4g}")
                     started = perf_counter()
         return due
 
@@ -198,15 +200,10 @@ class _Training:
         self.look_steps = max(1, min(LOOK_STEPS, int(LOOK_SECONDS / per_step)))
         return bool(due)
 
-    def _checked(self, point: SavePoint, rate: float) -> SavePoint:
+    def _checked(self, point: SavePoint, rate: str) -> SavePoint:
         """`point`. Raises RunError, on all ranks, rather than let weights be saved that training cannot go on from."""
-
-        def check() -> None:
-            if not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
-                raise RunError(f"a weight is not finite after {self.where}, at a learning rate of {rate:.4g}: {MEND}")
-
         if point.due:
-            self.team.agree(check)
+            self.team.agree(lambda: _check_finite(point, f"{self.where}, {rate}"))
         return point
 
 
@@ -219,6 +216,11 @@ class _Step:
     samples: int
     rate: float
     where: str
+
+
+def _check_finite(point: SavePoint, where: str) -> None:
+    if not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
+        raise RunError(f"a weight is not finite after {where}: {MEND}")
 
 
 def _refuse(step: _Step, loss: float) -> None:
@@ -237,31 +239,44 @@ class Refinement:
         self.group, self.job, self.team = group, job, team
         self.model = model  # until it begins, when it takes a copy
         self.cycles = WeightSum()
-        self.epoch = 0
+        self.at = 0  # steps done
+        self._stands: SavePoint | None = None  # its tensors are the copy's own
         self._events: Generator[Epoch | SavePoint, None, None] | None = None
 
-    def until(self, epoch: int) -> Iterator[Epoch | SavePoint]:
-        """Trains on until that many epochs are done, where they are not already."""
+    def until(self, step: int) -> Iterator[Epoch | SavePoint]:
+        """Trains on until that many steps are done, where they are not already."""
         refine = self.job.recipe.refine
+        steps = self.job.steps(refine)
         if self._events is None:
             self.model = deepcopy(self.model)
             self._events = fit(self.model, self.job, refine, Key(self.job.recipe.seed, Phase.REFINE, self.group), self.team, self.cycles)
         try:
-            for event in self._events if self.epoch < epoch else ():
+            for event in self._events if self.at < step else ():
                 yield event
                 if isinstance(event, SavePoint):
-                    self.epoch = event.epoch
-                    if epoch <= self.epoch < refine.meetings[-1]:
+                    self._stands, self.at = event, event.epoch * steps + event.step
+                    if step <= self.at and not event.ended:
                         break
         except GeneratorExit:
             self._events.close()
             raise
-        if self.epoch > epoch:
-            raise RunError(f"group {self.group} is {self.epoch} epochs on, past the meeting after {epoch}: the meetings' record was lost")
+        if self.at > step:
+            raise RunError(f"group {self.group} is {self.at} steps on, past the meeting after {step}: the meetings' record was lost")
         self.model.zero_grad()  # frees the gradients
 
     def add_to_(self, total: WeightSum) -> None:
         """Adds the weights at the ends of the cycles so far; inside a cycle, the weights as they are, too."""
         total.merge_(self.cycles)
-        if self.epoch % self.job.recipe.refine.epochs:
+        if self.at % (self.job.steps(self.job.recipe.refine) * self.job.recipe.refine.epochs):
             total.add_(self.model)
+
+    @torch.no_grad()
+    def go_on_from_(self, model: nn.Module, due: bool) -> SavePoint:
+        """Gives the copy the weights of `model`; momentum and batch-norm statistics stay its own. Returns where it stands then."""
+        assert self._stands is not None
+        weights = averaged_tensors(self.model)
+        for name, tensor in averaged_tensors(model).items():
+            weights[name].copy_(tensor)
+        if due:
+            _check_finite(self._stands, f"the groups' average after step {self.at} of the refinement")
+        return replace(self._stands, due=due)

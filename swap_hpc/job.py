@@ -10,7 +10,7 @@ from swap_hpc.control import Control
 from swap_hpc.data import Dataset, loader, sampling
 from swap_hpc.data.sampling import Key
 from swap_hpc.devices import Device
-from swap_hpc.events import SavePoint
+from swap_hpc.events import Meeting, SavePoint
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Recipe, Refine
 
@@ -28,7 +28,28 @@ class Job:
     device: Device
     control: Control = field(default_factory=Control)
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
-    met: int = 0  # meetings of the groups that are over, their averaged models evaluated
+    met: int = 0  # meetings of the groups that are over
+
+    def steps(self, phase: LargeBatch | Refine) -> int:
+        """Of an epoch."""
+        return len(self.dataset.train) // phase.batch_size
+
+    @property
+    def meetings(self) -> list[Meeting]:
+        """Of the groups, to be averaged: at the refinement's end, and before it where the recipe asks for it."""
+        refine, steps, saves = self.recipe.refine, self.steps(self.recipe.refine), self.recipe.checkpoint.epochs
+        last = refine.epochs * refine.cycles
+        looks = range(refine.evaluate_average, last, refine.evaluate_average) if refine.evaluate_average else ()
+        every = refine.average_every_steps or steps * last
+
+        def saves_at(step: int) -> bool:  # the first one after an epoch at whose end a save is due
+            return saves > 0 and step // (steps * saves) > (step - every) // (steps * saves)
+
+        return [
+            *(Meeting(epoch * steps, epoch, "look") for epoch in looks),
+            *(Meeting(step, step // steps, "go_on", saves_at(step)) for step in range(every, steps * last, every)),
+            Meeting(steps * last, last, "end"),
+        ]
 
     def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
         """This rank's share of every step of a phase from a step of an epoch on (both from 0), all epochs in one stream."""

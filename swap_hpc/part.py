@@ -42,6 +42,8 @@ def check_part(part: Part, recipe: Recipe) -> None:
         raise UserError(f"--phase {part.phase}, but refine.epochs = 0: there is nothing to refine and average")
     if part.phase and recipe.refine.evaluate_average:
         raise UserError("groups refined by jobs of their own cannot meet on the way: --set refine.evaluate_average=0 for all of them")
+    if part.phase and recipe.refine.average_every_steps:
+        raise UserError("groups that go on from their average are one job: no --phase with refine.average_every_steps")
     if part.phase == "large_batch" and not recipe.large_batch.epochs:
         raise UserError("--phase large_batch, but large_batch.epochs = 0: begin with --phase refine")
 

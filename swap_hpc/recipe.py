@@ -74,6 +74,7 @@ class Model(_Section):
 class Data(_Section):
     name: DataName
     path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
+    validation: CountOrZero = 0  # training samples, always the same ones, that are set aside and evaluated on instead of the test split
     image_size: Count | None = None  # pixels; none: the files' own size, which must then be one for all
     memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded into each rank's memory up to this size, else read in every epoch
     classes: Count = 10  # synthetic only
@@ -114,6 +115,7 @@ class LargeBatch(_Phase):
     """Phase 1: all ranks train one model, for at most `epochs`."""
 
     cycles: ClassVar[int] = 1
+    average_every_steps: ClassVar[int | None] = None
     stop_accuracy: Fraction | None = None  # running accuracy of an epoch's augmented training samples at which the phase ends
     batchnorm_batch_size: Count | None = None  # a rank's share of a batch; where stated, other shares are refused
 
@@ -125,12 +127,15 @@ class Refine(_Phase):
     cycles: Count = 1  # the schedule restarts with each; a group's weights at each one's end enter the average
     # epochs between evaluations of the averaged model on the way, for which the groups wait for each other; 0: only at the end
     evaluate_average: CountOrZero = 0
+    # steps after which the groups go on from the average of their weights, each with its own momentum and statistics: post-local SGD
+    # (Lin et al., arXiv 1808.07217); none: they go alone to the end
+    average_every_steps: Count | None = None
 
-    @property
-    def meetings(self) -> tuple[int, ...]:
-        """The epochs after which the groups meet to be averaged: the last one, and those before it that a recipe asks for."""
-        last = self.epochs * self.cycles
-        return (*range(self.evaluate_average, last, self.evaluate_average), last) if self.evaluate_average else (last,)
+    @model_validator(mode="after")
+    def _one_way_to_meet(self) -> "Refine":
+        if self.average_every_steps and (self.cycles > 1 or self.evaluate_average):
+            raise ValueError("average_every_steps trains on one schedule to its end: it goes with cycles = 1 and evaluate_average = 0 only")
+        return self
 
 
 class BatchNorm(_Section):

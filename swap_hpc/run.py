@@ -12,14 +12,14 @@ from rich.console import Console
 from torch import nn
 
 from swap_hpc.averaging import check_equal
-from swap_hpc.checkpoint import Checkpoints
+from swap_hpc.checkpoint import Checkpoints, Position
 from swap_hpc.control import Control
 from swap_hpc.data import Arrays
 from swap_hpc.doctor import environment
 from swap_hpc.ending import tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.evaluation import evaluate_job
-from swap_hpc.events import Epoch, SavePoint, part_name
+from swap_hpc.events import Done, Epoch, Event, Meeting, SavePoint, part_name
 from swap_hpc.files import save_model, save_sum, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
@@ -29,7 +29,7 @@ from swap_hpc.prepare import prepare
 from swap_hpc.ranks import Ranks, Team, grid, node_of, single_row
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
 from swap_hpc.result import result_of
-from swap_hpc.swap import Done, Event, swap
+from swap_hpc.swap import swap
 from swap_hpc.watchdog import watching
 
 
@@ -123,6 +123,9 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     return lines
 
 
+NOWHERE: Position = (-1, 0)  # no save is there
+
+
 class _Consumer:
     """What `swap()` yields, turned into files, lines on the screen, and the numbers of `result.json`."""
 
@@ -132,11 +135,16 @@ class _Consumer:
         self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
         self.part = part
         self.trained_on = ranks.world.size  # ranks
+        self.saved = False  # at the last save point
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
         self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups})
         self.watch = Stopwatch(started)
         self.averages: list[Line] = ranks.world.broadcast(ranks.world.first(self._saved_averages) or [])
-        self.job = replace(job, control=control, load=self._load, met=len(self.averages))
+        # groups that go on from their average have to stand at one step
+        self.together: Position | None = None
+        if job.recipe.refine.average_every_steps:
+            self.together = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or NOWHERE
+        self.job = replace(job, control=control, load=self._load, met=self._met(job))
         control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
 
     def consume(self, model: nn.Module) -> dict[str, Any] | None:
@@ -164,11 +172,11 @@ class _Consumer:
         elif isinstance(event, SavePoint):
             self._savepoint(event)
         else:
-            self._done(event.what, event.model, event.epoch)
+            self._done(event.what, event.model, event.meeting)
 
     def _load(self, part: str, team: Team) -> SavePoint | None:
         """Where a part of the run goes on from; its metrics and times go on, too."""
-        saved = self.checkpoints.load(part, team)
+        saved = self.checkpoints.load(part, team, self.together if part != part_name(None) else None)
         if self.part.needs(part) and not (saved and saved.point.ended):
             phase = "large_batch" if part == part_name(None) else f"refine --group {int(part.removeprefix('group-'))}"
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
@@ -183,6 +191,13 @@ class _Consumer:
         self.display.goes_on(saved.point)
         return saved.point
 
+    def _met(self, job: Job) -> int:
+        """Meetings of the groups that are over."""
+        if not self.together:
+            return len(self.averages)
+        epoch, step = self.together
+        return sum(meeting.then == "go_on" and meeting.step <= epoch * job.steps(job.recipe.refine) + step for meeting in job.meetings)
+
     def _epoch(self, epoch: Epoch) -> None:
         self.display.epoch(epoch)
         self.journal.epoch(epoch)
@@ -193,6 +208,7 @@ class _Consumer:
         team = self.ranks.world if point.group is None else self.ranks.group
         if point.ended and point.cycles.count > 1:
             save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
+        self.saved = point.due
         if not point.due:
             return
         begin = perf_counter()
@@ -202,7 +218,7 @@ class _Consumer:
         self.checkpoints.save(point, notes, team)
         self.control.saved()
         self.watch.own["save"] += perf_counter() - begin
-        if team.any(self.control.stop):
+        if (point.group is None or not self.together) and team.any(self.control.stop):
             self._meet(True)
 
     def _meet(self, stops: bool) -> None:
@@ -212,31 +228,34 @@ class _Consumer:
         if stop:
             raise Stopped(f"stopped on request, all is saved in {self.out}: start it again to go on")
 
-    def _done(self, what: str, model: nn.Module, epoch: int) -> None:
-        recipe, world = self.job.recipe, self.ranks.world
-        last = epoch == recipe.refine.meetings[-1]
+    def _done(self, what: str, model: nn.Module, meeting: Meeting | None) -> None:
         self.control.beat(what)
-        if what == "large_batch":
+        if meeting is None:
             self._large_batch(model)
-        elif what.startswith("group-") and last:
+            return
+        recipe, world = self.job.recipe, self.ranks.world
+        stops = self.control.stop and meeting.then != "go_on"  # where the groups save first
+        if what.startswith("group-") and meeting.then == "end":
             save_model(model, self.out / f"{what}.safetensors", recipe, self.ranks.group)
         elif what == "refine":
-            self._meet(self.control.stop)  # waiting for the slowest group is part of neither phase
+            self._meet(stops)  # waiting for the slowest group is part of neither phase
             self.watch.lap()
         elif what == "average":
             self.watch.lap("average")
-            self._meet(self.control.stop)
+            self._meet(stops)
+        elif what == "go_on":
+            self._meet(self.control.stop and self.saved)
         elif what == "batchnorm":
             self.watch.lap("batchnorm")
-            self._meet(self.control.stop)  # it may have ended early
+            self._meet(stops)  # it may have ended early
             averaged = evaluate_job(model, self.job, world)
             self.watch.lap("evaluate")
-            if last:
+            if meeting.then == "end":
                 self.journal.evaluation("swap", averaged)
                 save_model(model, self.out / "swap.safetensors", recipe, world)
             else:
-                self.display.average(epoch, averaged)
-                self.averages.append(self.journal.evaluation("average", averaged, epoch=epoch))
+                self.display.average(meeting.epoch, averaged)
+                self.averages.append(self.journal.evaluation("average", averaged, epoch=meeting.epoch))
                 write_json(self._averages, self.averages, world)
 
     def _large_batch(self, model: nn.Module) -> None:

@@ -57,6 +57,19 @@ def plain(classes: int, channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(32, classes))
 
 
+def batch_normed(classes: int, channels: int) -> nn.Module:
+    """With batch norm, and nothing random."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
 def normed(classes: int, channels: int) -> nn.Module:
     """With batch norm twice, the second one after the first, and dropout, which batch-norm refresh must not see."""
     return nn.Sequential(

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from swap_hpc import fit as fit_module
 from swap_hpc.averaging import weights_sha256
-from swap_hpc.checkpoint import Checkpoints
+from swap_hpc.checkpoint import Checkpoints, Position
 from swap_hpc.control import Control
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
-from swap_hpc.events import Epoch, SavePoint
+from swap_hpc.events import Done, Epoch, Event, SavePoint, part_name
 from swap_hpc.fit import fit
 from swap_hpc.job import Job
 from swap_hpc.ranks import Ranks, Team, grid
-from swap_hpc.swap import Done, Event, swap
+from swap_hpc.swap import swap
 
 NORMED: dict[str, Any] = {"model": {"name": "tiny:normed"}, "refine": {"epochs": 2, "cycles": 2}}  # batch norm and dropout
 
@@ -54,15 +54,20 @@ class Record:
     def add(self, event: Event) -> None:
         if isinstance(event, Epoch):
             self.epochs[event.phase, event.group, event.epoch] = (event.train, event.test, event.learning_rate, event.images)
-        elif isinstance(event, Done) and event.what != "refine":  # which names no model
-            self.models[f"{event.what} {event.epoch}"] = weights_sha256(event.model)
+        elif isinstance(event, Done) and event.what not in ("refine", "go_on"):  # which name no model of their own
+            self.models[f"{event.what} {event.meeting.step if event.meeting else 0}"] = weights_sha256(event.model)
             self.met += event.what == "batchnorm"
 
 
 def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | None = None) -> bool:
     """`swap()` as `train` runs it: on from the checkpoints in `folder`, up to its save point number `stop_at`. Whether it ended."""
     checkpoints = Checkpoints(folder, job.recipe)
-    events = swap(tiny.model(job), replace(job, load=lambda part, team: loaded(checkpoints, part, team), met=record.met), ranks)
+    at, met = None, record.met
+    if job.recipe.refine.average_every_steps:
+        at = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or (-1, 0)
+        met = len([m for m in job.meetings if m.then == "go_on" and m.step <= at[0] * job.steps(job.recipe.refine) + at[1]])
+    there = lambda part: None if part == part_name(None) else at  # noqa: E731
+    events = swap(tiny.model(job), replace(job, load=lambda part, team: loaded(checkpoints, part, team, there(part)), met=met), ranks)
     number = 0
     for event in events:
         record.add(event)
@@ -76,8 +81,8 @@ def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | Non
     return True
 
 
-def loaded(checkpoints: Checkpoints, part: str, team: Team) -> SavePoint | None:
-    saved = checkpoints.load(part, team)
+def loaded(checkpoints: Checkpoints, part: str, team: Team, at: Position | None) -> SavePoint | None:
+    saved = checkpoints.load(part, team, at)
     return saved.point if saved else None
 
 
@@ -107,6 +112,20 @@ def test_stopped_again_and_again_it_ends_the_same(world: Team, folder: Path, eve
             starts += 1
             assert starts < 100
         assert parts == whole and starts > 8
+
+
+def test_groups_that_go_on_from_their_average_come_back_to_one_step(world: Team, folder: Path) -> None:
+    """Stopped again and again, also between the saves of a rank's two groups, it ends the same to the bit."""
+    layout = 2 if world.size % 2 == 0 else 2 * world.size
+    job = eager(tiny.job(groups=layout, model={"name": "tiny:normed"}, refine={"epochs": 3, "average_every_steps": 5}))
+    with grid(world, layout) as ranks:
+        whole, parts = Record(), Record()
+        assert run(job, ranks, folder / "whole", whole)
+        starts = 1
+        while not run(job, ranks, folder / "parts", parts, stop_at=3):
+            starts += 1
+            assert starts < 30
+        assert parts == whole and starts > 2
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(world: Team, folder: Path, every_step: None) -> None:
@@ -184,7 +203,7 @@ def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: 
                     weights = tiny.weights(event.model)
                     averages += [weights] if event.what == "batchnorm" else []
                     copies += [weights] if event.what.startswith("group-") else []
-    ends = [{name: digest for name, digest in record.models.items() if name.split()[1] in "04"} for record in records]
+    ends = [{name: digest for name, digest in record.models.items() if name.split()[1] in ("0", "32")} for record in records]
     assert records[0].epochs == records[1].epochs and ends[0] == ends[1] and len(ends[0]) == 5
     assert len(averages) == 4
     everyones = [torch.stack(copies)[k : k + 2] for k in range(0, 8, 2)]  # per meeting, this rank's two groups

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from swap_hpc.averaging import weights_sha256
+from swap_hpc.events import Done
 from swap_hpc.job import Job
 from swap_hpc.ranks import Ranks, Team, grid
-from swap_hpc.swap import Done, swap
+from swap_hpc.swap import swap
 
 REFINE_ONLY: dict[str, Any] = {"large_batch": {"epochs": 0}, "model": {"name": "tiny:normed", "weights": "given"}}
 
