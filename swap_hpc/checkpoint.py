@@ -144,6 +144,10 @@ class Checkpoints:
         """Newest first."""
         return sorted(self.folder.glob(f"{part}-?????-???????.safetensors"), reverse=True)
 
+    def holds(self, part: str) -> bool:
+        """Whether there is a file of a part."""
+        return bool(self._files(part))
+
     def remove(self, team: Team) -> None:
         """Removes the folder: the run is complete."""
         team.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))

@@ -36,6 +36,7 @@ def train(
     overrides: Overrides = None,
     phase: Annotated[PhaseChoice | None, typer.Option(help="Only this one: other jobs do the others, into the same folder.")] = None,
     group: Annotated[int | None, typer.Option(metavar="N", help="With --phase refine: the group to refine, on all ranks.")] = None,
+    phase_1_of: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="Begin with this complete run's phase 1.")] = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     from rich.console import Console
@@ -48,7 +49,7 @@ def train(
     world, parsed = _recipe(recipe, overrides, data, part)
     from swap_hpc import report, run
 
-    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED, part)
+    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED, part, phase_1_of)
     if result:
         say(f"\n{report.table(result)}")
 
@@ -154,6 +155,31 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete 
     for folder in runs:
         say(f"{report.table(report.load_result(folder))}\n")
         say(f"written: {report.write_report(folder)}, {folder / 'curves.png'}")
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="A shipped study's name, or a TOML file.  [default: list the shipped ones]")] = None,
+    data: DataDir = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The study's folder.  [default: runs/<study name>]")] = None,
+    overrides: Overrides = None,
+    launcher: Annotated[str, typer.Option(metavar="LINE", help="What starts the ranks.")] = "mpirun -n {ranks}",
+) -> None:
+    """Run all rows of a table, one after the other; again: what is missing of it."""
+    from swap_hpc import study as studies
+    from swap_hpc import study_report
+
+    if name is None:
+        for known in studies.shipped_studies():
+            say(f"{known:<18} {studies.load_study(known).title}")
+        return
+    plan = studies.Plan(studies.load_study(name), out or Path("runs") / Path(name).stem, data, tuple(overrides or ()))
+    plan.check()
+    for _ in studies.carry_out(plan.trials(), launcher, "search"):
+        pass
+    for _ in studies.carry_out(plan.reported(), launcher, "run"):
+        written = study_report.write(plan)
+    say(f"\n{study_report.text(plan)}\nwritten: {written}, {written.with_suffix('.json')}, {written.with_suffix('.png')}")
 
 
 @app.command()

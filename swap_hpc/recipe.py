@@ -237,7 +237,7 @@ def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_one_line(each) for each in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(one_line(each, Recipe) for each in error.errors())) from None
 
 
 def _apply(override: str, fields: dict[str, Any]) -> None:
@@ -256,21 +256,23 @@ def _apply(override: str, fields: dict[str, Any]) -> None:
     fields[field] = value
 
 
-def _one_line(error: Any) -> str:
+def one_line(error: Any, model: type[BaseModel]) -> str:
+    """An error of pydantic's, of a TOML file that `model` describes, for a person to read."""
     where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        return f"unknown field {where}; valid here: {', '.join(_fields_beside(error['loc']))}"
+        return f"unknown field {where}; valid here: {', '.join(_fields_beside(error['loc'], model))}"
     message = error["msg"].removeprefix("Value error, ")
     given = f" (given: {error['input']!r})" if where and error["type"] != "missing" else ""
     return f"{where}: {message}{given}" if where else message
 
 
-def _fields_beside(location: tuple[int | str, ...]) -> Iterable[str]:
-    section: Any = Recipe
+def _fields_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> Iterable[str]:
+    section: Any = model
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
-    return section.model_fields
+        if part in section.model_fields:  # else the key or the number of one of several
+            annotation = section.model_fields[part].annotation
+            section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from swap_hpc.adopt import adopt_large_batch
 from swap_hpc.averaging import check_equal
 from swap_hpc.checkpoint import Checkpoints, Position
 from swap_hpc.control import Control
@@ -34,14 +35,22 @@ from swap_hpc.watchdog import watching
 
 
 def train(
-    recipe: Recipe, out: Path, world: Team, console: Console, control: Control, started: float, part: Part = WHOLE
+    recipe: Recipe,
+    out: Path,
+    world: Team,
+    console: Console,
+    control: Control,
+    started: float,
+    part: Part = WHOLE,
+    phase_1_of: Path | None = None,
 ) -> dict[str, Any] | None:
     """Runs `recipe`, or a part of it, on the ranks of `world` into the folder `out`.
 
     Returns what `result.json` holds; None where the run is not complete with this part. `recipe` has passed `check_ranks`.
     Goes on where a run in `out` was stopped; leaves a complete one as it is. `control.stop` ends it at the next step
-    boundary. `started`: `perf_counter()` when the process began. Raises UserError, before any training, for all that is
-    wrong with the input; RunError where the run fails; Stopped.
+    boundary. `phase_1_of`: a complete run's folder, whose phase 1 is this one's. `started`: `perf_counter()` when the
+    process began. Raises UserError, before any training, for all that is wrong with the input; RunError where the run
+    fails; Stopped.
     """
     finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
     with node_of(world) as node, _ranks(world, recipe, part) as ranks:
@@ -53,6 +62,8 @@ def train(
             return finished
         job, model = prepare(recipe, world, node)
         world.first(lambda: _claim(recipe, out, part))
+        if phase_1_of:
+            adopt_large_batch(phase_1_of, recipe, model, checkpoints, world)
         facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         write_json(out / _environment_name(part), facts, world)
         for line in _introduction(job, ranks, out):
@@ -180,7 +191,7 @@ class _Consumer:
         if self.part.needs(part) and not (saved and saved.point.ended):
             phase = "large_batch" if part == part_name(None) else f"refine --group {int(part.removeprefix('group-'))}"
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
-        if saved and self.part.phase == "average" and part == part_name(None):
+        if saved and saved.point.ended and part == part_name(None):
             self.trained_on = saved.notes["ranks"]
         name = "world" if part == part_name(None) else part
         if name in self.journal.lines:

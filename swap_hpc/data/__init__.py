@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from swap_hpc.data.splits import Arrays, Dataset, Files
+from swap_hpc.data.splits import Arrays, Dataset, Files, with_validation
 from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team, first_then_rest
 from swap_hpc.recipe import Data
@@ -14,12 +14,12 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     """The data set that a recipe names, on every rank of `team`; one of them downloads what is missing.
 
     Raises UserError: a folder that is missing, empty, or has other classes in test than in train; a download that
-    fails; an image that cannot be read.
+    fails; an image that cannot be read; a validation split that leaves nothing to train on.
     """
     from swap_hpc.data import sources
 
     first_then_rest(team, lambda: download(data.name, data.path))
-    return team.agree(lambda: sources.SOURCES[data.name](data, threads))
+    return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
 
 
 def download(name: str, path: Path) -> str:

@@ -1,10 +1,12 @@
 """What a data set is: images in memory, or files to read in every epoch, with labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
+
+from swap_hpc.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +18,9 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, which: np.ndarray) -> "Arrays":
+        return Arrays(self.images[which], self.labels[which])
 
     @lru_cache(maxsize=2)  # noqa: B019  (splits live as long as the run)
     def padded(self, pad: int) -> np.ndarray:
@@ -41,6 +46,9 @@ class Files:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, which: np.ndarray) -> "Files":
+        return Files(tuple(self.paths[i] for i in which), self.labels[which])
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -51,6 +59,17 @@ class Dataset:
     channels: int
     mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
     std: tuple[float, ...]
+
+
+def with_validation(dataset: Dataset, samples: int) -> Dataset:
+    """That many training samples, always the same ones of a data set, set aside as its test split; 0: as it is. Raises UserError."""
+    if not samples:
+        return dataset
+    if samples >= len(dataset.train):
+        raise UserError(f"data.validation = {samples} leaves none of {len(dataset.train)} training samples: set it lower")
+    order = np.random.Generator(np.random.Philox(0x76616C)).permutation(len(dataset.train))
+    aside, rest = np.sort(order[:samples]), np.sort(order[samples:])
+    return replace(dataset, train=dataset.train.take(rest), test=dataset.train.take(aside))
 
 
 def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Dataset:

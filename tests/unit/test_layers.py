@@ -18,7 +18,21 @@ LAYERS = {
     2: ["averaging", "events", "job", "evaluation", "fit"],
     3: ["swap"],
     4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
-    5: ["report", "doctor", "prepare", "saved", "bench.checkpoint", "bench", "result", "run", "cli", "__main__"],
+    5: [
+        "report",
+        "study",
+        "study_report",
+        "doctor",
+        "prepare",
+        "saved",
+        "bench.checkpoint",
+        "bench",
+        "result",
+        "adopt",
+        "run",
+        "cli",
+        "__main__",
+    ],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]
 
@@ -94,7 +108,7 @@ def test_swap_reads_like_the_paper() -> None:
     assert len((PACKAGE / "swap.py").read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("module", ["swap_hpc.report", "swap_hpc.recipe", "swap_hpc.cli"])
+@pytest.mark.parametrize("module", ["swap_hpc.report", "swap_hpc.study_report", "swap_hpc.recipe", "swap_hpc.cli"])
 def test_light_modules_load_neither_torch_nor_mpi(module: str) -> None:
     code = f"import {module}, sys; print(sorted({{'torch', 'mpi4py', 'horovod', 'nvidia'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
