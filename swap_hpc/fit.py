@@ -18,6 +18,7 @@ from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, pa
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
 from swap_hpc.models import fill_
+from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Refine
 from swap_hpc.schedule import interpolate
@@ -55,8 +56,8 @@ def fit(
         if start.ended:
             yield replace(start, due=False)
             return
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0, **job.recipe.optimizer.model_dump())
-    with averaged_gradients(model, sgd, team, job.device) as optimizer:
+    plain = build_optimizer(model, job.recipe.optimizer)
+    with averaged_gradients(model, plain, team, job.device, phase.accumulate) as optimizer:
         training = _Training(model, optimizer, job, phase, key, group, team, cycles)
         if start:
             training.go_on_from_(start)
@@ -152,19 +153,16 @@ class _Training:
         seen: list[_Step] = []  # since the last look
         due, started = False, perf_counter()
         while self.step < len(rates):
-            images, labels = next(stream)
+            batch = next(stream)
             torch.manual_seed(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
             rate = rates[self.step]
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
-            with self.job.autocast():
-                logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss, hits = self._backward(batch)
             self.optimizer.step()
             self.step += 1
-            seen.append(_Step(loss.detach(), (logits.detach().argmax(1) == labels).sum(), len(labels), rate, self.where))
+            seen.append(_Step(loss, hits, len(batch[1]), rate, self.where))
             self.job.control.beat(self.where)
             every = self.phase.average_every_steps
             meets = every is not None and (self.epoch * len(rates) + self.step) % every == 0
@@ -175,6 +173,19 @@ class _Training:
                     yield self._checked(self.savepoint(due), f"at a learning rate of {rate:.4g}")
                     started = perf_counter()
         return due
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of this rank's share of a step. Returns its mean loss and its hits, scalars on the device."""
+        parts = self.phase.accumulate
+        losses, hits = [], []
+        for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
+            with self.job.autocast():
+                logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.job.recipe.label_smoothing)
+            (loss / parts if parts > 1 else loss).backward()
+            losses.append(loss.detach())
+            hits.append((logits.detach().argmax(1) == labels).sum())
+        return (losses[0], hits[0]) if parts == 1 else (torch.stack(losses).mean(), torch.stack(hits).sum())
 
     @property
     def phase_name(self) -> PhaseName:

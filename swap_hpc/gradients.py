@@ -43,8 +43,10 @@ def check_horovod(device: Device) -> None:
 
 
 @contextmanager
-def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, device: Device) -> Iterator[torch.optim.Optimizer]:
-    """`optimizer`, stepping with gradients averaged over `team`, whose ranks hold equal weights.
+def averaged_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, device: Device, passes: int = 1
+) -> Iterator[torch.optim.Optimizer]:
+    """`optimizer`, stepping with gradients averaged over `team`, whose ranks hold equal weights. `passes`: backward passes per step.
 
     Horovod is started on the team's communicator and shut down at the end, or when all leave training, so that no thread of
     it runs in other parts of a run. Its hooks stay on the model's parameters: train on with a deep copy, which carries none. A team of one
@@ -65,7 +67,9 @@ def averaged_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, team:
             yield optimizer
             hook.remove()
         else:
-            yield hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), groups=_buckets(model))
+            yield hvd.DistributedOptimizer(
+                optimizer, named_parameters=model.named_parameters(), groups=_buckets(model), backward_passes_per_step=passes
+            )
     except GeneratorExit:  # all ranks leave training before its end; at an error of one rank the others may not be there to shut down with
         hvd.shutdown()
         raise

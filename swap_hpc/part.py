@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swap_hpc.errors import UserError
-from swap_hpc.recipe import Recipe
+from swap_hpc.recipe import LargeBatch, Recipe, Refine
 
 PhaseChoice = Literal["large_batch", "refine", "average"]
 
@@ -59,24 +59,26 @@ def check_ranks(recipe: Recipe, ranks: int, part: Part = WHOLE) -> None:
     if part.phase in (None, "large_batch") and recipe.large_batch.epochs:
         _check_large_batch(recipe, ranks)
     if part.phase in (None, "refine") and recipe.refine.epochs:
-        _check_share("refine", recipe.refine.batch_size, ranks if part.phase else max(1, ranks // groups))
+        _check_share("refine", recipe.refine, ranks if part.phase else max(1, ranks // groups))
 
 
 def _check_large_batch(recipe: Recipe, ranks: int) -> None:
     batch_size, wanted = recipe.large_batch.batch_size, recipe.large_batch.batchnorm_batch_size
-    _check_share("large_batch", batch_size, ranks)
-    share = batch_size // ranks
+    _check_share("large_batch", recipe.large_batch, ranks)
+    share = batch_size // (ranks * recipe.large_batch.accumulate)
     if wanted is not None and share != wanted:
         raise UserError(
             f"large_batch.batchnorm_batch_size = {wanted}, but {ranks} ranks share batches of {batch_size} as {share} each: "
-            f"start {batch_size // wanted} ranks, or set the field to {share} for another result"
+            f"start {batch_size // (wanted * recipe.large_batch.accumulate)} ranks, or set the field to {share} for another result"
         )
 
 
-def _check_share(phase: str, batch_size: int, ranks: int) -> None:
-    if batch_size % ranks:
-        near = [b for b in (batch_size // ranks * ranks, (batch_size // ranks + 1) * ranks) if b]
+def _check_share(name: str, phase: LargeBatch | Refine, ranks: int) -> None:
+    batch_size, parts = phase.batch_size, ranks * phase.accumulate
+    if batch_size % parts:
+        near = [b for b in (batch_size // parts * parts, (batch_size // parts + 1) * parts) if b]
+        times = f" times {name}.accumulate = {phase.accumulate}" if phase.accumulate > 1 else ""
         raise UserError(
-            f"{phase}.batch_size = {batch_size} does not divide by its {ranks} ranks: "
-            f"--set {phase}.batch_size={' or '.join(map(str, near))}"
+            f"{name}.batch_size = {batch_size} does not divide by its {ranks} ranks{times}: "
+            f"--set {name}.batch_size={' or '.join(map(str, near))}"
         )

@@ -92,11 +92,14 @@ class Augment(_Section):
 
 
 class Optimizer(_Section):
-    """SGD, in both phases. The momentum buffer starts at zero in each."""
+    """SGD, or LARS for very large batches, in both phases. The momentum buffer starts at zero in each."""
 
+    name: Literal["sgd", "lars"] = "sgd"
     momentum: Fraction = 0.9
     nesterov: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    decay_vectors: bool = True  # weight decay also of batch norm's parameters and of biases; false: LARS, too, leaves them alone
+    trust: Annotated[float, Field(gt=0)] = 0.001  # LARS: a step's size as a share of the weights', at a learning rate of 1
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "Optimizer":
@@ -109,6 +112,8 @@ class _Phase(_Section):
     batch_size: Count  # samples per step, all ranks of the phase's team together
     epochs: CountOrZero
     learning_rate: Schedule  # [epoch, value] knots
+    # parts in which a rank computes its share of a batch, one after the other, gradients added up: less memory; batch norm sees a part
+    accumulate: Count = 1
 
 
 class LargeBatch(_Phase):
@@ -117,7 +122,7 @@ class LargeBatch(_Phase):
     cycles: ClassVar[int] = 1
     average_every_steps: ClassVar[int | None] = None
     stop_accuracy: Fraction | None = None  # running accuracy of an epoch's augmented training samples at which the phase ends
-    batchnorm_batch_size: Count | None = None  # a rank's share of a batch; where stated, other shares are refused
+    batchnorm_batch_size: Count | None = None  # what batch norm sees, a part of a rank's share; where stated, other sizes are refused
 
 
 class Refine(_Phase):
@@ -169,6 +174,7 @@ class Recipe(_Section):
     groups: Count = 1  # SWAP workers: the paper's W
     # of the forward pass; weights and gradients stay float32. "fp32" on a GPU: convolutions in TF32, as is torch's default
     precision: Literal["fp32", "bf16"] = "fp32"
+    label_smoothing: Fraction = 0.0  # of the training loss, in both phases
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model
     data: Data

@@ -37,7 +37,7 @@ def reference_swap(job: Job) -> nn.Module:
     recipe, model = job.recipe, tiny.model(job)
 
     def train(model: nn.Module, phase: LargeBatch | Refine, key: Key) -> nn.Module:
-        sgd = torch.optim.SGD(model.parameters(), lr=0.0, **recipe.optimizer.model_dump())
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
         model.train()
         for rate, (images, labels) in batches(job, phase, key):
             sgd.param_groups[0]["lr"] = rate
@@ -106,7 +106,7 @@ def test_one_group_with_cycles_equals_torchs_averaged_model(world: Team) -> None
             pass
     theirs = tiny.model(job)
     for phase, key in ((job.recipe.large_batch, Key(0, Phase.LARGE_BATCH)), (job.recipe.refine, Key(0, Phase.REFINE))):
-        sgd = torch.optim.SGD(theirs.parameters(), lr=0.0, **job.recipe.optimizer.model_dump())
+        sgd = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
         averaged = torch.optim.swa_utils.AveragedModel(theirs)
         ends = job.steps(phase) * phase.epochs
         for step, (rate, (images, labels)) in enumerate(batches(job, phase, key), 1):
@@ -153,7 +153,7 @@ def test_post_local_sgd_keeps_each_groups_momentum(world: Team) -> None:
             if isinstance(event, Done) and event.what == "large_batch":
                 start.load_state_dict(event.model.state_dict())
     copies = [deepcopy(start) for _ in range(4)]
-    optimizers = [torch.optim.SGD(copy.parameters(), lr=0.0, **job.recipe.optimizer.model_dump()) for copy in copies]
+    optimizers = [torch.optim.SGD(copy.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4) for copy in copies]
     groups = (list(batches(job, job.recipe.refine, Key(0, Phase.REFINE, group))) for group in range(4))
     for step, round_ in enumerate(zip(*groups, strict=True), 1):
         for copy, sgd, (rate, (images, labels)) in zip(copies, optimizers, round_, strict=True):

@@ -15,7 +15,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 LAYERS = {
     0: ["errors", "launcher", "schedule", "recipe", "part", "control"],
     1: ["ranks", "devices", "gradients", "data.sampling", "data.splits", "data.decode", "data.loader", "data.sources", "data", "models"],
-    2: ["averaging", "events", "job", "evaluation", "fit"],
+    2: ["averaging", "events", "job", "evaluation", "optimizers", "fit"],
     3: ["swap"],
     4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
     5: [

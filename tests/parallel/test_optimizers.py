@@ -1,0 +1,122 @@
+"""What the recipe's optimizer fields mean: a phase, on any number of ranks, against the formulas written out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.errors import UserError
+from swap_hpc.fit import fit
+from swap_hpc.job import Job
+from swap_hpc.optimizers import build_optimizer
+from swap_hpc.part import check_ranks
+from swap_hpc.ranks import Team
+from swap_hpc.schedule import interpolate
+
+KEY = Key(0, Phase.LARGE_BATCH)
+Update = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # weights, gradient, velocity (changed in place), learning rate -> step
+
+
+def trained(job: Job, world: Team) -> nn.Module:
+    model = tiny.model(job)
+    for _ in fit(model, job, job.recipe.large_batch, KEY, world):
+        pass
+    return model
+
+
+def by_hand(job: Job, update: Update, smoothing: float = 0.0) -> nn.Module:
+    """The phase on whole batches, every formula written out."""
+    model, phase = tiny.model(job), job.recipe.large_batch
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for step, (images, labels) in enumerate(job.training_batches(phase, KEY, Team.alone())):
+        targets = F.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
+        loss = -(targets * F.log_softmax(model(images), 1)).sum(1).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rate = interpolate(phase.learning_rate, step / job.steps(phase))
+        with torch.no_grad():
+            for p, g, v in zip(model.parameters(), gradients, velocity, strict=True):
+                p.sub_(update(p, g, v, rate))
+    return model
+
+
+def nesterov(decay: float, momentum: float = 0.9) -> Update:
+    def update(w: Tensor, g: Tensor, v: Tensor, rate: float) -> Tensor:
+        g = g + decay * w
+        v.mul_(momentum).add_(g)
+        return rate * (g + momentum * v)
+
+    return update
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(tiny.weights(one), tiny.weights(other), rtol=1e-4, atol=1e-6)
+
+
+def test_nesterov(world: Team) -> None:
+    job = tiny.job(large_batch={"epochs": 3})
+    same(trained(job, world), by_hand(job, nesterov(5e-4)))
+
+
+def test_label_smoothing(world: Team) -> None:
+    job = tiny.job(label_smoothing=0.3)
+    same(trained(job, world), by_hand(job, nesterov(5e-4), smoothing=0.3))
+
+
+def test_vectors_without_weight_decay(world: Team) -> None:
+    job = tiny.job(optimizer={"weight_decay": 0.5, "decay_vectors": False})
+    on_matrices, on_none = nesterov(0.5), nesterov(0.0)
+    same(trained(job, world), by_hand(job, lambda w, g, v, rate: (on_matrices if w.ndim > 1 else on_none)(w, g, v, rate)))
+
+
+@pytest.mark.parametrize("spares_vectors", [False, True])
+def test_lars(world: Team, spares_vectors: bool) -> None:
+    job = tiny.job(
+        optimizer={"name": "lars", "trust": 0.02, "weight_decay": 0.01, "nesterov": False, "decay_vectors": not spares_vectors},
+        large_batch={"epochs": 3, "learning_rate": [[0, 0.5], [3, 2.0]]},
+    )
+
+    def update(w: Tensor, g: Tensor, v: Tensor, rate: float) -> Tensor:
+        if w.ndim > 1 or not spares_vectors:
+            scale = 0.02 * w.norm() / (g.norm() + 0.01 * w.norm())
+            g = scale * (g + 0.01 * w)
+        v.mul_(0.9).add_(g)
+        return rate * v
+
+    same(trained(job, world), by_hand(job, update))
+
+
+def test_lars_steps_a_tensor_of_zeros(world: Team) -> None:
+    layer = nn.Linear(2, 1)
+    nn.init.zeros_(layer.weight)
+    optimizer = build_optimizer(layer, tiny.recipe(optimizer={"name": "lars"}).optimizer)
+    optimizer.param_groups[0]["lr"] = 1.0
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert layer.weight.isfinite().all() and (layer.weight != 0).all()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(world: Team, parts: int) -> None:
+    whole, cut = (tiny.job(large_batch={"accumulate": each}) for each in (1, parts))
+    if 24 % (parts * world.size):
+        with pytest.raises(UserError, match=rf"batch_size = 24 does not divide by its {world.size} ranks times .*accumulate = {parts}"):
+            check_ranks(cut.recipe, world.size)
+        return
+    same(trained(cut, world), by_hand(whole, nesterov(5e-4)))
+
+
+def test_batch_norm_sees_a_part(world: Team) -> None:
+    """A share cut in two has the statistics that twice as many ranks would have."""
+    fields: dict[str, Any] = {
+        "model": {"name": "tiny:batch_normed"},
+        "large_batch": {"epochs": 1, "batchnorm_batch_size": 12 // world.size},
+    }
+    job = tiny.job(**{**fields, "large_batch": {**fields["large_batch"], "accumulate": 2}})
+    check_ranks(job.recipe, world.size)
+    model = trained(job, world)
+    assert model.get_buffer("1.num_batches_tracked") == 2 * job.steps(job.recipe.large_batch)
