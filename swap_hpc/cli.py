@@ -139,6 +139,20 @@ def data(
 
 
 @app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder with train/<class>/ and test/<class>/.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Where the shards go.")],
+    samples_per_shard: Annotated[int, typer.Option(metavar="N", help="Images in a tar file.", min=1)] = 1000,
+) -> None:
+    """Pack a folder of images into WebDataset shards with DALI's index files, shared out to the ranks."""
+    world = _world()
+    from swap_hpc import pack as packing
+
+    number = packing.pack(source, out, samples_per_shard, world, say)
+    say(f"{number} shards in {out}: --set data.name=webdataset --data {out}")
+
+
+@app.command()
 def doctor(groups: Annotated[int, typer.Option(help="Groups of the grid to look at.", min=1)] = 1) -> None:
     """Print versions, MPI, Horovod, GPUs, where each rank runs, and what is wrong."""
     from swap_hpc import doctor

@@ -32,6 +32,7 @@ class Epoch:
     images: int  # the team's
     train_seconds: float  # data loading in; the slowest rank's
     evaluate_seconds: float
+    peak_memory: int  # bytes, the most that any rank's process has had in memory since it began
     ends_cycle: bool
 
 

@@ -1,6 +1,7 @@
 """`fit()`, one phase's training as a generator of epochs and save points."""
 
 import math
+import resource
 from collections.abc import Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,7 @@ class _Training:
             ends_cycle = reached or self.epoch % phase.epochs == 0
             every = job.recipe.evaluate.every
             test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None
-            train_seconds, evaluate_seconds = team.maximum(seconds, perf_counter() - trained)
+            train_seconds, evaluate_seconds, memory = team.maximum(seconds, perf_counter() - trained, _peak_memory())
             if ends_cycle and self.group is not None:
                 self.cycles.add_(self.model)
             yield Epoch(
@@ -139,6 +140,7 @@ class _Training:
                 images=steps * phase.batch_size,
                 train_seconds=train_seconds,
                 evaluate_seconds=evaluate_seconds,
+                peak_memory=int(memory),
                 ends_cycle=ends_cycle,
             )
             yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), f"at a learning rate of {rates[-1]:.4g}")
@@ -241,6 +243,11 @@ def _refuse(step: _Step, loss: float) -> None:
 def _means(running: Running, team: Team) -> Evaluation:
     loss, correct, samples = team.sums(running.loss, running.correct, running.samples)
     return Evaluation(loss / samples, correct / samples)
+
+
+def _peak_memory() -> int:
+    """The most that this process has had in memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Refinement:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle, groupby, islice
 
 import torch
 from torch import Tensor
 
 from swap_hpc.control import Control
 from swap_hpc.data import Dataset, loader, sampling
-from swap_hpc.data.sampling import Key
+from swap_hpc.data.loader import View
+from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device
 from swap_hpc.events import Meeting, SavePoint
 from swap_hpc.ranks import Team
@@ -21,6 +23,10 @@ def _nothing_saved(part: str, team: Team) -> SavePoint | None:
     return None
 
 
+def _square(pixels: int | None) -> tuple[int, int] | None:
+    return (pixels, pixels) if pixels else None
+
+
 @dataclass(frozen=True)
 class Job:
     recipe: Recipe
@@ -29,6 +35,7 @@ class Job:
     control: Control = field(default_factory=Control)
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
     met: int = 0  # meetings of the groups that are over
+    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)  # endless; by rank and size of a team
 
     def steps(self, phase: LargeBatch | Refine) -> int:
         """Of an epoch."""
@@ -52,24 +59,37 @@ class Job:
         ]
 
     def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
-        """This rank's share of every step of a phase from a step of an epoch on (both from 0), all epochs in one stream."""
-        epochs = range(epoch, phase.epochs * phase.cycles)
-        picks = sampling.training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, epochs, step)
-        return loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, phase.batch_size // team.size, self.device)
+        """This rank's share of every step of a phase from a step of an epoch on (both from 0), in one stream per image size."""
+        before = self.recipe.large_batch.epochs if key.phase is Phase.REFINE else 0
+        for pixels, same in groupby(range(epoch, phase.epochs * phase.cycles), lambda each: self.recipe.data.size_at(before + each)):
+            epochs = list(same)
+            span = range(epochs[0], epochs[-1] + 1)
+            first = step if span.start == epoch else 0
+            picks = sampling.training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, first)
+            view = View(self.recipe.augment, _square(pixels))
+            yield from loader.batches(self.dataset, self.dataset.train, picks, view, phase.batch_size // team.size, self.device)
 
     def test_batches(self, team: Team) -> Iterator[Batch]:
-        """This rank's share of the test samples, each of which the team sees once."""
-        size = self.recipe.evaluate.batch_size
-        picks = sampling.evaluation_picks(len(self.dataset.test), size, team.rank, team.size)
-        for batch in loader.batches(self.dataset, self.dataset.test, picks, None, size, self.device):
+        """This rank's share of the test samples, each of which the team sees once.
+
+        The pipeline is kept for the next evaluation: building one each time would take time, and leave memory in pieces.
+        """
+        size, place = self.recipe.evaluate.batch_size, (team.rank, team.size)
+        picks = list(sampling.evaluation_picks(len(self.dataset.test), size, *place))
+        if place not in self._evaluations:
+            view = View(None, _square(self.recipe.data.evaluation_size), self.recipe.data.evaluation_crop)
+            self._evaluations[place] = loader.batches(self.dataset, self.dataset.test, cycle(picks), view, size, self.device)
+        stream = self._evaluations.pop(place)  # an evaluation that is broken off leaves none
+        for batch in islice(stream, len(picks)):
             self.control.beat("an evaluation")
             yield batch
+        self._evaluations[place] = stream
 
     def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
         """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""
         size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
         picks = sampling.batchnorm_picks(self.recipe.seed, samples, self.recipe.batchnorm.samples or samples, size, team.rank, team.size)
-        for images, _ in loader.batches(self.dataset, self.dataset.train, picks, self.recipe.augment, size, self.device):
+        for images, _ in loader.batches(self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device):
             self.control.beat("the batch-norm refresh")
             if self.control.stop:
                 return

@@ -41,6 +41,7 @@ def epoch_fields(epoch: Epoch) -> Line:
         "images_per_second": epoch.images / epoch.train_seconds,
         "train_seconds": epoch.train_seconds,
         "evaluate_seconds": epoch.evaluate_seconds,
+        "peak_memory_mib": epoch.peak_memory / 2**20,
     }
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,10 @@ else:
     import tomli as tomllib
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Sizes: TypeAlias = tuple[tuple[CountOrZero, Count], ...]
 
 
 def _checked_knots(knots: Knots) -> Knots:
@@ -41,18 +45,23 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _checked_sizes(sizes: Sizes) -> Sizes:
+    if not sizes or sizes[0][0] != 0 or any(left >= right for (left, _), (right, _) in pairwise(sizes)):
+        raise ValueError("needs [epoch, pixels] pairs, the first one at epoch 0, in ascending order of their epochs")
+    return sizes
+
+
 def _constant_as_knots(value: Any) -> Any:
     return [[0, value]] if isinstance(value, int | float) else value
 
 
 Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
-DataName = Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
 
 
 class _Section(BaseModel):
@@ -75,10 +84,23 @@ class Data(_Section):
     name: DataName
     path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
     validation: CountOrZero = 0  # training samples, always the same ones, that are set aside and evaluated on instead of the test split
-    image_size: Count | None = None  # pixels; none: the files' own size, which must then be one for all
-    memory_gib: Annotated[float, Field(ge=0)] = 4.0  # folder: decoded into each rank's memory up to this size, else read in every epoch
+    # pixels, or [epoch, pixels] pairs, each valid from its epoch of the run on (the refinement begins at large_batch.epochs); none: the
+    # files' own size, which must then be one for all
+    image_size: ImageSizes | None = None
+    evaluation_size: Count | None = None  # pixels; none: the last of image_size. For files read in every epoch
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # side of the evaluated square as a share of the image's shorter side
+    # folder, webdataset: decoded into each rank's memory up to this size, else read in every epoch; images of several sizes are always read
+    memory_gib: Annotated[float, Field(ge=0)] = 4.0
     classes: Count = 10  # synthetic only
     samples: Count = 1024  # synthetic only: training samples; a quarter as many test samples
+
+    def size_at(self, epoch: int) -> int | None:
+        """The images' side in pixels in an epoch of the run, from 0."""
+        return next((pixels for begin, pixels in reversed(self.image_size or ()) if begin <= epoch), None)
+
+    @property
+    def last_size(self) -> int | None:
+        return self.image_size[-1][1] if self.image_size else None
 
 
 class Augment(_Section):

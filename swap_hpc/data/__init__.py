@@ -7,6 +7,9 @@ from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team, first_then_rest
 from swap_hpc.recipe import Data
 
+# Data of the user's own, and what lies in their folder.
+LOCAL = {"folder": "train/<class>/ and test/<class>/", "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)"}
+
 __all__ = ["Arrays", "Dataset", "Files", "download", "load"]
 
 
@@ -26,8 +29,8 @@ def download(name: str, path: Path) -> str:
     """Makes sure that the data set's files are in `path`, verified, and says where they are. Raises UserError."""
     from swap_hpc.data import sources
 
-    if name == "folder" and not (path / "train").is_dir():
-        raise UserError(f"no folder {path / 'train'}: point --data at a folder with train/<class>/ and test/<class>/")
+    if name in LOCAL and not (path / "train").is_dir():
+        raise UserError(f"no folder {path / 'train'}: point --data at a folder with {LOCAL[name]}")
     if name in sources.TORCHVISION and not (path / "train").is_dir():
         sources.torchvision_download(name, path)
-    return f"{name}: {path if name in (*sources.TORCHVISION, 'folder') else 'comes with the package'}"
+    return f"{name}: {path if name in (*sources.TORCHVISION, *LOCAL) else 'comes with the package'}"

@@ -3,6 +3,8 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,22 +13,38 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 
-from swap_hpc.data.decode import explain_decode_error, path_bytes
+from swap_hpc.data.decode import Encoded, encoded, explain_decode_error, whole_image
 from swap_hpc.data.sampling import DRAWS, Picks
-from swap_hpc.data.splits import Arrays, Dataset, Files
+from swap_hpc.data.splits import Arrays, Dataset, Files, Shards
 from swap_hpc.devices import Device
 from swap_hpc.recipe import Augment
+
+BATCHES_AHEAD = 2  # that are read before DALI asks for them
 
 Feed = Iterator[tuple[Any, ...]]  # per batch: what DALI's graph takes in, arrays whose first dimension is the batch's
 
 
+@dataclass(frozen=True)
+class View:
+    """How images are seen. Those in memory have one size; `size` and `crop` are of those that are read in every epoch."""
+
+    augment: Augment | None  # None: evaluation, the whole image, or the centre
+    size: tuple[int, int] | None = None  # (height, width) in pixels; None: the data set's
+    crop: float = 0.875  # evaluation: side of the centre square as a share of the image's shorter side
+
+
 def batches(
-    dataset: Dataset, split: Arrays | Files, picks: Iterator[Picks], augment: Augment | None, batch_size: int, device: Device
+    dataset: Dataset,
+    split: Arrays | Files | Shards,
+    picks: Iterator[Picks],
+    view: View,
+    batch_size: int,
+    device: Device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What `picks` names, one batch after the other: (images (n, C, H, W) float32, labels (n,) int64), on the device.
 
-    Images are normalised by the data set's mean and deviation, and lie in memory as channels_last. `augment` None: the
-    whole image; of files, the centre. `batch_size` is the largest n. Raises RunError for a file that cannot be decoded.
+    Images are normalised by the data set's mean and deviation, and lie in memory as channels_last. `batch_size` is the largest
+    n. Raises RunError for an image that cannot be read or decoded.
     """
     ahead: deque[np.ndarray] = deque()  # the samples that DALI was asked for and has not returned yet
 
@@ -36,9 +54,9 @@ def batches(
             yield pick
 
     if isinstance(split, Arrays):
-        graph = _array_graph(dataset, split, noted(), augment, device)
+        graph = _array_graph(dataset, split, noted(), view.augment, device)
     else:
-        graph = _file_graph(dataset, split, noted(), augment, device)
+        graph = _encoded_graph(dataset, split, noted(), view, device)
     pipeline = _pipeline(graph, batch_size, device)
     labels = torch.from_numpy(split.labels).to(device.torch)
     # on a GPU, the stream that waits for DALI's output, and that DALI waits for before it uses the memory again
@@ -49,8 +67,8 @@ def batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            if isinstance(split, Files):
-                explain_decode_error([split.paths[i] for indices in ahead for i in indices], error)
+            if not isinstance(split, Arrays):
+                explain_decode_error(split, itertools.chain(*ahead), error)
             raise
         images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         yield images, labels[_on_device(ahead.popleft(), device)]
@@ -94,23 +112,24 @@ def _array_graph(dataset: Dataset, split: Arrays, picks: Iterator[Picks], augmen
     return graph
 
 
-def _file_graph(dataset: Dataset, split: Files, picks: Iterator[Picks], augment: Augment | None, device: Device) -> Callable[[], Any]:
-    """Read and decode files; random resized crop and flip for training, resize and centre crop for evaluation.
+def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], view: View, device: Device) -> Callable[[], Any]:
+    """Read and decode images; random resized crop and flip for training, resize and centre crop for evaluation.
 
     Source of the crop: Szegedy et al., "Going deeper with convolutions", 2014. A crop that would not fit is cut to the
     image's edge, where torchvision draws again.
     """
-    height, width = dataset.image_size
+    height, width = view.size or dataset.image_size
+    augment = view.augment
     decode_on = "mixed" if device.torch.type == "cuda" else "cpu"
-    area, ratio = (augment or Augment()).crop_area, (augment or Augment()).crop_ratio
+    areas, ratios = (augment or Augment()).crop_area, (augment or Augment()).crop_ratio
 
     def feed() -> Feed:
-        for pick in picks:
+        for pick, sources in _read_ahead(split, picks, device.threads):
             u = _draws(pick)
-            share = area[0] + u[:, 3] * (area[1] - area[0])
-            aspect = np.exp(np.log(ratio[0]) + u[:, 4] * np.log(ratio[1] / ratio[0]))
+            share = areas[0] + u[:, 3] * (areas[1] - areas[0])
+            aspect = np.exp(np.log(ratios[0]) + u[:, 4] * np.log(ratios[1] / ratios[0]))
             yield (
-                [path_bytes(split.paths[i]) for i in pick.indices],
+                sources,
                 _column(share),
                 _column(aspect),
                 _mirror(u, augment),
@@ -118,25 +137,44 @@ def _file_graph(dataset: Dataset, split: Files, picks: Iterator[Picks], augment:
             )
 
     def training() -> Any:
-        path, share, aspect, mirror, place = fn.external_source(feed(), num_outputs=5, batch=True)
-        encoded = fn.io.file.read(path)
-        shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-        aspect = aspect * shape[0] / shape[1]
-        size = fn.stack(
-            math.min(1.0, math.sqrt(share / aspect)), math.min(1.0, math.sqrt(share * aspect))
-        )  # of the crop; the image is 1 x 1
+        source, share, aspect, mirror, place = fn.external_source(feed(), num_outputs=5, batch=True)
+        file = encoded(split, source)
+        shape = fn.peek_image_shape(file, dtype=types.FLOAT)[:2]
+        area = share * shape[0] * shape[1]
+        size = math.min(shape, math.max(1.0, math.floor(fn.stack(math.sqrt(area / aspect), math.sqrt(area * aspect)) + 0.5)))
+        start = math.floor(place * (shape - size + 1.0))  # every place in the image is as likely
         image = fn.decoders.image_slice(
-            encoded, rel_start=place * (1.0 - size), rel_shape=size, axis_names="HW", device=decode_on, output_type=types.RGB
+            file,
+            start=fn.cast(start, dtype=types.INT32),
+            shape=fn.cast(size, dtype=types.INT32),
+            axis_names="HW",
+            device=decode_on,
+            output_type=types.RGB,
         )
         return _normalised(fn.resize(image, resize_x=width, resize_y=height), dataset, mirror=mirror)
 
     def evaluation() -> Any:
-        path = fn.external_source((row[0] for row in feed()), batch=True)
-        image = fn.decoders.image(fn.io.file.read(path), device=decode_on, output_type=types.RGB)
-        image = fn.resize(image, resize_shorter=round(max(height, width) * 256 / 224))
+        source = fn.external_source((row[0] for row in feed()), batch=True)
+        image = whole_image(encoded(split, source), decode_on)
+        image = fn.resize(image, resize_shorter=round(max(height, width) / view.crop))
         return _normalised(image, dataset, crop=(height, width))
 
     return training if augment else evaluation
+
+
+def _read_ahead(split: Encoded, picks: Iterator[Picks], threads: int) -> Iterator[tuple[Picks, list[np.ndarray]]]:
+    """Each batch with what `split.sources` gives for it; bytes out of shards are read by threads, before they are asked for."""
+    if isinstance(split, Files):
+        yield from ((pick, split.sources(pick.indices)) for pick in picks)
+        return
+    with ThreadPoolExecutor(max(4, threads), "read") as pool:
+        reading: deque[tuple[Picks, list[Future[np.ndarray]]]] = deque()
+        for pick in picks:
+            reading.append((pick, [pool.submit(split.read, i) for i in pick.indices]))
+            if len(reading) > BATCHES_AHEAD:
+                ready, futures = reading.popleft()
+                yield ready, [future.result() for future in futures]
+        yield from ((ready, [future.result() for future in futures]) for ready, futures in reading)
 
 
 def _normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from swap_hpc.data.decode import decode, image_shapes
+from swap_hpc.data.decode import Encoded, decode, image_shapes
+from swap_hpc.data.shards import CLASSES, find_shards
 from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
 from swap_hpc.errors import UserError
 from swap_hpc.recipe import Data
@@ -61,17 +62,44 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 def folder(data: Data, threads: int) -> Dataset:
     """`train/<class>/*` and `test/<class>/*`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
-    classes = _classes(data.path / "train")
-    if (others := _classes(data.path / "test")) != classes:
+    return _encoded(data, *folder_files(data.path), threads)
+
+
+def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
+    """Training and test files, and the classes, of a folder with one folder per class in each split. Raises UserError."""
+    held_out = _test_split(path)
+    classes = _classes(path / "train")
+    if (others := _classes(held_out)) != classes:
         differ = sorted(set(classes) ^ set(others))
-        raise UserError(f"{data.path}: train and test have different classes ({', '.join(differ[:5])}): give both the same folders")
-    train, test = (_files(data.path / split, classes) for split in ("train", "test"))
-    size = (data.image_size, data.image_size) if data.image_size else None
-    height, width = size or _own_size(train.paths[:1], threads)
-    if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30:
+        raise UserError(f"{path}: train and {held_out.name} have different classes ({', '.join(differ[:5])}): give both the same folders")
+    return _files(path / "train", classes), _files(held_out, classes), classes
+
+
+def _test_split(path: Path) -> Path:
+    """`test`, or `val` as ImageNet has it."""
+    return path / "val" if (path / "val").is_dir() and not (path / "test").is_dir() else path / "test"
+
+
+def webdataset(data: Data, threads: int) -> Dataset:
+    """`train/*.tar` and `test/*.tar`, WebDataset shards of images and labels, as `swap-hpc pack` makes them."""
+    train, test = find_shards(data.path / "train"), find_shards(_test_split(data.path))
+    names = data.path / CLASSES
+    number = 1 + int(max(train.labels.max(), test.labels.max()))
+    classes = tuple(names.read_text().splitlines()) if names.is_file() else tuple(map(str, range(number)))
+    if number > len(classes):
+        raise UserError(f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, which are 0 to {len(classes) - 1}")
+    return _encoded(data, train, test, classes, threads)
+
+
+def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int) -> Dataset:
+    side, several = data.last_size, len(data.image_size or ()) > 1
+    size = (side, side) if side else None
+    height, width = size or _own_size(train.take(np.arange(1)), threads)
+    if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30 and not several:
         if size is None:
-            _own_size(train.paths + test.paths, threads)
-        in_memory = [Arrays(decode(split.paths, size, threads), split.labels) for split in (train, test)]
+            for split in (train, test):
+                _own_size(split, threads, (height, width))
+        in_memory = [Arrays(decode(split, size, threads), split.labels) for split in (train, test)]
         return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
         raise UserError(
@@ -102,19 +130,20 @@ def _files(split: Path, classes: tuple[str, ...]) -> Files:
     return Files(tuple(paths), np.array(labels, dtype=np.int64))
 
 
-def _own_size(paths: tuple[str, ...], threads: int) -> tuple[int, int]:
-    """(height, width) of image files that are all of one size."""
-    shapes = image_shapes(paths, threads)[:, :2]
-    odd = np.flatnonzero((shapes != shapes[0]).any(axis=1))
+def _own_size(split: Encoded, threads: int, expected: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of images that are all of one size, the `expected` one where given. Raises UserError."""
+    shapes = image_shapes(split, threads)[:, :2]
+    height, width = expected or (int(shapes[0][0]), int(shapes[0][1]))
+    odd = np.flatnonzero((shapes != (height, width)).any(axis=1))
     if len(odd):
-        sizes = [f"{paths[i]} is {shapes[i][1]}x{shapes[i][0]}" for i in (0, odd[0])]
-        raise UserError(f"the images differ in size ({', '.join(sizes)}): set data.image_size (pixels)")
-    return int(shapes[0][0]), int(shapes[0][1])
+        found = f"{split.name(odd[0])} is {shapes[odd[0]][1]}x{shapes[odd[0]][0]}"
+        raise UserError(f"the images differ in size (the first one is {width}x{height}, {found}): set data.image_size (pixels)")
+    return height, width
 
 
 def synthetic(data: Data, threads: int) -> Dataset:
     """Noise around one random pattern per class: something to learn, of any size, for trials without data."""
-    size = data.image_size or 32
+    size = data.last_size or 32
     generator = np.random.Generator(np.random.Philox(0))
     patterns = generator.normal(0, 20, (data.classes, size, size, 3))
 
@@ -131,5 +160,6 @@ SOURCES: dict[str, Callable[[Data, int], Dataset]] = {
     "cifar10": cifar,
     "cifar100": cifar,
     "folder": folder,
+    "webdataset": webdataset,
     "synthetic": synthetic,
 }

@@ -1,12 +1,14 @@
 """What a data set is: images in memory, or files to read in every epoch, with labels."""
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split whose images are read and decoded in every epoch."""
+    """A split whose images are files, to be read and decoded in every epoch."""
 
     paths: tuple[str, ...]
     labels: np.ndarray  # (N,) int64
@@ -49,11 +51,60 @@ class Files:
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
 
+    def name(self, sample: int) -> str:
+        """Of the file, as an error says it."""
+        return self.paths[sample]
+
+    def sources(self, samples: Iterable[int]) -> list[np.ndarray]:
+        """Paths as DALI's file reader takes them, (bytes,) uint8."""
+        return [np.frombuffer(self.paths[i].encode(), dtype=np.uint8) for i in samples]
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """A split whose images lie in tar files, to be read and decoded in every epoch."""
+
+    tars: tuple[str, ...]
+    tar: np.ndarray  # (N,) int32: which of them holds a sample
+    offset: np.ndarray  # (N,) int64: bytes from its beginning
+    size: np.ndarray  # (N,) int64: bytes
+    labels: np.ndarray  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, which: np.ndarray) -> "Shards":
+        return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])
+
+    def name(self, sample: int) -> str:
+        return f"at byte {self.offset[sample]} of {self.tars[self.tar[sample]]}"
+
+    def sources(self, samples: Iterable[int]) -> list[np.ndarray]:
+        """The encoded images, (bytes,) uint8."""
+        return [self.read(i) for i in samples]
+
+    def read(self, sample: int) -> np.ndarray:
+        """An encoded image, (bytes,) uint8. Raises RunError."""
+        name = self.tars[self.tar[sample]]
+        try:
+            found = os.pread(_opened(name), int(self.size[sample]), int(self.offset[sample]))
+        except OSError as error:
+            raise RunError(f"cannot read {name}: {error.strerror}") from None
+        if len(found) < self.size[sample]:
+            raise RunError(f"{name} is shorter than its index says: pack it again")
+        return np.frombuffer(found, dtype=np.uint8)
+
+
+@cache
+def _opened(name: str) -> int:
+    """A tar file's descriptor, open to the end of the process."""
+    return os.open(name, os.O_RDONLY)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    train: Arrays | Files
-    test: Arrays | Files
+    train: Arrays | Files | Shards
+    test: Arrays | Files | Shards
     classes: tuple[str, ...]
     image_size: tuple[int, int]  # (height, width) in pixels, as the model sees them
     channels: int

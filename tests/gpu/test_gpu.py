@@ -85,6 +85,6 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
     split = Files(tuple(paths), np.arange(12))
     data = Dataset(split, split, tuple("abcdefghijkl"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
     for augment, pick in ((None, Picks(np.arange(12), None)), (Augment(flip=True), epoch_picks(KEY, 0, 12))):
-        ((images, labels),) = loader.batches(data, split, iter([pick]), augment, 12, GPU)
+        ((images, labels),) = loader.batches(data, split, iter([pick]), loader.View(augment), 12, GPU)
         assert images.shape == (12, 3, 32, 32) and labels.tolist() == pick.indices.tolist()
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)

@@ -14,7 +14,19 @@ PACKAGE = Path(swap_hpc.__file__).parent
 # Lowest first: a module imports only those before it.
 LAYERS = {
     0: ["errors", "launcher", "schedule", "recipe", "part", "control"],
-    1: ["ranks", "devices", "gradients", "data.sampling", "data.splits", "data.decode", "data.loader", "data.sources", "data", "models"],
+    1: [
+        "ranks",
+        "devices",
+        "gradients",
+        "data.sampling",
+        "data.splits",
+        "data.shards",
+        "data.decode",
+        "data.loader",
+        "data.sources",
+        "data",
+        "models",
+    ],
     2: ["averaging", "events", "job", "evaluation", "optimizers", "fit"],
     3: ["swap"],
     4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
@@ -25,6 +37,7 @@ LAYERS = {
         "doctor",
         "prepare",
         "saved",
+        "pack",
         "bench.checkpoint",
         "bench",
         "result",

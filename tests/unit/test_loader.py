@@ -25,7 +25,7 @@ def test_augmentation_equals_numpys(augment: Augment) -> None:
     assert isinstance(data.train, Arrays)
     pick = epoch_picks(Key(0, Phase.REFINE), 0, len(data.train))
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(data, data.train, iter([pick]), augment, len(data.train), tiny.CPU)
+    ((images, labels),) = loader.batches(data, data.train, iter([pick]), loader.View(augment), len(data.train), tiny.CPU)
     assert torch.equal(labels, torch.from_numpy(data.train.labels[pick.indices]))
     p, c = augment.pad, augment.cutout
     for image, index, u in zip(images.numpy(), pick.indices, pick.draws, strict=True):
@@ -42,7 +42,7 @@ def test_augmentation_equals_numpys(augment: Augment) -> None:
 
 def test_images_are_channels_last_and_own_their_memory() -> None:
     data = tiny.dataset()
-    batches = list(loader.batches(data, data.test, evaluation_picks(37, 5, 0, 1), None, 5, tiny.CPU))
+    batches = list(loader.batches(data, data.test, evaluation_picks(37, 5, 0, 1), loader.View(None), 5, tiny.CPU))
     first = batches[0][0].clone()
     assert all(images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32 for images, _ in batches)
     assert isinstance(data.test, Arrays)
@@ -79,7 +79,7 @@ def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(files: Da
 
     def images(first_epoch: int, step: int) -> list[torch.Tensor]:
         picks = training_picks(key, 40, 12, 1, 2, range(first_epoch, 3), step)
-        return [batch.clone() for batch, _ in loader.batches(data, data.train, picks, augment, 6, tiny.CPU)]
+        return [batch.clone() for batch, _ in loader.batches(data, data.train, picks, loader.View(augment), 6, tiny.CPU)]
 
     whole, rest = images(0, 0), images(1, 2)
     assert len(whole) == 9 and len(rest) == 4
@@ -92,7 +92,7 @@ def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> 
     augment = Augment(flip=True, crop_area=(0.2, 0.6), crop_ratio=(0.5, 2.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 40)
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(files, files.train, iter([pick]), augment, 40, tiny.CPU)
+    ((images, labels),) = loader.batches(files, files.train, iter([pick]), loader.View(augment), 40, tiny.CPU)
     assert images.shape == (40, 3, 32, 32) and torch.equal(labels, torch.from_numpy(files.train.labels[pick.indices]))
     for image, label, index, u in zip(images.numpy(), labels, pick.indices, pick.draws, strict=True):
         assert np.allclose(image[2], 80 * int(label), atol=2)
@@ -106,7 +106,7 @@ def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> 
 
 
 def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
-    batches = list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), None, 16, tiny.CPU))
+    batches = list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU))
     assert [len(images) for images, _ in batches] == [16, 16, 8]
     for images, _ in batches:
         np.testing.assert_allclose(images[:, :2].mean((2, 3)) / 255, 0.5, atol=0.03)
@@ -118,7 +118,7 @@ def test_an_image_that_cannot_be_decoded_is_named(files: Dataset) -> None:
     picks = iter([Picks(np.arange(a, a + 8), np.full((8, 5), 0.5, np.float32)) for a in range(0, 40, 8)])
     seen = 0
     with pytest.raises(RunError, match=r"cannot decode the image .*/23.png \(not an image that DALI decodes, or damaged\)"):
-        for images, _ in loader.batches(files, files.train, picks, Augment(), 8, tiny.CPU):
+        for images, _ in loader.batches(files, files.train, picks, loader.View(Augment()), 8, tiny.CPU):
             seen += len(images)
     assert seen <= 16
 
@@ -127,4 +127,4 @@ def test_an_image_that_is_gone_is_named(files: Dataset) -> None:
     assert isinstance(files.test, Files)
     Path(files.test.paths[3]).unlink()
     with pytest.raises(RunError, match=r"cannot decode the image .*/3.png \(No such file or directory\)"):
-        list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), None, 16, tiny.CPU))
+        list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU))

@@ -42,7 +42,7 @@ def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
 
 
 WRONG = [
-    ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, cycles"),
+    ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles"),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
     ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16'"),

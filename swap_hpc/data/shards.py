@@ -1,0 +1,116 @@
+"""WebDataset shards: tar files of images and labels, each with DALI's index file beside it, written and found again."""
+
+import io
+import resource
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from swap_hpc.data.splits import Files, Shards
+from swap_hpc.errors import RunError, UserError
+
+INDEX = "v1.2"  # the version of DALI's index files (wds2idx) that is written; older ones name the same places
+NOT_IMAGES = ("cls", "txt", "json")
+CLASSES = "classes.txt"  # beside the splits' folders: the classes' names, one on a line
+LABELS = "labels.npy"  # beside a split's tar files: (N,) int64, in the order of the samples' keys
+
+Component = tuple[str, int, int, str]  # extension, offset and size in bytes, name in the tar file
+
+
+def write_shard(files: Files, samples: Sequence[int], tar: Path) -> list[list[Component]]:
+    """Writes images and labels (`.cls`) of `samples` into a tar file, alike every time. Returns what its index holds.
+
+    A sample's key is its number, so that sorting by key gives back the order of `files`. Raises OSError.
+    """
+    index: list[list[Component]] = []
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            path = Path(files.paths[sample])
+            parts = {path.suffix.lstrip(".").lower() or "jpg": path.read_bytes(), "cls": str(files.labels[sample]).encode()}
+            index.append([_add(archive, f"{sample:09d}", extension, content) for extension, content in parts.items()])
+    return index
+
+
+def _add(archive: tarfile.TarFile, key: str, extension: str, content: bytes) -> Component:
+    member = tarfile.TarInfo(f"{key}.{extension}")
+    member.size = len(content)
+    begin = archive.offset + tarfile.BLOCKSIZE  # a header is one block
+    archive.addfile(member, io.BytesIO(content))
+    return extension, begin, len(content), member.name
+
+
+def index_text(index: Sequence[Sequence[Component]]) -> str:
+    """An index as DALI's `wds2idx` writes it."""
+    return "\n".join([f"{INDEX} {len(index)}", *(" ".join(f"{e} {o} {s} {n}" for e, o, s, n in sample) for sample in index)]) + "\n"
+
+
+def find_shards(split: Path) -> Shards:
+    """The samples in the tar files of a folder, in the order of their keys. Raises UserError."""
+    tars = sorted(split.glob("*.tar"))
+    if not tars:
+        raise UserError(f"no .tar files in {split}: swap-hpc pack makes them from a folder of images")
+    _allow_open_files(len(tars))
+    keys, places, labelled = [], [], []
+    for number, tar in enumerate(tars):
+        for sample in _index_of(tar):
+            images = [part for part in sample if part[0] not in NOT_IMAGES]
+            label = next((part for part in sample if part[0] == "cls"), None)
+            if len(images) != 1 or label is None:
+                raise UserError(f"{tar}: the sample {sample[0][3]} needs one image and one .cls file with its class's number")
+            extension, offset, size, name = images[0]
+            keys.append(name.removesuffix(f".{extension}"))
+            places.append((number, offset, size))
+            labelled.append((number, label[1], label[2]))
+    order = np.argsort(np.array(keys), kind="stable")
+    tar_of, offset_of, size_of = np.array(places, dtype=np.int64)[order].T
+    found = Shards(tuple(map(str, tars)), tar_of.astype(np.int32), offset_of, size_of, np.zeros(len(keys), np.int64))
+    labels = _labels(split, found, np.array(labelled, dtype=np.int64)[order])
+    return Shards(found.tars, found.tar, found.offset, found.size, labels)
+
+
+def _labels(split: Path, shards: Shards, places: np.ndarray) -> np.ndarray:
+    if (split / LABELS).is_file():
+        labels = np.load(split / LABELS)
+        if len(labels) == len(shards):
+            return labels
+    numbers, offsets, sizes = places.T
+    texts = Shards(shards.tars, numbers.astype(np.int32), offsets, sizes, shards.labels)
+    try:
+        return np.array([int(texts.read(i).tobytes()) for i in range(len(texts))], dtype=np.int64)
+    except (ValueError, RunError) as error:
+        raise UserError(f"{split}: a .cls file holds no number, or cannot be read ({error})") from None
+
+
+def _index_of(tar: Path) -> Iterator[list[Component]]:
+    """A sample's components, sample by sample: from the index beside the tar file, else from the headers in it. Raises UserError."""
+    file = tar.with_suffix(".idx")
+    lines = file.read_text().splitlines() if file.is_file() else [""]
+    if not lines[0].startswith(INDEX):  # older ones do not tell the names
+        yield from _scanned(tar)
+        return
+    for line in lines[1:]:
+        fields = line.split(" ")
+        try:
+            yield [(e, int(offset), int(size), name) for e, offset, size, name in zip(*[iter(fields)] * 4, strict=True)]
+        except ValueError:
+            raise UserError(f"{file} is not an index of DALI's: make it again with wds2idx, or remove it") from None
+
+
+def _scanned(tar: Path) -> Iterator[list[Component]]:
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            members = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in archive if m.isfile()]
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"cannot read {tar}: {error}") from None
+    for _, parts in groupby(members, lambda part: part[3].partition(".")[0]):
+        yield list(parts)
+
+
+def _allow_open_files(number: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))

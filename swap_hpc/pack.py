@@ -1,0 +1,53 @@
+"""A folder of images, packed into WebDataset shards by all ranks."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from swap_hpc.data.shards import CLASSES, LABELS, index_text, write_shard
+from swap_hpc.data.sources import folder_files
+from swap_hpc.data.splits import Files
+from swap_hpc.files import write_whole
+from swap_hpc.ranks import Team
+
+
+def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Callable[[str], None]) -> int:
+    """Packs `train` and `test` of a folder as `data.name = "folder"` takes it. Returns the number of shards.
+
+    Each shard holds samples of all classes, in an order that is always the same, and has DALI's index file beside it. The ranks
+    share the shards out; those that are there already, whole, are left alone. Raises UserError and RunError, on all ranks.
+    """
+    train, test, classes = world.agree(lambda: folder_files(source))
+    shards = 0
+    for name, files in (("train", train), ("test", test)):
+        order = np.random.Generator(np.random.Philox(len(files))).permutation(len(files))
+        parts = np.array_split(order, -(-len(files) // samples_per_shard))
+        for number in range(0, len(parts), world.size):  # the ranks side by side
+            mine = number + world.rank
+            world.agree(partial(_write, files, parts[mine], out / name / f"{mine:06d}.tar") if mine < len(parts) else _nothing)
+            tell(f"{name}: {min(number + world.size, len(parts))} of {len(parts)} shards")
+        world.first(lambda files=files, name=name: write_whole(out / name / LABELS, lambda path: _save(files.labels, path)))  # type: ignore[misc]
+        shards += len(parts)
+    world.first(lambda: write_whole(out / CLASSES, lambda path: path.write_text("".join(f"{each}\n" for each in classes))))
+    return shards
+
+
+def _nothing() -> None:
+    pass
+
+
+def _save(labels: np.ndarray, path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, labels)
+
+
+def _write(files: Files, samples: np.ndarray, tar: Path) -> None:
+    index = tar.with_suffix(".idx")
+    if tar.is_file() and index.is_file():
+        return
+    tar.parent.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    write_whole(tar, lambda path: written.append(index_text(write_shard(files, samples.tolist(), path))))
+    write_whole(index, lambda path: path.write_text(written[0]))

@@ -1,0 +1,165 @@
+"""Shards hold what the folder held: in DALI's own eyes, and as we read them."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import imagenet_like
+import numpy as np
+import pytest
+import tiny
+from nvidia.dali import fn
+from nvidia.dali.pipeline import pipeline_def
+from PIL import Image
+
+from swap_hpc.data import load, loader
+from swap_hpc.data.sampling import Picks
+from swap_hpc.data.shards import LABELS, find_shards
+from swap_hpc.data.sources import folder_files
+from swap_hpc.data.splits import Dataset, Shards
+from swap_hpc.errors import UserError
+from swap_hpc.pack import pack
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import Augment, Data, DataName
+
+ONE = Team.alone()
+
+
+def loaded(name: DataName, path: Path, side: int, **fields: Any) -> Dataset:
+    return load(Data(name=name, path=path, image_size=((0, side),), **fields), ONE, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return imagenet_like.make(tmp_path_factory.mktemp("images"), classes=7, train=5, test=3)
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    said: list[str] = []
+    assert pack(folder, out, 10, ONE, said.append) == 4 + 3
+    assert said[-1] == "test: 3 of 3 shards"
+    return out
+
+
+def test_every_file_comes_back_in_the_folders_order(folder: Path, shards: Path) -> None:
+    train, test, _ = folder_files(folder)
+    for split, files in (("train", train), ("test", test)):
+        found = find_shards(shards / split)
+        assert [found.read(i).tobytes() for i in range(len(found))] == [Path(path).read_bytes() for path in files.paths]
+        assert (found.labels == files.labels).all()
+        assert len(set(found.tar[:5])) > 1  # a class lies in several tar files
+
+
+def test_the_index_is_what_dalis_tool_writes(shards: Path, tmp_path: Path) -> None:
+    tool = Path(sys.executable).with_name("wds2idx")
+    for tar in sorted((shards / "train").glob("*.tar")):
+        subprocess.run([tool, tar, tmp_path / "theirs.idx"], check=True, capture_output=True)
+        assert (tmp_path / "theirs.idx").read_text().split() == tar.with_suffix(".idx").read_text().split()
+
+
+def test_dalis_reader_reads_them(shards: Path) -> None:
+    tars = sorted((shards / "train").glob("*.tar"))
+
+    def graph() -> Any:
+        indices = [str(tar.with_suffix(".idx")) for tar in tars]
+        read = fn.readers.webdataset(paths=[*map(str, tars)], index_paths=indices, ext=["jpeg", "cls"], missing_component_behavior="error")
+        return tuple(read)  # type: ignore[arg-type]
+
+    images, labels = pipeline_def(graph)(batch_size=35, num_threads=1, device_id=None).run()
+    found = find_shards(shards / "train")
+    theirs = sorted((np.array(images[i]).tobytes(), int(np.array(labels[i]).tobytes())) for i in range(35))
+    assert theirs == sorted((found.read(i).tobytes(), int(found.labels[i])) for i in range(35))
+
+
+@pytest.mark.parametrize("without", ["index", "labels", "both", "old index"])
+def test_shards_of_others_need_neither_our_labels_nor_an_index(shards: Path, tmp_path: Path, without: str) -> None:
+    ours = find_shards(shards / "train")
+    theirs = Path(shutil.copytree(shards, tmp_path / "shards")) / "train"
+    if without in ("labels", "both"):
+        (theirs / LABELS).unlink()
+    if without in ("index", "both"):
+        for index in theirs.glob("*.idx"):
+            index.unlink()
+    if without == "old index":
+        for index in theirs.glob("*.idx"):
+            index.write_text(index.read_text().replace("v1.2", "v1.1"))
+    found = find_shards(theirs)
+    assert (found.offset == ours.offset).all() and (found.labels == ours.labels).all() and (found.tar == ours.tar).all()
+
+
+def test_packing_again_writes_only_what_is_missing(folder: Path, shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    gone, kept = copy / "train" / "000001.tar", copy / "train" / "000002.tar"
+    before, stamp = gone.read_bytes(), kept.stat().st_mtime_ns
+    gone.unlink()
+    pack(folder, copy, 10, ONE, lambda _: None)
+    assert gone.read_bytes() == before and kept.stat().st_mtime_ns == stamp
+
+
+def test_folder_and_shards_give_the_same_pixels(folder: Path, shards: Path) -> None:
+    """Training crops of all kinds of files (grey, CMYK, one pixel), and the evaluation's centre."""
+    sets = [loaded("folder", folder, 32, memory_gib=0), loaded("webdataset", shards, 32, memory_gib=0)]
+    draws = np.random.default_rng(0).random((35, 5), dtype=np.float32)
+    for view in (loader.View(Augment(flip=True)), loader.View(None), loader.View(None, (20, 20), 0.5)):
+        pick = Picks(np.random.default_rng(1).permutation(35), draws if view.augment else None)
+        seen = [next(loader.batches(data, data.train, iter([pick]), view, 35, tiny.CPU)) for data in sets]
+        assert (seen[0][0] == seen[1][0]).all() and (seen[0][1] == seen[1][1]).all()
+        assert seen[0][0].shape == (35, 3, *(view.size or (32, 32)))
+
+
+def test_small_shards_are_decoded_into_memory_as_a_folder_is(folder: Path, shards: Path) -> None:
+    sets = [loaded("folder", folder, 24), loaded("webdataset", shards, 24)]
+    assert (sets[0].train.images == sets[1].train.images).all() and sets[0].classes == sets[1].classes  # type: ignore[union-attr]
+
+
+def test_grey_and_cmyk_images_have_the_colours_that_others_see(folder: Path) -> None:
+    """Against Pillow, whose conversion of CMYK knows no profile either."""
+    data = load(Data(name="folder", path=folder, image_size=((0, 16),)), ONE, 1)
+    files, _, _ = folder_files(folder)
+    kinds = set()
+    for sample, path in enumerate(files.paths):
+        with Image.open(path) as image:
+            kinds.add(image.mode)
+            theirs = np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0)
+        ours = data.train.images[sample].reshape(-1, 3).mean(0)  # type: ignore[union-attr]
+        assert np.abs(ours - theirs).max() < 25, (path, ours, theirs)
+    assert kinds == {"RGB", "L", "CMYK"}
+
+
+def damaged(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def test_wrong_shards_are_named(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no .tar files in .*swap-hpc pack makes them"):
+        find_shards(tmp_path)
+    copy = damaged(shards, tmp_path)
+    index = copy / "train" / "000000.idx"
+    index.write_text("v1.2 1\njpeg 512\n")
+    with pytest.raises(UserError, match=r"000000.idx is not an index of DALI's: make it again with wds2idx"):
+        find_shards(copy / "train")
+    index.write_text("v1.2 1\njpeg 512 7 a.jpeg\n")
+    with pytest.raises(UserError, match=r"the sample a.jpeg needs one image and one .cls file"):
+        find_shards(copy / "train")
+    (copy / "classes.txt").write_text("one\n")
+    shutil.copy(shards / "train" / "000000.idx", index)
+    with pytest.raises(UserError, match=r"there is a class 6, but .*classes.txt names 1"):
+        load(Data(name="webdataset", path=copy), ONE, 1)
+
+
+def test_a_damaged_image_in_a_shard_is_named(shards: Path, tmp_path: Path) -> None:
+    copy = damaged(shards, tmp_path)
+    found = find_shards(copy / "train")
+    tar = Path(found.tars[found.tar[4]])
+    content = bytearray(tar.read_bytes())
+    content[found.offset[4] : found.offset[4] + found.size[4]] = bytes(found.size[4])
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=rf"cannot decode the image at byte {found.offset[4]} of {tar} \(not an image"):
+        load(Data(name="webdataset", path=copy, image_size=((0, 8),)), ONE, 1)
+    os_short = Shards(found.tars, found.tar, found.offset + 10**9, found.size, found.labels)
+    with pytest.raises(Exception, match="is shorter than its index says"):
+        os_short.read(0)
