@@ -112,6 +112,33 @@ def _say_result(result: Any) -> None:
 
 
 @app.command()
+def landscape(
+    run: Annotated[Path, typer.Argument(help="A complete run's folder.")],
+    points: Annotated[int, typer.Option(metavar="N", help="Of the grid, to a side.", min=3)] = 15,
+    samples: Annotated[int, typer.Option(metavar="N", help="Images of each kind, at each point.", min=1)] = 2000,
+    data: DataDir = None,
+) -> None:
+    """Draw train and test error on planes through a run's weights, the points shared out to all ranks."""
+    world = _world()
+    from swap_hpc import landscape as landscapes
+
+    say(f"written: {landscapes.landscape(run, data, points, samples, world, say)}, landscape.json")
+
+
+@app.command()
+def trajectory(
+    run: Annotated[Path, typer.Argument(help="A complete run's folder, with snapshots.")],
+    samples: Annotated[int, typer.Option(metavar="N", help="Images for a gradient.", min=1)] = 2000,
+    data: DataDir = None,
+) -> None:
+    """Draw how gradients point to the average along a run, and how far the groups are from each other."""
+    world = _world()
+    from swap_hpc import trajectory as trajectories
+
+    say(f"written: {trajectories.trajectory(run, data, samples, world, say)}, trajectory.json")
+
+
+@app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.")] = None) -> None:
     """List the shipped recipes, or show one."""
     from swap_hpc.recipe import shipped_recipes
@@ -164,11 +191,11 @@ def doctor(groups: Annotated[int, typer.Option(help="Groups of the grid to look 
 @app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete runs.")]) -> None:
     """Write a Markdown table and figures into runs' folders."""
-    from swap_hpc import report
+    from swap_hpc import figures, report
 
     for folder in runs:
-        say(f"{report.table(report.load_result(folder))}\n")
-        say(f"written: {report.write_report(folder)}, {folder / 'curves.png'}")
+        say(f"{report.table(figures.load_result(folder))}\n")
+        say(f"written: {report.write_report(folder)} and its figures")
 
 
 @app.command()

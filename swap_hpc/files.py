@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swap_hpc.averaging import WeightSum, hashed
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.events import SavePoint
 from swap_hpc.models import fill_
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe
@@ -74,6 +75,12 @@ def save_sum(total: WeightSum, path: Path, recipe: Recipe, team: Team) -> None:
     """Writes a sum of weights, alike on all ranks of `team`, once. Raises RunError on all of them."""
     tensors = {f"sums/{name}": t for name, t in total.sums.items()} | {f"kept/{name}": t for name, t in total.kept.items()}
     team.first(lambda: write_tensors(path, tensors, {"recipe": recipe.to_toml(), "count": str(total.count)}))
+
+
+def save_snapshot(point: SavePoint, folder: Path, recipe: Recipe, team: Team) -> None:
+    """Writes the model as it is at an epoch's end, once, its part of the run and the epoch in the name. Raises RunError on all."""
+    path = folder / f"{point.name}-{point.epoch:05d}.safetensors"
+    team.first(lambda: write_tensors(path, point.weights | point.buffers, {"recipe": recipe.to_toml()}))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

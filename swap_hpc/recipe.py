@@ -182,6 +182,7 @@ class Checkpoint(_Section):
 
     epochs: CountOrZero = 1  # between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end
     minutes: Annotated[float, Field(ge=0)] = 10.0  # at most between saves inside an epoch; 0: none there
+    snapshots: CountOrZero = 0  # epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are
 
 
 class Watchdog(_Section):

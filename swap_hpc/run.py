@@ -21,7 +21,7 @@ from swap_hpc.ending import tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Done, Epoch, Event, Meeting, SavePoint, part_name
-from swap_hpc.files import save_model, save_sum, write_json, write_whole
+from swap_hpc.files import save_model, save_snapshot, save_sum, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
 from swap_hpc.metrics import Display, Journal, Line, Stopwatch
@@ -219,6 +219,9 @@ class _Consumer:
         team = self.ranks.world if point.group is None else self.ranks.group
         if point.ended and point.cycles.count > 1:
             save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
+        every = self.job.recipe.checkpoint.snapshots
+        if every and point.epoch and point.step == 0 and point.epoch % every == 0:
+            save_snapshot(point, self.out / "snapshots", self.job.recipe, team)
         self.saved = point.due
         if not point.due:
             return

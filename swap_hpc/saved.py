@@ -31,9 +31,9 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
     Writes the model into the run's folder. With all groups it is the one that `train` ends with. Raises UserError, on all
     ranks, for what is no run's folder, and for groups that the run does not have or that did not end.
     """
-    recipe = world.agree(lambda: _recipe_in(run, data))
+    recipe = world.agree(lambda: recipe_in(run, data))
     chosen = world.agree(lambda: _chosen(run, recipe, groups))
-    job, model = _prepare(recipe, world)
+    job, model = prepare_saved(recipe, world)
     total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
     _average_(model, total, job, world, world)
     digest = check_equal(model, world)
@@ -50,8 +50,8 @@ def evaluate(file: Path, data: Path | None, world: Team) -> Result:
     cycles, their average, batch norm refreshed. Raises UserError, on all ranks.
     """
     tensors, header = world.agree(lambda: _read(file))
-    recipe = world.agree(lambda: recipe_of(header["recipe"], str(file), data) if "recipe" in header else _recipe_in(file.parent, data))
-    job, model = _prepare(recipe, world)
+    recipe = world.agree(lambda: recipe_of(header["recipe"], str(file), data) if "recipe" in header else recipe_in(file.parent, data))
+    job, model = prepare_saved(recipe, world)
     if "count" in header:
         _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
     else:
@@ -67,14 +67,14 @@ def _read(file: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"cannot read {file}: {why}") from None
 
 
-def _recipe_in(run: Path, data: Path | None) -> Recipe:
+def recipe_in(run: Path, data: Path | None) -> Recipe:
     file = run / "recipe.toml"
     if not file.is_file():
         raise UserError(f"{run} is not a run's folder: there is no recipe.toml in it")
     return load_recipe(str(file), data=data)
 
 
-def _prepare(recipe: Recipe, world: Team) -> tuple[Job, nn.Module]:
+def prepare_saved(recipe: Recipe, world: Team) -> tuple[Job, nn.Module]:
     """A job, and its model, whose weights are still to be filled in."""
     with node_of(world) as node:
         return prepare(recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})}), world, node)

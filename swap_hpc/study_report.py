@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from swap_hpc.figures import drawn
 from swap_hpc.report import markdown
 from swap_hpc.study import Model, Plan
 
@@ -171,12 +172,11 @@ def write(plan: Plan) -> Path:
 
 def figure(title: str, table: Sequence[Line], file: Path) -> None:
     """Draws the accuracy of every seed of every row, and each row's mean and standard deviation, against its seconds."""
-    import matplotlib
+    with drawn(file, title, 1, 2, (11, 0.9 + 0.55 * max(5, len(table))), width_ratios=(1.2, 1)) as axes:
+        _draw(table, *axes[0])
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, layout="constrained", figsize=(11, 0.9 + 0.55 * max(5, len(table))), width_ratios=(1.2, 1))
+def _draw(table: Sequence[Line], left: Any, right: Any) -> None:
     for place, line in enumerate(table):
         values, colour = [100 * a for a in line.accuracy.values()], f"C{place}"
         if not values:
@@ -192,6 +192,3 @@ def figure(title: str, table: Sequence[Line], file: Path) -> None:
     left.grid(axis="x", alpha=0.3)
     right.grid(alpha=0.3)
     right.legend(fontsize="x-small")
-    fig.suptitle(title)
-    fig.savefig(file, dpi=120)
-    plt.close(fig)

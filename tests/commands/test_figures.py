@@ -1,0 +1,71 @@
+"""`landscape` and `trajectory` of a real run: the numbers of the figures against the run's own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import swap_hpc
+
+QUICK = ("--set", "large_batch.epochs=3", "--set", "refine.epochs=2", "--set", "groups=4", "--set", "checkpoint.snapshots=1")
+TEST_IMAGES = 599  # of digits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("figures") / "run"
+    done = swap_hpc("train", "digits", *QUICK, "--out", out, ranks=2)
+    assert done.code == 0, done.stderr
+    return out
+
+
+def test_a_landscape_shows_the_runs_own_models_on_any_number_of_ranks(run: Path) -> None:
+    surfaces = []
+    for ranks in (1, 3):
+        done = swap_hpc("landscape", run, "--points", "4", "--samples", "2000", ranks=ranks)
+        assert done.code == 0 and "landscape.png" in done.stdout, done.stderr
+        surfaces.append(json.loads((run / "landscape.json").read_text()))
+    assert surfaces[0] == surfaces[1]
+    assert (run / "landscape.png").read_bytes().startswith(b"\x89PNG")
+    first, groups = surfaces[0]["planes"]
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
+    errors = {model["name"]: model["test_error"] for model in first["models"]}
+    # batch norm is refreshed as after averaging: to the digit. The groups' own was a running mean: about the same
+    assert errors["swap"] == pytest.approx(1 - accuracy["averaged"], abs=1e-9)
+    assert errors["group-000"] == pytest.approx(1 - accuracy["groups"][0], abs=0.05)
+    assert [model["in_plane"] for model in groups["models"]] == [True, True, True, False]
+    for plane in (first, groups):
+        assert len(plane["x"]) == len(plane["y"]) == len(plane["test_error"]) == len(plane["train_error"][0]) == 4
+        shares = [error * TEST_IMAGES for row in plane["test_error"] for error in row]
+        assert shares == pytest.approx([round(share) for share in shares], abs=1e-6) and len(set(shares)) > 4
+        assert (
+            min(plane["x"]) < min(model["x"] for model in plane["models"]) < max(model["x"] for model in plane["models"]) < max(plane["x"])
+        )
+
+
+def test_a_trajectory_points_to_the_average_and_report_draws_it_again(run: Path) -> None:
+    paths = []
+    for ranks in (1, 3):
+        done = swap_hpc("trajectory", run, "--samples", "500", ranks=ranks)
+        assert done.code == 0, done.stderr
+        paths.append(json.loads((run / "trajectory.json").read_text()))
+    assert paths[0] == paths[1]
+    found = {(each["part"], each["epoch"]): each for each in paths[0]["snapshots"]}
+    assert len(found) == 3 + 4 * 2 and all(-1 <= each["cosine"] <= 1 for each in found.values())
+    assert found["large_batch", 1]["cosine"] > 0.05  # far off, downhill is towards the average
+    assert found["large_batch", 1]["distance"] > found["large_batch", 3]["distance"] > 0
+    assert len(paths[0]["between_groups"]) == 2 * 6 and all(each["distance"] > 0 for each in paths[0]["between_groups"])
+    (run / "trajectory.png").unlink()
+    assert swap_hpc("report", run).code == 0
+    assert (run / "trajectory.png").is_file() and "![trajectory](trajectory.png)" in (run / "report.md").read_text()
+
+
+def test_what_cannot_be_drawn_is_said(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns("snapshots", "swap.safetensors"))
+    for command, message in (
+        ("landscape", "no swap.safetensors in it: a landscape needs a complete run with a refinement"),
+        ("trajectory", "has no snapshots: train with --set checkpoint.snapshots=1 (epochs between them)"),
+    ):
+        done = swap_hpc(command, bare, ranks=2)
+        assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr
