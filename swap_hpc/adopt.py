@@ -8,11 +8,11 @@ from torch import nn
 from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.errors import UserError
 from swap_hpc.events import SavePoint
+from swap_hpc.figures import load_result
 from swap_hpc.files import Unreadable, read_tensors
 from swap_hpc.metrics import Line
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
-from swap_hpc.report import load_result
 
 # Fields, and sections, of which phase 1 does not know.
 AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.", "data.memory_gib")

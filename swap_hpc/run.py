@@ -61,9 +61,9 @@ def train(
             display.say(f"{out} holds this run, complete: nothing to do")
             return finished
         job, model = prepare(recipe, world, node)
-        world.first(lambda: _claim(recipe, out, part))
         if phase_1_of:
             adopt_large_batch(phase_1_of, recipe, model, checkpoints, world)
+        world.first(lambda: _claim(recipe, out, part))
         facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         write_json(out / _environment_name(part), facts, world)
         for line in _introduction(job, ranks, out):
