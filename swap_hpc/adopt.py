@@ -15,7 +15,7 @@ from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe
 
 # Fields, and sections, of which phase 1 does not know.
-AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.", "data.memory_gib")
+AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.")
 
 
 def adopt_large_batch(run: Path, recipe: Recipe, model: nn.Module, checkpoints: Checkpoints, world: Team) -> None:

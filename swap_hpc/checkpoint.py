@@ -75,6 +75,16 @@ class Checkpoints:
         shared = set.intersection(*(positions for each in world.allgather(mine) for positions in each))
         return max(shared, default=None)
 
+    def forget_after(self, at: Position, part: str, team: Team) -> None:
+        """Removes the saves of a part behind a position, to which the run goes back: the newest two are then of its new way."""
+
+        def remove() -> None:
+            for path in self._files(part):
+                if tuple(int(number) for number in path.stem.removeprefix(f"{part}-").split("-")) > at:
+                    path.unlink()
+
+        team.first(remove)
+
     def load(self, part: str, team: Team, at: Position | None = None) -> Saved | None:
         """The newest save of a part that can be used, as each rank of `team` goes on from it; None where there is none.
 

@@ -13,5 +13,11 @@ class RunError(RuntimeError):
     said_elsewhere = False
 
 
+class Diverged(RunError):
+    """A loss or a weight is not finite: another start would end at the same place."""
+
+    FILE = "diverged.json"  # that it leaves in the run's folder
+
+
 class Stopped(Exception):
     """The run was asked to stop, by a signal, and everything is saved; raised on all ranks. Exit code 75 (EX_TEMPFAIL)."""

@@ -1,6 +1,8 @@
 """The files of a run -> figures. Imports neither torch nor MPI."""
 
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,13 @@ def load_result(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} {state}: there is no result.json in it") from None
 
 
+def put(file: Path, content: str | bytes) -> None:
+    """Writes a file whole: a reader finds the old one or the new one. Raises OSError."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(file)
+
+
 @contextmanager
 def drawn(file: Path, title: str, rows: int, columns: int, size: tuple[float, float], **arguments: Any) -> Iterator[np.ndarray]:
     """Axes (rows, columns) to draw on, of a figure of so many inches that is then written into `file`."""
@@ -34,7 +43,9 @@ def drawn(file: Path, title: str, rows: int, columns: int, size: tuple[float, fl
     try:
         yield axes
         figure.suptitle(title)
-        figure.savefig(file, dpi=120)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=120)
+        put(file, content.getvalue())
     finally:
         plt.close(figure)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from swap_hpc.averaging import WeightSum, average_running_statistics_, averaged_tensors, broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
-from swap_hpc.errors import RunError
+from swap_hpc.errors import Diverged, RunError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name
 from swap_hpc.gradients import averaged_gradients
@@ -233,11 +233,11 @@ class _Step:
 
 def _check_finite(point: SavePoint, where: str) -> None:
     if not torch.stack([t.isfinite().all() for t in point.weights.values()]).all():
-        raise RunError(f"a weight is not finite after {where}: {MEND}")
+        raise Diverged(f"a weight is not finite after {where}: {MEND}")
 
 
 def _refuse(step: _Step, loss: float) -> None:
-    raise RunError(f"the loss is {loss} in {step.where}, at a learning rate of {step.rate:.4g}: {MEND}")
+    raise Diverged(f"the loss is {loss} in {step.where}, at a learning rate of {step.rate:.4g}: {MEND}")
 
 
 def _means(running: Running, team: Team) -> Evaluation:

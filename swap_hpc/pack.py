@@ -1,6 +1,8 @@
 """A folder of images, packed into WebDataset shards by all ranks."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 from swap_hpc.data.shards import CLASSES, LABELS, index_text, write_shard
 from swap_hpc.data.sources import folder_files
 from swap_hpc.data.splits import Files
+from swap_hpc.errors import UserError
 from swap_hpc.files import write_whole
 from swap_hpc.ranks import Team
+
+PACKING = "packing.json"  # beside the splits' folders: what was packed
 
 
 def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Callable[[str], None]) -> int:
@@ -20,6 +25,7 @@ def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Cal
     share the shards out; those that are there already, whole, are left alone. Raises UserError and RunError, on all ranks.
     """
     train, test, classes = world.agree(lambda: folder_files(source))
+    world.first(lambda: _claim(out, {"train": train, "test": test}, samples_per_shard))
     shards = 0
     for name, files in (("train", train), ("test", test)):
         order = np.random.Generator(np.random.Philox(len(files))).permutation(len(files))
@@ -32,6 +38,24 @@ def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Cal
         shards += len(parts)
     world.first(lambda: write_whole(out / CLASSES, lambda path: path.write_text("".join(f"{each}\n" for each in classes))))
     return shards
+
+
+def _claim(out: Path, splits: Mapping[str, Files], samples_per_shard: int) -> None:
+    """Writes down what is packed here. Raises UserError where something else was."""
+    digest = hashlib.sha256()
+    for files in splits.values():
+        for path, label in zip(files.paths, files.labels, strict=True):
+            digest.update(f"{Path(path).name} {Path(path).stat().st_size} {label}\n".encode())
+    packing = {
+        "samples_per_shard": samples_per_shard,
+        "images": {k: len(files) for k, files in splits.items()},
+        "sha256": digest.hexdigest(),
+    }
+    text, file = json.dumps(packing, indent=2) + "\n", out / PACKING
+    there = file.read_text() if file.is_file() else None
+    if there != text and (there is not None or any(out.glob("*/*.tar"))):
+        raise UserError(f"{out} holds shards of other images, or of another --samples-per-shard: choose another folder, or remove it")
+    write_whole(file, lambda path: path.write_text(text))
 
 
 def _nothing() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swap_hpc.averaging import batchnorm_layers
 from swap_hpc.data.splits import Arrays, Files, Shards
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
@@ -62,8 +63,11 @@ def fill_parameters_(model: nn.Module, values: Tensor) -> None:
 
 
 def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
-    """Of the mean loss over all samples of `batches`, (P,) float64; batch norm sees each batch's own statistics, as in training."""
-    model.train()
+    """Of the mean loss over all samples of `batches`, (P,) float64. Batch norm sees each batch's own statistics, as in training; there
+    is no dropout."""
+    model.eval()
+    for _, layer in batchnorm_layers(model):
+        layer.train()
     model.zero_grad()
     samples = 0
     for images, labels in batches:

@@ -48,6 +48,9 @@ def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
     for name, wanted in used.items():
         if wanted > samples:
             raise UserError(f"{name} = {wanted}, but there are {samples} training samples: --set {name}={samples} or less")
+    every, steps = recipe.refine.average_every_steps, samples // recipe.refine.batch_size
+    if every and every > steps and recipe.refine.epochs:
+        raise UserError(f"refine.average_every_steps = {every} is more than the {steps} steps of an epoch: set it to {steps} or less")
     if recipe.batchnorm.samples and recipe.batchnorm.samples < recipe.batchnorm.batch_size:
         raise UserError(
             f"batchnorm.samples = {recipe.batchnorm.samples} is less than one batch: "

@@ -40,5 +40,5 @@ def write_report(run: Path) -> Path:
     text = f"# {run.name}\n\n{table(load_result(run))}\n\n![accuracy and learning rate](curves.png)\n"
     figures.curves(run, run / "curves.png")
     text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures.redraw(run))
-    (run / "report.md").write_text(text)
+    figures.put(run / "report.md", text)
     return run / "report.md"

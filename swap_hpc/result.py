@@ -9,12 +9,12 @@ from swap_hpc.recipe import Recipe
 
 
 def result_of(
-    recipe: Recipe, lines: Mapping[str, list[Line]], mine: Mapping[str, float], trained_on: int, digest: str, world: Team
+    recipe: Recipe, lines: Mapping[str, list[Line]], mine: Mapping[str, float], ranks: tuple[int, int], digest: str, world: Team
 ) -> dict[str, Any]:
     """Alike on all ranks of `world`; the keys are those of the design.
 
     `lines`: of the parts that this rank tells of, "world" and its groups'. `mine`: this rank's seconds by name; the slowest
-    rank's count. `trained_on`: the number of ranks of phase 1. `digest`: of the final weights.
+    rank's count. `ranks`: their number in phase 1, and in the rest. `digest`: of the final weights.
     """
     seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))
     first = [line for line in lines["world"] if line["phase"] == "large_batch"]
@@ -24,7 +24,8 @@ def result_of(
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "ranks": trained_on,
+        "ranks": ranks[0],
+        "refine_ranks": ranks[1] if recipe.refine.epochs else None,
         "groups": recipe.groups,
         "cycles": recipe.refine.cycles,
         "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},

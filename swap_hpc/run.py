@@ -2,7 +2,8 @@
 
 import json
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +19,7 @@ from swap_hpc.control import Control
 from swap_hpc.data import Arrays
 from swap_hpc.doctor import environment
 from swap_hpc.ending import tell_launcher
-from swap_hpc.errors import RunError, Stopped, UserError
+from swap_hpc.errors import Diverged, RunError, Stopped, UserError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Done, Epoch, Event, Meeting, SavePoint, part_name
 from swap_hpc.files import save_model, save_snapshot, save_sum, write_json, write_whole
@@ -70,7 +71,7 @@ def train(
             display.say(line)
         end_stalls(recipe.watchdog.minutes * 60)
         tell_launcher("training")
-        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks):
+        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out):
             result = _Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
         if result is None:
             display.say(f"{part_name(part.group)} is done, for the run in {out}")
@@ -78,6 +79,20 @@ def train(
         write_json(out / "result.json", result, world)
         checkpoints.remove(world)
     return result
+
+
+@contextmanager
+def noting_divergence(out: Path) -> Iterator[None]:
+    """Leaves `diverged.json` where training ends at a loss or a weight that is not finite; each rank that sees it writes the same."""
+    file = out / Diverged.FILE
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except Diverged as error:
+        why = json.dumps({"why": str(error)}) + "\n"
+        with suppress(RunError):
+            write_whole(file, lambda path: path.write_text(why))
+        raise
 
 
 def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
@@ -147,6 +162,7 @@ class _Consumer:
         self.part = part
         self.trained_on = ranks.world.size  # ranks
         self.saved = False  # at the last save point
+        self.snapshot_due = False  # at the next one
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
         self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups})
         self.watch = Stopwatch(started)
@@ -155,6 +171,8 @@ class _Consumer:
         self.together: Position | None = None
         if job.recipe.refine.average_every_steps:
             self.together = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or NOWHERE
+            for group in ranks.groups:
+                checkpoints.forget_after(self.together, part_name(group), ranks.group)
         self.job = replace(job, control=control, load=self._load, met=self._met(job))
         control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
 
@@ -175,7 +193,8 @@ class _Consumer:
             raise
         self.journal.end()
         digest = check_equal(model, self.ranks.world)
-        return result_of(self.job.recipe, self.journal.lines, self.watch.seconds(), self.trained_on, digest, self.ranks.world)
+        ranks = (self.trained_on, self.ranks.world.size)
+        return result_of(self.job.recipe, self.journal.lines, self.watch.seconds(), ranks, digest, self.ranks.world)
 
     def _consume(self, event: Event) -> None:
         if isinstance(event, Epoch):
@@ -214,16 +233,19 @@ class _Consumer:
         self.journal.epoch(epoch)
         self.watch.own[epoch.phase] += epoch.train_seconds
         self.watch.own["evaluate"] += epoch.evaluate_seconds
+        every = self.job.recipe.checkpoint.snapshots
+        self.snapshot_due = every > 0 and epoch.epoch % every == 0
 
     def _savepoint(self, point: SavePoint) -> None:
         team = self.ranks.world if point.group is None else self.ranks.group
         if point.ended and point.cycles.count > 1:
             save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
-        every = self.job.recipe.checkpoint.snapshots
-        if every and point.epoch and point.step == 0 and point.epoch % every == 0:
+        if self.snapshot_due:  # the epoch has just ended; where groups go on from their average, they are at it after that
             save_snapshot(point, self.out / "snapshots", self.job.recipe, team)
+            self.snapshot_due = False
         self.saved = point.due
         if not point.due:
+            self.watch.lap()
             return
         begin = perf_counter()
         self.control.beat(f"the start of a save of {point.name}")
@@ -232,6 +254,7 @@ class _Consumer:
         self.checkpoints.save(point, notes, team)
         self.control.saved()
         self.watch.own["save"] += perf_counter() - begin
+        self.watch.lap()
         if (point.group is None or not self.together) and team.any(self.control.stop):
             self._meet(True)
 
@@ -252,12 +275,14 @@ class _Consumer:
         if what.startswith("group-") and meeting.then == "end":
             save_model(model, self.out / f"{what}.safetensors", recipe, self.ranks.group)
         elif what == "refine":
-            self._meet(stops)  # waiting for the slowest group is part of neither phase
-            self.watch.lap()
+            self._meet(stops)
+            # waiting for the slowest group is part of neither phase, but where it has to be done again and again
+            self.watch.lap("refine" if meeting.then == "go_on" else None)
         elif what == "average":
             self.watch.lap("average")
             self._meet(stops)
         elif what == "go_on":
+            self.watch.lap("average")
             self._meet(self.control.stop and self.saved)
         elif what == "batchnorm":
             self.watch.lap("batchnorm")

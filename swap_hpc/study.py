@@ -1,11 +1,13 @@
 """Studies: the rows of a table, run one after the other, as a TOML file names them. Imports neither torch nor MPI."""
 
+import ctypes
 import json
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -13,11 +15,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from swap_hpc.errors import RunError, Stopped, UserError
+from swap_hpc.errors import Diverged, RunError, Stopped, UserError
 from swap_hpc.part import check_ranks
 from swap_hpc.recipe import Recipe, differing_fields, load_recipe, one_line, tomllib
 
 SHIPPED = Path(__file__).parent / "studies"
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Model = Literal["large_batch", "mean_of_groups", "averaged"]  # whose figure a row shows: keys of `result.json`
 Count = Annotated[int, Field(ge=1)]
@@ -77,8 +80,10 @@ class Study(_Section):
                 raise ValueError(f"runs.{name}: rates and a {{rate}} in its set go together")
             if len(run.rates) > 1 and not self.search:
                 raise ValueError(f"runs.{name} has several rates: a [search] chooses one, with seeds of its own")
-            if run.phase_1_of and [*self.runs].index(run.phase_1_of) > [*self.runs].index(name):
+            if run.phase_1_of and [*self.runs].index(run.phase_1_of) >= [*self.runs].index(name):
                 raise ValueError(f"runs.{name} goes on from {run.phase_1_of}, which has to stand before it")
+            if run.phase_1_of and ((first := self.runs[run.phase_1_of]).rates or first.phase_1_of):
+                raise ValueError(f"runs.{name} goes on from {run.phase_1_of}, which may have neither rates nor a from of its own")
         if self.search and set(self.search.seeds) & set(self.seeds):
             raise ValueError("search.seeds and seeds have to differ")
         return self
@@ -104,9 +109,19 @@ class Trial:
                 f"{self.folder} holds a run of another recipe ({', '.join(differing)} differ): choose another --out, or remove the folder"
             )
         try:
-            return json.loads((self.folder / "result.json").read_text())
+            result = json.loads((self.folder / "result.json").read_text())
         except FileNotFoundError:
             return None
+        if (result.get("refine_ranks") or self.ranks) != self.ranks:
+            raise UserError(
+                f"{self.folder} holds a run on {result['refine_ranks']} ranks, not {self.ranks}: choose another --out, or remove it"
+            )
+        return result
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended at a loss that was not finite."""
+        return (self.folder / Diverged.FILE).is_file()
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -163,12 +178,13 @@ class Plan:
         return max(rates, key=lambda rate: mean(accuracy for _, accuracy in self.found(name, rate)))
 
     def found(self, name: str, rate: float) -> Iterator[tuple[int, float]]:
-        """Seed and accuracy on the validation samples of a run's trials at a rate."""
+        """Seed and accuracy on the validation samples of a run's trials at a rate; 0 of those that diverged."""
         for trial in self.trials():
             if (trial.name, trial.rate) == (name, rate):
-                if (result := trial.result) is None:
+                result = trial.result
+                if result is None and not trial.diverged:
                     raise RunError(f"{trial.folder}: this trial of the search has not ended")
-                yield trial.recipe.seed, judged(result)
+                yield trial.recipe.seed, judged(result) if result else 0.0
 
     def check(self) -> None:
         """Raises UserError for whatever of the study cannot run, before anything does."""
@@ -177,6 +193,8 @@ class Plan:
             check_ranks(trial.recipe, trial.ranks)
         for trial in self.trials():
             check_ranks(trial.recipe, trial.ranks)
+            if not trial.recipe.data.validation:
+                raise UserError("the search would choose rates on test images: put data.validation=5000, say, into search.set")
 
     def _trial(self, name: str, seed: int, rate: float | None, search: Search | None) -> Trial:
         study, run = self.study, self.study.runs[name]
@@ -204,33 +222,69 @@ def judged(result: dict[str, Any]) -> float:
     return accuracy["averaged"] if accuracy["averaged"] is not None else accuracy["large_batch"]
 
 
+@dataclass
+class _Stop:
+    """What signals ask of a study."""
+
+    asked: bool = False
+    process: subprocess.Popen[bytes] | None = None  # the trial under way
+
+    def ask(self, *_: object) -> None:
+        self.asked = True
+        if self.process:
+            self.process.send_signal(signal.SIGUSR1)  # which lets it save
+
+
+@contextmanager
+def _stops() -> Iterator[_Stop]:
+    stop = _Stop()
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, stop.ask) for number in asking}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def carry_out(trials: Sequence[Trial], launcher: str, what: str) -> Iterator[Trial]:
-    """Runs what is not complete yet, one after the other, and yields each at its end. Raises RunError, UserError, Stopped."""
-    for number, trial in enumerate(trials, 1):
-        if trial.result is None:
-            rate = f", rate {trial.rate:g}" if trial.rate is not None else ""
-            print(f"\n{what} {number} of {len(trials)}: {trial.name}, seed {trial.recipe.seed}{rate}", flush=True)
-            _launch(trial, launcher)
-        yield trial
+    """Runs what is not complete yet, one after the other, and yields each at its end. Raises RunError, UserError, Stopped.
+
+    A trial with a rate to be judged may diverge; any other trial that does ends the study.
+    """
+    with _stops() as stop:
+        for number, trial in enumerate(trials, 1):
+            if trial.result is None and not (what == "search" and trial.diverged):
+                rate = f", rate {trial.rate:g}" if trial.rate is not None else ""
+                print(f"\n{what} {number} of {len(trials)}: {trial.name}, seed {trial.recipe.seed}{rate}", flush=True)
+                code = _launch(trial, launcher, stop)
+                if code and not (what == "search" and trial.rate is not None and trial.diverged):
+                    error = UserError if code == 2 else RunError
+                    raise error(f"the study ends at {trial.folder} (exit code {code}, see above): start it again to go on")
+            yield trial
+            if stop.asked:
+                raise Stopped("the study was stopped on request, all is saved: start it again to go on")
 
 
-def _launch(trial: Trial, launcher: str) -> None:
+def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
+    """The trial's exit code. Raises Stopped where it was asked to stop before its end."""
     try:
         start = [part.format(ranks=trial.ranks) for part in shlex.split(launcher)]
     except (ValueError, KeyError, IndexError):
         raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
+    line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
     try:
         # in a session of its own, so that a terminal's signal reaches it by us alone, as one that lets it save
-        process = subprocess.Popen([*start, sys.executable, "-m", "swap_hpc", *trial.line], start_new_session=True)
+        stop.process = subprocess.Popen(line, start_new_session=True, preexec_fn=_end_with_the_study)
     except FileNotFoundError:
         raise UserError(f"no {start[0]} on the PATH: activate the environment, or say --launcher") from None
-    stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda *_: process.send_signal(signal.SIGUSR1)) for number in stopping}
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if code == 75:
+    code = stop.process.wait()
+    stop.process = None
+    if code == 75 or (code and stop.asked):
         raise Stopped("the study was stopped on request, all is saved: start it again to go on")
-    if code:
-        error = UserError if code == 2 else RunError
-        raise error(f"the study ends at {trial.folder} (exit code {code}, see above): start it again to go on")
+    return code
+
+
+def _end_with_the_study() -> None:
+    """Lets the launcher end where the study is killed, so that no second one finds it at work."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from swap_hpc.figures import drawn
+from swap_hpc.figures import drawn, put
+from swap_hpc.recipe import Recipe
 from swap_hpc.report import markdown
 from swap_hpc.study import Model, Plan
 
@@ -47,12 +48,12 @@ def lines(plan: Plan) -> list[Line]:
         line = Line(
             row.method,
             plan.rate(row.run),
-            _epochs(recipe.large_batch.epochs, recipe.refine.epochs, recipe.refine.cycles) if refines else f"{recipe.large_batch.epochs}",
+            _epochs(_phase_1(recipe, [result for _, result in mine]), recipe.refine.epochs if refines else 0, recipe.refine.cycles),
             max(recipe.groups, ranks) if refines else ranks,
             ranks,
         )
         for trial, result in mine:
-            in_turn = max(1, recipe.groups // result["ranks"])
+            in_turn = max(1, recipe.groups // trial.ranks)
             line.accuracy[trial.recipe.seed] = result["test_accuracy"][row.model]
             line.seconds[trial.recipe.seed] = _seconds(result, row.model, 1)
             line.parallel_seconds[trial.recipe.seed] = _seconds(result, row.model, in_turn)
@@ -60,8 +61,14 @@ def lines(plan: Plan) -> list[Line]:
     return rows
 
 
-def _epochs(large_batch: int, refine: int, cycles: int) -> str:
-    return f"{large_batch} + {refine}" + (f" x {cycles}" if cycles > 1 else "")
+def _epochs(large_batch: str, refine: int, cycles: int) -> str:
+    return large_batch + (f" + {refine}" if refine else "") + (f" x {cycles}" if refine and cycles > 1 else "")
+
+
+def _phase_1(recipe: Recipe, results: Sequence[dict[str, Any]]) -> str:
+    """Epochs of phase 1: those that were run, their mean over the seeds; before there are any, the most that may be."""
+    run = [result["epochs"]["large_batch"] for result in results]
+    return f"{mean(run):.4g}" if run else f"{recipe.large_batch.epochs}"
 
 
 def _seconds(result: dict[str, Any], model: Model, in_turn: int) -> float:
@@ -150,7 +157,8 @@ def _search(plan: Plan) -> str:
             continue
         found = [(rate, mean(accuracy for _, accuracy in plan.found(name, rate))) for rate in run.rates]
         best = plan.rate(name)
-        cells = [f"{rate:g}: **{100 * a:.2f}**" if rate == best else f"{rate:g}: {100 * a:.2f}" for rate, a in found]
+        said = [(rate, f"{100 * a:.2f}" if a else "diverged") for rate, a in found]
+        cells = [f"{rate:g}: **{text}**" if rate == best else f"{rate:g}: {text}" for rate, text in said]
         edge = "yes" if best in (min(run.rates), max(run.rates)) else "no"
         rows.append((name, ", ".join(cells), edge))
     return markdown(("run", "rate: accuracy % on validation samples", "best at the range's edge"), rows)
@@ -161,11 +169,11 @@ def write(plan: Plan) -> Path:
     import json
 
     table = lines(plan)
-    (plan.out / "study.md").write_text(text(plan) + "\n![accuracy of every row](study.png)\n")
+    put(plan.out / "study.md", text(plan) + "\n![accuracy of every row](study.png)\n")
     content: dict[str, Any] = {"title": plan.study.title, "rows": [asdict(line) for line in table]}
     content["differences"] = [asdict(gap) for gap in differences(plan, table)]
     content["rates"] = {name: plan.rate(name) for name in plan.study.runs}
-    (plan.out / "study.json").write_text(json.dumps(content, indent=2) + "\n")
+    put(plan.out / "study.json", json.dumps(content, indent=2) + "\n")
     figure(plan.study.title, table, plan.out / "study.png")
     return plan.out / "study.md"
 

@@ -78,6 +78,8 @@ def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exceptio
         return
     except OSError as unreadable:
         reason = unreadable.strerror or "it cannot be read"
+    except RunError:  # a shard that cannot be read
+        raise
     except RuntimeError:
         reason = "not an image that DALI decodes, or damaged"
     raise RunError(f"cannot decode the image {split.name(asked[-1])} ({reason}): replace or remove the file") from error

@@ -1,10 +1,11 @@
 """WebDataset shards: tar files of images and labels, each with DALI's index file beside it, written and found again."""
 
 import io
+import os
 import resource
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,6 @@ def find_shards(split: Path) -> Shards:
     tars = sorted(split.glob("*.tar"))
     if not tars:
         raise UserError(f"no .tar files in {split}: swap-hpc pack makes them from a folder of images")
-    _allow_open_files(len(tars))
     keys, places, labelled = [], [], []
     for number, tar in enumerate(tars):
         for sample in _index_of(tar):
@@ -64,18 +64,26 @@ def find_shards(split: Path) -> Shards:
             keys.append(name.removesuffix(f".{extension}"))
             places.append((number, offset, size))
             labelled.append((number, label[1], label[2]))
+    if not keys:
+        raise UserError(f"{split}: no sample in its {len(tars)} .tar files")
     order = np.argsort(np.array(keys), kind="stable")
+    twice = next((keys[a] for a, b in pairwise(order) if keys[a] == keys[b]), None)
+    if twice:
+        raise UserError(f"{split}: its .tar files hold the sample {twice} twice: are shards of two packings in it?")
     tar_of, offset_of, size_of = np.array(places, dtype=np.int64)[order].T
     found = Shards(tuple(map(str, tars)), tar_of.astype(np.int32), offset_of, size_of, np.zeros(len(keys), np.int64))
     labels = _labels(split, found, np.array(labelled, dtype=np.int64)[order])
+    if labels.min() < 0:
+        raise UserError(f"{split}: a class is {labels.min()}: classes count from 0")
     return Shards(found.tars, found.tar, found.offset, found.size, labels)
 
 
 def _labels(split: Path, shards: Shards, places: np.ndarray) -> np.ndarray:
     if (split / LABELS).is_file():
         labels = np.load(split / LABELS)
-        if len(labels) == len(shards):
-            return labels
+        if len(labels) != len(shards):
+            raise UserError(f"{split}: {LABELS} has {len(labels)} labels, the .tar files hold {len(shards)} samples: pack again")
+        return labels
     numbers, offsets, sizes = places.T
     texts = Shards(shards.tars, numbers.astype(np.int32), offsets, sizes, shards.labels)
     try:
@@ -87,8 +95,8 @@ def _labels(split: Path, shards: Shards, places: np.ndarray) -> np.ndarray:
 def _index_of(tar: Path) -> Iterator[list[Component]]:
     """A sample's components, sample by sample: from the index beside the tar file, else from the headers in it. Raises UserError."""
     file = tar.with_suffix(".idx")
-    lines = file.read_text().splitlines() if file.is_file() else [""]
-    if not lines[0].startswith(INDEX):  # older ones do not tell the names
+    lines = file.read_text().splitlines() if file.is_file() else []
+    if not lines or not lines[0].startswith(INDEX):  # older ones do not tell the names
         yield from _scanned(tar)
         return
     for line in lines[1:]:
@@ -102,15 +110,27 @@ def _index_of(tar: Path) -> Iterator[list[Component]]:
 def _scanned(tar: Path) -> Iterator[list[Component]]:
     try:
         with tarfile.open(tar, "r:") as archive:
-            members = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in archive if m.isfile()]
+            members = [(_split(m.name)[1], m.offset_data, m.size, m.name) for m in archive if m.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"cannot read {tar}: {error}") from None
-    for _, parts in groupby(members, lambda part: part[3].partition(".")[0]):
+    for _, parts in groupby(members, lambda part: _split(part[3])[0]):
         yield list(parts)
 
 
-def _allow_open_files(number: int) -> None:
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension of a member: at the first dot of its name, whatever dots its folders have."""
+    folder, slash, file = name.rpartition("/")
+    key, _, extension = file.partition(".")
+    return f"{folder}{slash}{key}", extension
+
+
+def allow_open_files(number: int) -> None:
+    """Raises this process's limit, where it is too low for that many more open files. UserError where the system does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + 256
+    wanted = len(os.listdir("/proc/self/fd")) + number + 256
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"{number} shards stay open, but a process may open {hard} files: ulimit -Hn, or pack with more --samples-per-shard"
+        )
     if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from swap_hpc.data.decode import Encoded, decode, image_shapes
-from swap_hpc.data.shards import CLASSES, find_shards
+from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards
 from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
 from swap_hpc.errors import UserError
 from swap_hpc.recipe import Data
@@ -83,6 +83,7 @@ def _test_split(path: Path) -> Path:
 def webdataset(data: Data, threads: int) -> Dataset:
     """`train/*.tar` and `test/*.tar`, WebDataset shards of images and labels, as `swap-hpc pack` makes them."""
     train, test = find_shards(data.path / "train"), find_shards(_test_split(data.path))
+    allow_open_files(len(train.tars) + len(test.tars))
     names = data.path / CLASSES
     number = 1 + int(max(train.labels.max(), test.labels.max()))
     classes = tuple(names.read_text().splitlines()) if names.is_file() else tuple(map(str, range(number)))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -95,9 +96,17 @@ class Shards:
         return np.frombuffer(found, dtype=np.uint8)
 
 
-@cache
 def _opened(name: str) -> int:
-    """A tar file's descriptor, open to the end of the process."""
+    """A tar file's descriptor, open to the end of the process; several threads may ask for it."""
+    with _OPENING:
+        return _opened_once(name)
+
+
+_OPENING = Lock()
+
+
+@cache
+def _opened_once(name: str) -> int:
     return os.open(name, os.O_RDONLY)
 
 

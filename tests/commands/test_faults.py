@@ -67,6 +67,24 @@ def test_refinement_goes_on_on_fewer_ranks_to_the_bit(four: Path, tmp_path: Path
     assert {**result, "ranks": 4, "seconds": 0, "images_per_second": 0} == {**whole, "seconds": 0, "images_per_second": 0}
 
 
+def test_post_local_sgd_that_is_stopped_and_killed_ends_the_same(tmp_path: Path) -> None:
+    """Two groups to a rank: stopped where the groups meet, and killed between their meetings."""
+    fields = ("--set", "refine.average_every_steps=5", "--set", "checkpoint.snapshots=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert swap_hpc("train", "digits", *QUICK, *fields, "--out", whole, ranks=2, variables={"OMP_NUM_THREADS": "1"}).code == 0
+    stopped(parts, "refine", "group 3, epoch 1, step 7", 2, *fields)
+    parts.with_suffix(".mark").unlink()
+    fault = {"kind": "kill", "place": "refine", "rank": 1, "mark": str(tmp_path / "kill.mark"), "step": "group 2, epoch 2, step 3"}
+    line = (sys.executable, HERE / "faults.py", json.dumps(fault), "train", "digits", *QUICK, *fields, "--out", parts)
+    assert command(*line, ranks=2, variables={"OMP_NUM_THREADS": "1"}).code == 137
+    done = swap_hpc("train", "digits", *QUICK, *fields, "--out", parts, ranks=2, variables={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0 and "group 0 goes on after epoch" in done.stdout, done.stderr
+    assert weights(parts) == weights(whole)
+    assert weights(parts / "snapshots") == weights(whole / "snapshots") and len(weights(parts / "snapshots")) == 2 + 4 * 2
+    snapshots = {name: value for name, value in weights(whole / "snapshots").items() if name.endswith("-00001.safetensors")}
+    assert len(set(snapshots.values())) == len(snapshots)  # each group's own, before they go on from their average
+
+
 def test_refinement_goes_on_on_more_ranks(tmp_path: Path) -> None:
     """Two to a group then: not the same to the bit, but the same samples. The result tells the ranks of phase 1."""
     stopped(tmp_path / "out", "refine", "group 1, epoch 2, step 3", 2, "--set", "groups=2")

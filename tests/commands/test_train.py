@@ -17,7 +17,7 @@ from swap_hpc.recipe import load_recipe, shipped_recipes
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 KEYS = {
-    "recipe": None, "seed": None, "ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
+    "recipe": None, "seed": None, "ranks": None, "refine_ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
     "epochs": {"large_batch", "refine"},
     "train_accuracy": {"large_batch"},
     "test_accuracy": {"large_batch", "groups", "mean_of_groups", "averaged"},

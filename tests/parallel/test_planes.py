@@ -24,6 +24,13 @@ def test_a_plane_holds_its_three_points() -> None:
         planes.Plane.through(a, b, a + 0.3 * (b - a))
 
 
+def test_a_gradient_is_without_dropout() -> None:
+    job = tiny.job(model={"name": "tiny:normed"})
+    model = tiny.model(job)
+    one, other = (planes.gradient(model, job.test_batches(Team.alone()), job) for _ in range(2))
+    assert torch.equal(one, other) and one.norm() > 0
+
+
 def test_a_gradient_is_that_of_the_mean_loss_over_all_samples(world: Team) -> None:
     """37 samples in batches of 7: the mean over samples, not over batches."""
     job = tiny.job()

@@ -18,8 +18,8 @@ from swap_hpc.data import load, loader
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.shards import LABELS, find_shards
 from swap_hpc.data.sources import folder_files
-from swap_hpc.data.splits import Dataset, Shards
-from swap_hpc.errors import UserError
+from swap_hpc.data.splits import Dataset
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.pack import pack
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment, Data, DataName
@@ -160,6 +160,50 @@ def test_a_damaged_image_in_a_shard_is_named(shards: Path, tmp_path: Path) -> No
     tar.write_bytes(content)
     with pytest.raises(UserError, match=rf"cannot decode the image at byte {found.offset[4]} of {tar} \(not an image"):
         load(Data(name="webdataset", path=copy, image_size=((0, 8),)), ONE, 1)
-    os_short = Shards(found.tars, found.tar, found.offset + 10**9, found.size, found.labels)
-    with pytest.raises(Exception, match="is shorter than its index says"):
-        os_short.read(0)
+
+
+def test_a_shard_that_is_cut_off_is_named_and_no_image_blamed(shards: Path, tmp_path: Path) -> None:
+    copy = damaged(shards, tmp_path)
+    found = find_shards(copy / "train")
+    tar = Path(found.tars[-1])
+    tar.write_bytes(tar.read_bytes()[: int(found.offset[found.tar == len(found.tars) - 1].max()) + 10])
+    data = Data(name="webdataset", path=copy, image_size=((0, 8),), memory_gib=0)
+    with pytest.raises(RunError, match=rf"{tar} is shorter than its index says"):
+        dataset = load(data, ONE, 1)
+        picks = iter([Picks(np.arange(len(dataset.train)), np.full((len(dataset.train), 5), 0.5, np.float32))])
+        list(loader.batches(dataset, dataset.train, picks, loader.View(Augment()), len(dataset.train), tiny.CPU))
+
+
+def test_shards_that_tar_made_of_folders_are_read(folder: Path, tmp_path: Path) -> None:
+    """Names with `./`, folders with dots, no index, labels in `.cls` files of their own."""
+    train, _, _ = folder_files(folder)
+    for i in range(8):
+        place = tmp_path / "all" / f"v1.{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(train.paths[i], place / f"{i}.input.jpg")
+        (place / f"{i}.cls").write_text(str(train.labels[i]))
+    split = tmp_path / "train"
+    split.mkdir()
+    subprocess.run(["tar", "--sort=name", "-C", tmp_path / "all", "-cf", split / "a.tar", "."], check=True)
+    (split / "a.idx").touch()  # empty: as if there were none
+    found = find_shards(split)
+    assert sorted(found.read(i).tobytes() for i in range(8)) == sorted(Path(path).read_bytes() for path in train.paths[:8])
+    shutil.copy(split / "a.tar", split / "b.tar")
+    with pytest.raises(UserError, match="hold the sample ./v1.0/0 twice"):
+        find_shards(split)
+
+
+def test_another_packing_into_the_same_folder_is_refused(folder: Path, shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    other = Path(shutil.copytree(folder, tmp_path / "folder"))
+    with pytest.raises(UserError, match="holds shards of other images, or of another --samples-per-shard"):
+        pack(folder, copy, 9, ONE, lambda _: None)
+    next((other / "train").glob("*/*")).unlink()
+    with pytest.raises(UserError, match="choose another folder, or remove it"):
+        pack(other, copy, 10, ONE, lambda _: None)
+    (copy / "packing.json").unlink()
+    with pytest.raises(UserError, match="holds shards of other images"):
+        pack(folder, copy, 10, ONE, lambda _: None)
+    np.save(copy / "train" / LABELS, np.zeros(3, np.int64))
+    with pytest.raises(UserError, match=r"labels.npy has 3 labels, the .tar files hold 35 samples: pack again"):
+        find_shards(copy / "train")

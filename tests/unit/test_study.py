@@ -47,7 +47,12 @@ def plan(tmp_path: Path, text: str = TINY) -> Plan:
 def complete(trial: study.Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float) -> None:
     trial.folder.mkdir(parents=True)
     (trial.folder / "recipe.toml").write_text(trial.recipe.to_toml())
-    result: dict[str, Any] = {"ranks": trial.ranks, "test_accuracy": {"large_batch": 0.5, "averaged": averaged, "mean_of_groups": None}}
+    result: dict[str, Any] = {
+        "ranks": 1,
+        "refine_ranks": trial.ranks,
+        "epochs": {"large_batch": 7},
+        "test_accuracy": {"large_batch": 0.5, "averaged": averaged, "mean_of_groups": None},
+    }
     if groups:
         result["test_accuracy"]["mean_of_groups"] = sum(groups) / len(groups)
     result["seconds"] = {"large_batch": 100.0, "refine": 40.0, "average": 1.0, "batchnorm": 2.0, "evaluate": 1000.0, **seconds}
@@ -88,6 +93,9 @@ WRONG = [
     ("seeds = [5]", "seeds = [2]", "search.seeds and seeds have to differ"),
     ('from = "first"', 'from = "later"', "later: not among first, swap"),
     ("refine.epochs=0", "refine.epoch=0", "unknown field refine.epoch"),
+    ('set = ["data.validation=100"]', "", "the search would choose rates on test images"),
+    ('set = ["refine.epochs=0"]', 'set = ["large_batch.epochs={rate}"]\nrates = [2]', "first, which may have neither rates nor a from"),
+    ('from = "first"', 'from = "swap"', "swap, which has to stand before it"),
     ("title", "titel", "unknown field titel; valid here: title, recipe, ranks"),
     ('model = "large_batch"', 'model = "best"', "Input should be 'large_batch', 'mean_of_groups' or 'averaged'"),
     ('title = "tiny"', "title = tiny", "is not TOML"),
@@ -129,6 +137,7 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         seed = trial.recipe.seed
         complete(trial, *((0.80 + seed / 100, (0.7, 0.8)) if trial.name == "swap" else (None,)))
     phase_1, before, after = study_report.lines(made)
+    assert (phase_1.epochs, after.epochs) == ("7", "7 + 4")
     assert phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5} and phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
     assert before.accuracy[1] == pytest.approx(0.75) and before.seconds[0] == 140
     # four groups on two ranks: two in turn, so that with a rank for each the refinement takes half as long
@@ -148,6 +157,28 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         assert cell in text, text
     assert json.loads(written.with_suffix(".json").read_text())["rates"] == {"first": None, "swap": 0.1}
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    first, slow, fast = made.trials()
+    complete(first, None)
+    complete(slow, 0.6, (0.5,))
+    fast.folder.mkdir(parents=True)
+    (fast.folder / "diverged.json").write_text("{}")
+    assert [trial.rate for trial in study.carry_out(made.trials(), "false", "search")] == [None, 0.05, 0.1]
+    assert made.rate("swap") == 0.05 and "0.1: diverged" in study_report.text(made)
+    with pytest.raises(RunError, match=r"the study ends at .*first/seed-0 \(exit code 1"):
+        list(study.carry_out(made.reported(), "false", "run"))
+
+
+def test_a_run_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    complete(made.trials()[1], 0.5, (0.5,))
+    result = json.loads((made.trials()[1].folder / "result.json").read_text())
+    (made.trials()[1].folder / "result.json").write_text(json.dumps(result | {"refine_ranks": 4}))
+    with pytest.raises(UserError, match="holds a run on 4 ranks, not 2"):
+        _ = made.trials()[1].result
 
 
 def test_a_folder_of_another_recipe_is_not_taken_for_complete(tmp_path: Path) -> None:
