@@ -133,12 +133,12 @@ def start(layout: Layout, out: Path, what: dict[str, Any] | None = None) -> Fini
 
 
 def record(out: Path) -> dict[str, Any]:
-    """What must not depend on faults: the result's figures, and every logged line but its times."""
+    """What must not depend on faults: the result's figures, and every logged line but its times and the memory."""
     result = json.loads((out / "result.json").read_text())
     kept = {key: result[key] for key in ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")}
     for path in sorted((out / "metrics").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept[path.name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+        kept[path.name] = [{k: v for k, v in line.items() if "second" not in k and k != "peak_memory_mib"} for line in lines]
     return kept
 
 

@@ -64,7 +64,9 @@ def test_refinement_goes_on_on_fewer_ranks_to_the_bit(four: Path, tmp_path: Path
     assert done.code == 0 and "large_batch goes on at its end" in done.stdout, done.stderr
     assert weights(tmp_path / "out") == weights(four)
     result, whole = (json.loads((out / "result.json").read_text()) for out in (tmp_path / "out", four))
-    assert {**result, "ranks": 4, "seconds": 0, "images_per_second": 0} == {**whole, "seconds": 0, "images_per_second": 0}
+    assert (result["ranks"], result["refine_ranks"]) == (4, 2)
+    timeless = {"refine_ranks": 4, "seconds": 0, "images_per_second": 0}
+    assert result | timeless == whole | timeless
 
 
 def test_post_local_sgd_that_is_stopped_and_killed_ends_the_same(tmp_path: Path) -> None:
