@@ -161,6 +161,7 @@ class _Consumer:
         self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
         self.part = part
         self.trained_on = ranks.world.size  # ranks
+        self.refined_on: int | None = ranks.world.size  # None: by a job for each group
         self.saved = False  # at the last save point
         self.snapshot_due = False  # at the next one
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
@@ -193,7 +194,7 @@ class _Consumer:
             raise
         self.journal.end()
         digest = check_equal(model, self.ranks.world)
-        ranks = (self.trained_on, self.ranks.world.size)
+        ranks = (self.trained_on, self.refined_on)
         return result_of(self.job.recipe, self.journal.lines, self.watch.seconds(), ranks, digest, self.ranks.world)
 
     def _consume(self, event: Event) -> None:
@@ -212,6 +213,8 @@ class _Consumer:
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
         if saved and saved.point.ended and part == part_name(None):
             self.trained_on = saved.notes["ranks"]
+        if saved and saved.point.ended and part != part_name(None):
+            self.refined_on = saved.notes["ranks"] if self.part.phase is None else None
         name = "world" if part == part_name(None) else part
         if name in self.journal.lines:
             self.journal.begin(name, saved.notes["lines"] if saved else [])

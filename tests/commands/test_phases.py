@@ -14,9 +14,9 @@ QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=2", "--set", "
 
 
 def same(out: Path) -> dict[str, Any]:
-    """All of a result that does not tell of times."""
+    """All of a result that does not tell of times and jobs."""
     result = json.loads((out / "result.json").read_text())
-    return {name: value for name, value in result.items() if name not in ("seconds", "images_per_second")}
+    return {name: value for name, value in result.items() if name not in ("seconds", "images_per_second", "refine_ranks")}
 
 
 @pytest.mark.parametrize("per_group", [1, 2])
@@ -47,6 +47,8 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
     assert same(out) == same(tmp_path / "whole") and not (out / "checkpoints").exists()
     assert not {"environment.json", "environment-average.json"} - {p.name for p in out.iterdir()}
     told = json.loads((out / "environment-group-001.json").read_text())
+    ended = [json.loads((run / "result.json").read_text())["refine_ranks"] for run in (tmp_path / "whole", out)]
+    assert ended == [ranks, None]
     assert len(told["ranks"]) == per_group and told["command"][-1] == "1"
 
 
