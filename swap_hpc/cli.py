@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 DataDir = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder with the data, or to download it to.")]
+Launcher = Annotated[str, typer.Option(metavar="LINE", help="What starts the ranks.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10")]
 
 
@@ -204,7 +205,7 @@ def study(
     data: DataDir = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The study's folder.  [default: runs/<study name>]")] = None,
     overrides: Overrides = None,
-    launcher: Annotated[str, typer.Option(metavar="LINE", help="What starts the ranks.")] = "mpirun -n {ranks}",
+    launcher: Launcher = "mpirun -n {ranks}",
 ) -> None:
     """Run all rows of a table, one after the other; again: what is missing of it."""
     from swap_hpc import study as studies
@@ -225,17 +226,30 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[Literal["checkpoint"], typer.Argument(help="What to measure.")],
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")] = "cifar10-cpu",
+    name: Annotated[str | None, typer.Argument(help="What to measure; all: of them.  [default: list them]")] = None,
+    recipe: Annotated[str, typer.Argument(help="For checkpoint: a shipped recipe's name, or a TOML file.")] = "cifar10-cpu",
     data: DataDir = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder on the file system that is measured.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the JSON goes; for checkpoint, the saves.")] = Path("runs/bench"),
     overrides: Overrides = None,
+    launcher: Launcher = "mpirun --oversubscribe --bind-to none -n {ranks}",
 ) -> None:
-    """Measure what saving a checkpoint costs: seconds, and the share of a whole run."""
-    world, parsed = _recipe(recipe, overrides, data)
-    from swap_hpc.bench import checkpoint
+    """Measure a part beside what a user would pick instead, alternating, in one run."""
+    from swap_hpc import bench as benches
 
-    say(checkpoint.report(parsed, out, world))
+    if name == "checkpoint":
+        world, parsed = _recipe(recipe, overrides, data)
+        from swap_hpc.bench import checkpoint as saving
+
+        say(saving.report(parsed, out, world))
+    elif name is None:
+        for known, what in benches.NAMES.items():
+            say(f"{known:<12} {what}")
+    elif name == "scaling":
+        benches.scale(launcher, out, say)
+    elif name == "all" or name in benches.BENCHES:
+        benches.run([*benches.BENCHES] if name == "all" else [name], launcher, out / f"{name}.json", say)
+    else:
+        raise UserError(f"no bench {name!r}; there are all, {', '.join(benches.NAMES)}")
 
 
 @app.callback(invoke_without_command=True)

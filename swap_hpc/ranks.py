@@ -9,6 +9,7 @@
 """
 
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -110,6 +111,14 @@ class Team:
                 first.said_elsewhere = rank != self.rank
                 raise first from None
         return result  # type: ignore[return-value]
+
+    def first_while_others_sleep(self, function: Callable[[], T]) -> T:
+        """`function()` on the first rank, its result on all; the others give their cores away meanwhile."""
+        result = function() if self.rank == 0 else None
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            time.sleep(0.02)
+        return self.broadcast(result)  # type: ignore[return-value]
 
     def free(self) -> None:
         if self.comm not in (MPI.COMM_WORLD, MPI.COMM_SELF):
@@ -218,6 +227,11 @@ def mpi_library_file() -> str | None:
     with suppress(OSError), open("/proc/self/maps") as maps:
         return next((line.split(maxsplit=5)[5].strip() for line in maps if re.search(r"/libmpi\.so|/libmpich\.so", line)), None)
     return None
+
+
+def handle_address(team: Team) -> int:
+    """Where the communicator's handle lies, for calls into the MPI library that mpi4py does not have."""
+    return MPI._addressof(team.comm)
 
 
 def thread_level() -> str:

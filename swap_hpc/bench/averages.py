@@ -1,0 +1,89 @@
+"""`average` and `batchnorm`: phase 3 beside a bare allreduce, and beside torch's `update_bn`."""
+
+import resource
+import time
+from copy import deepcopy
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import nn
+
+from swap_hpc import models
+from swap_hpc.averaging import CHUNK, average_weights_, refresh_batchnorm_
+from swap_hpc.bench.measure import Clock, Comparison, alternately
+from swap_hpc.devices import choose_device
+from swap_hpc.ranks import Team, node_of
+from swap_hpc.recipe import Model
+
+BATCHES, BATCH = 24, 256  # of the refresh, together
+
+
+def average(world: Team, peers: ModuleType) -> list[Comparison]:
+    """25.6 million parameters, averaged over all ranks."""
+    with node_of(world) as node:
+        device = choose_device(node, "auto")
+    torch.set_num_threads(device.threads)
+    model = models.build(Model(name="torchvision:resnet50"), 1000, 3, world.rank).to(device.torch)
+    parameters = sum(p.numel() for p in model.parameters())
+    buffer, clock = np.ones(parameters, np.float32), Clock(world)
+
+    def ours() -> float:
+        clock.start()
+        average_weights_(model, world)
+        return clock.seconds()
+
+    def bare() -> float:
+        clock.start()
+        peers.bare_allreduce(world.comm, buffer)
+        return clock.seconds()
+
+    bare(), ours()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one, other = alternately(ours, bare)
+    grown = world.maximum((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)[0]
+    chunk = CHUNK * 8 // 2**20
+    what = f"average_weights_, {parameters / 1e6:.1f} million parameters, {world.size} ranks"
+    extra = _extra_memory(model, world)
+    note = f"{extra:.0f} MiB of extra memory at its peak, of which a chunk is {chunk}; {grown:.0f} MiB more after six runs"
+    return [Comparison("average", what, "bare MPI.Allreduce, float32", "s", one, other, 2.5, at_most=True, note=note)]
+
+
+def _extra_memory(model: nn.Module, world: Team) -> float:
+    """MiB that an average takes beside the model: the peak of what torch allocates, the largest rank's."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        average_weights_(deepcopy(model), world)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return world.maximum(peak / 2**20)[0]
+
+
+def batchnorm(world: Team, peers: ModuleType) -> list[Comparison]:
+    """The statistics of the same batches, shared out to the ranks or all on one."""
+    with node_of(world) as node:
+        device = choose_device(node, "auto")
+    torch.set_num_threads(device.threads)
+    model = models.build(Model(name="resnet9", width=16), 10, 3, 0).to(device.torch)  # type: ignore[call-arg]
+    batches = torch.randn(BATCHES, BATCH, 3, 32, 32, device=device.torch).unbind()
+    clock = Clock(world)
+
+    def ours() -> float:
+        clock.start()
+        refresh_batchnorm_(model, batches[world.rank :: world.size], world)
+        return clock.seconds()
+
+    def alone() -> float:
+        def one_rank() -> float:
+            begin = time.perf_counter()
+            peers.update_bn(batches, model)
+            return time.perf_counter() - begin
+
+        return world.first_while_others_sleep(one_rank)
+
+    one, other = alternately(ours, alone)
+    faster = [1 / seconds for seconds in one], [1 / seconds for seconds in other]
+    what = f"refresh on {world.size} ranks, {BATCHES * BATCH:,} images"
+    return [Comparison("batchnorm", what, "torch's update_bn on one rank", "refreshes/s", *faster, bar=1.8)]

@@ -1,0 +1,94 @@
+"""`scaling`: seconds, bytes sent and memory of each phase, against the number of ranks, the model's size and the data's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from swap_hpc import models
+from swap_hpc.bench.traffic import Traffic
+from swap_hpc.data import load
+from swap_hpc.devices import choose_device
+from swap_hpc.events import Done, Epoch
+from swap_hpc.figures import drawn
+from swap_hpc.job import Job
+from swap_hpc.ranks import Team, grid, node_of
+from swap_hpc.recipe import load_recipe
+from swap_hpc.report import markdown
+from swap_hpc.swap import swap
+
+Case = dict[str, int]
+
+# width: of the ResNet-9; samples: training images
+CASES: list[Case] = [
+    *({"ranks": ranks, "width": 8, "samples": 4096} for ranks in (1, 2, 4, 8)),
+    *({"ranks": 2, "width": width, "samples": 4096} for width in (16, 32)),
+    *({"ranks": 2, "width": 8, "samples": samples} for samples in (8192, 16384)),
+]
+PHASES = ("large_batch", "refine", "average", "batchnorm")
+FIELDS = (
+    "data.name=synthetic", "evaluate.every=0", "large_batch.epochs=2", "large_batch.batch_size=1024", "refine.epochs=1", "precision=fp32",
+    "batchnorm.samples=2048", "batchnorm.batch_size=128",
+)  # fmt: skip
+
+
+def measure(world: Team, case: Case) -> dict[str, Any]:
+    """One case, a group for each rank: two epochs of phase 1 (the second counts), one of phase 2, the average. The largest rank's."""
+    traffic = Traffic(world)
+    with node_of(world) as node:
+        device = choose_device(node, "auto")
+    torch.set_num_threads(device.threads)
+    recipe = load_recipe(
+        "cifar10-cpu", (*FIELDS, f"groups={world.size}", f"model.width={case['width']}", f"data.samples={case['samples']}")
+    )
+    job = Job(recipe, load(recipe.data, world, device.threads), device)
+    model = models.build(recipe.model, 10, 3, 0).to(device.torch)
+    figures = dict.fromkeys(PHASES, (0.0, 0))  # seconds, bytes
+    memory = 0
+    with grid(world, world.size) as ranks:
+        sent, since = traffic.sent(), perf_counter()
+        for event in swap(model, job, ranks):
+            if isinstance(event, Epoch):
+                memory = max(memory, event.peak_memory)
+                figures[event.phase] = (event.train_seconds, traffic.sent() - sent)
+            elif isinstance(event, Done) and event.what in PHASES[2:]:
+                figures[event.what] = (perf_counter() - since, traffic.sent() - sent)
+            sent, since = traffic.sent(), perf_counter()
+    phases = {phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True)) for phase, pair in figures.items()}
+    size = {"parameters": sum(p.numel() for p in model.parameters()), "cores": device.threads * world.size}
+    return case | size | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
+
+
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    head = ["ranks", "parameters", "samples"]
+    head += [f"{name}, {unit}" for name in PHASES for unit in ("s", "MB sent")] + ["memory per rank, MiB"]
+    rows = []
+    for case in cases:
+        cells = [f"{case['ranks']}", f"{case['parameters']:,}", f"{case['samples']:,}"]
+        for phase in PHASES:
+            cells += [f"{case['phases'][phase]['seconds']:.2f}", f"{case['phases'][phase]['bytes'] / 1e6:.3g}"]
+        rows.append((*cells, f"{case['peak_memory_mib']:.0f}"))
+    return markdown(head, rows)
+
+
+def figure(cases: Sequence[dict[str, Any]], cores: int, file: Path) -> None:
+    """Draws seconds, bytes per rank and memory against ranks, and bytes and memory against the sizes of model and data."""
+    views = (("ranks", ("width", "samples")), ("parameters", ("ranks", "samples")), ("samples", ("ranks", "width")))
+    title = f"an epoch of each phase, {cores} cores (more ranks share them)"
+    with drawn(file, title, 3, 3, (12, 9), sharex="col") as axes:
+        for column, (across, same) in zip(axes.T, views, strict=True):
+            usual = {"ranks": 2, **{name: CASES[0][name] for name in ("width", "samples")}}
+            mine = sorted((case for case in cases if all(case[name] == usual[name] for name in same)), key=lambda case: case[across])
+            x = [case[across] for case in mine]
+            for phase in PHASES:
+                column[0].plot(x, [case["phases"][phase]["seconds"] for case in mine], "o-", label=phase)
+                column[1].plot(x, [case["phases"][phase]["bytes"] / 1e6 for case in mine], "o-", label=phase)
+            column[2].plot(x, [case["peak_memory_mib"] for case in mine], "o-", color="black")
+            column[2].set(xlabel=across, ylim=(0, None))
+            column[2].set_xscale("log", base=2)
+        axes[0, 0].set_ylabel("seconds")
+        axes[1, 0].set_ylabel("MB sent by a rank")
+        axes[2, 0].set_ylabel("memory of a rank, MiB")
+        axes[1, 0].legend(fontsize="small")

@@ -1,0 +1,140 @@
+"""`step`, `loop`, `refine`: beside DistributedDataParallel, beside a bare loop, and a rank among others beside a rank alone."""
+
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swap_hpc import models
+from swap_hpc.bench.measure import Clock, Comparison, alternately
+from swap_hpc.data import load
+from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.devices import Device, choose_device
+from swap_hpc.events import Epoch
+from swap_hpc.fit import fit
+from swap_hpc.gradients import averaged_gradients
+from swap_hpc.job import Job
+from swap_hpc.optimizers import build_optimizer
+from swap_hpc.ranks import Team, node_of
+from swap_hpc.recipe import Model, Optimizer, Recipe, load_recipe
+
+SMALL = ("data.name=synthetic", "data.samples=8192", "evaluate.every=0", "large_batch.epochs=1", "refine.epochs=1")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Steps of one model on one batch, again and again."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    steps: int
+    world: Team
+    device: Device
+    peers: ModuleType
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.world)
+
+    def ours(self) -> float:
+        model, clock = deepcopy(self.model), self.clock
+        with averaged_gradients(model, build_optimizer(model, Optimizer()), self.world, self.device) as optimizer:
+            for number in range(-2, self.steps):
+                if number == 0:
+                    clock.start()
+                optimizer.zero_grad()
+                F.cross_entropy(model(self.images), self.labels).backward()
+                optimizer.step()
+            return self._images / clock.seconds()
+
+    def peer(self) -> float:
+        model = deepcopy(self.model)
+        seconds = self.peers.ddp_steps(model, build_optimizer(model, Optimizer()), self.images, self.labels, self.steps, self.clock)
+        return self._images / float(seconds)
+
+    @property
+    def _images(self) -> int:
+        return self.steps * self.world.size * len(self.labels)
+
+
+def step(world: Team, peers: ModuleType) -> list[Comparison]:
+    """A step of phase 1: two sizes of gradients."""
+    with node_of(world) as node:
+        device = choose_device(node, "auto")
+    torch.set_num_threads(device.threads)
+    comparisons = []
+    for name, arguments, share, pixels, steps in (("resnet9", {"width": 16}, 256, 32, 12), ("torchvision:resnet50", {}, 8, 64, 4)):
+        build = Model.model_validate({"name": name, **arguments})
+        model = models.build(build, 10, 3, 0).to(device.torch).to(memory_format=torch.channels_last)
+        images = torch.randn(share, 3, pixels, pixels, device=device.torch).contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(10, (share,), device=device.torch)
+        case = _Step(model, images, labels, steps, world, device, peers)
+        with peers.process_group(world.rank, world.size, world.broadcast(peers.store_file()), device.torch):
+            one, other = alternately(case.ours, case.peer)
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        what = f"{name}, {parameters:.1f} million gradients, batch {share} x {world.size}, Horovod"
+        backend = "NCCL" if device.torch.type == "cuda" else "gloo"
+        comparisons.append(Comparison("step", what, f"DistributedDataParallel ({backend})", "images/s", one, other, 1.0))
+    return comparisons
+
+
+def loop(world: Team, peers: ModuleType) -> list[Comparison]:
+    """`fit()` and a bare loop over the same stream of batches."""
+    job, model = _job("cifar10-cpu", world)
+
+    def ours() -> float:
+        return _fitted(job, deepcopy(model), Team.alone(), "large_batch")
+
+    def bare() -> float:
+        phase, mine = job.recipe.large_batch, deepcopy(model)
+        batches = job.training_batches(phase, Key(0, Phase.LARGE_BATCH), Team.alone())
+        optimizer = build_optimizer(mine, job.recipe.optimizer)
+        begin = time.perf_counter()
+        images = peers.bare_loop(mine, optimizer, batches, job.autocast)
+        return float(images / (time.perf_counter() - begin))
+
+    one, other = alternately(ours, bare)
+    return [Comparison("loop", "fit()", "bare forward, backward, step", "images/s", one, other, 0.98)]
+
+
+def refine(world: Team, peers: ModuleType) -> list[Comparison]:
+    """A rank's refinement while all ranks refine, and the same alone."""
+    comparisons = []
+    for precision, bar in (("fp32", 0.97), ("bf16", None)):
+        job, model = _job("cifar10-cpu", world, f"precision={precision}", "data.samples=4096")
+
+        def together(job: Job = job, model: nn.Module = model) -> float:
+            world.barrier()
+            mine = _fitted(job, deepcopy(model), Team.alone(), "refine", world.rank)
+            return world.sums(mine)[0] / world.size
+
+        def alone(job: Job = job, model: nn.Module = model) -> float:
+            return world.first_while_others_sleep(lambda: _fitted(job, deepcopy(model), Team.alone(), "refine"))
+
+        one, other = alternately(together, alone)
+        what = f"{world.size} ranks refining, {precision}, {job.device.threads} thread each"
+        comparisons.append(Comparison("refine", what, "one rank alone", "images/s per rank", one, other, bar))
+    return comparisons
+
+
+def _job(name: str, world: Team, *overrides: str) -> tuple[Job, nn.Module]:
+    recipe: Recipe = load_recipe(name, (*SMALL, *overrides))
+    with node_of(world) as node:
+        device = choose_device(node, "auto")
+    torch.set_num_threads(device.threads)
+    dataset = load(recipe.data, world, device.threads)
+    model = models.build(recipe.model, len(dataset.classes), dataset.channels, 0).to(device.torch)
+    return Job(recipe, dataset, device), model
+
+
+def _fitted(job: Job, model: nn.Module, team: Team, phase: str, group: int = 0) -> float:
+    """Images per second of one epoch, batches in, evaluation out."""
+    key = Key(0, Phase.REFINE, group) if phase == "refine" else Key(0, Phase.LARGE_BATCH)
+    section = job.recipe.refine if phase == "refine" else job.recipe.large_batch
+    epochs = [event for event in fit(model, job, section, key, team) if isinstance(event, Epoch)]
+    return sum(each.images for each in epochs) / sum(each.train_seconds for each in epochs)
