@@ -14,7 +14,7 @@ from swap_hpc.recipe import SHIPPED
 
 LAUNCHERS = ("srun", "mpirun")
 # Long enough in both phases to be hit there: 30 epochs each, about 8 seconds
-LONG = ("--set", "large_batch.epochs=30", "--set", "large_batch.stop_accuracy=1.0", "--set", "refine.epochs=24",
+LONG = ("--set", "large_batch.epochs=30", "--set", "large_batch.stop_accuracy=1.0", "--set", "refine.epochs=48",
         "--set", "large_batch.learning_rate=[[0, 0.0], [4, 0.2], [30, 0.0]]")  # fmt: skip
 
 
