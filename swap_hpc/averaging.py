@@ -68,10 +68,18 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
     zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()} if total and not total.count else {}
     sources = (total.sums or zeros) if total else targets
     count = peers.sums(total.count if total else 1)[0]
+    device = next((t.device for t in targets.values()), torch.device("cpu"))
+    room = min(CHUNK, sum(t.numel() for t in targets.values()))
+    host = torch.empty(room, dtype=torch.float64, pin_memory=device.type == "cuda")  # one chunk, used again and again
     for pieces in _chunks(targets):  # whose order is the same on all ranks; that of sums that come from a file is not
-        packed = torch.cat([sources[name].flatten()[a:b].to("cpu", torch.float64) for name, a, b in pieces])
-        mean = torch.from_numpy(peers.sum_(packed.numpy())) / count
-        for (name, a, b), values in zip(pieces, mean.split([b - a for _, a, b in pieces]), strict=True):
+        sizes = [b - a for _, a, b in pieces]
+        packed = host[: sum(sizes)]
+        for (name, a, b), values in zip(pieces, packed.split(sizes), strict=True):
+            piece = sources[name].reshape(-1)[a:b]
+            values.copy_(piece.double() if piece.is_cuda else piece)  # a GPU converts faster than the host
+        peers.sum_(packed.numpy())
+        packed /= count
+        for (name, a, b), values in zip(pieces, packed.to(device).split(sizes), strict=True):
             _flat(targets[name])[a:b].copy_(values)
     for name, tensor in model.state_dict().items():
         if name not in targets:

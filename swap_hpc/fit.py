@@ -2,7 +2,7 @@
 
 import math
 import resource
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -59,7 +59,8 @@ def fit(
             return
     plain = build_optimizer(model, job.recipe.optimizer)
     with averaged_gradients(model, plain, team, job.device, phase.accumulate) as optimizer:
-        training = _Training(model, optimizer, job, phase, key, group, team, cycles)
+        forward = torch.compile(model) if job.recipe.compile else model
+        training = _Training(model, forward, optimizer, job, phase, key, group, team, cycles)
         if start:
             training.go_on_from_(start)
         yield training.savepoint(due=False)
@@ -71,6 +72,7 @@ class _Training:
     """A phase on its way: what does not change, and what does."""
 
     model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # `model`, compiled or not
     optimizer: torch.optim.Optimizer
     job: Job
     phase: LargeBatch | Refine
@@ -182,7 +184,7 @@ class _Training:
         losses, hits = [], []
         for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
             with self.job.autocast():
-                logits = self.model(images)
+                logits = self.forward(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.job.recipe.label_smoothing)
             (loss / parts if parts > 1 else loss).backward()
             losses.append(loss.detach())

@@ -197,6 +197,7 @@ class Recipe(_Section):
     groups: Count = 1  # SWAP workers: the paper's W
     # of the forward pass; weights and gradients stay float32. "fp32" on a GPU: convolutions in TF32, as is torch's default
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # a step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute
     label_smoothing: Fraction = 0.0  # of the training loss, in both phases
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model

@@ -70,6 +70,15 @@ def test_ranks_give_one_ranks_weights(world: Team) -> None:
         assert ours.learning_rate == theirs.learning_rate
 
 
+@pytest.mark.ranks(2)
+def test_a_compiled_step_trains_as_a_plain_one_does(world: Team) -> None:
+    jobs = [tiny.job(model={"name": "tiny:batch_normed"}, compile=wanted) for wanted in (True, False)]
+    compiled, plain = (tiny.model(job) for job in jobs)
+    for job, model in zip(jobs, (compiled, plain), strict=True):
+        list(fit(model, job, job.recipe.large_batch, KEY, world))
+    torch.testing.assert_close(tiny.weights(compiled), tiny.weights(plain), rtol=1e-3, atol=1e-5)
+
+
 def test_all_ranks_hold_the_same_weights(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"})
     model = tiny.model(job)
