@@ -1,7 +1,7 @@
 """Weights averaged over groups and cycles, and batch norm re-estimated for them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +140,9 @@ def average_running_statistics_(model: nn.Module, team: Team) -> None:
 
 
 @torch.no_grad()
-def refresh_batchnorm_(model: nn.Module, batches: Iterable[Tensor], team: Team) -> None:
+def refresh_batchnorm_(
+    model: nn.Module, batches: Iterable[Any], team: Team, forward: Callable[[nn.Module, Any], object] | None = None
+) -> None:
     """Sets the running statistics of batch norm to those of all batches of all ranks of `team`.
 
     Args:
@@ -148,6 +150,7 @@ def refresh_batchnorm_(model: nn.Module, batches: Iterable[Tensor], team: Team) 
         batches: this rank's inputs of `model`, (n, C, H, W) or whatever it takes. Each is normalised by its own
             statistics on its way through the layers, as in training. Only batch-norm layers are in training mode.
         team: the ranks whose batches count.
+        forward: takes `model` and a batch, and passes one through the other, for models whose input is not one tensor.
 
     A layer's mean is that of all its inputs' elements, its variance the pooled one (within and between batches, n - 1),
     accumulated in float64: unlike the mean of batch variances it does not depend on how samples were cut into batches,
@@ -160,7 +163,7 @@ def refresh_batchnorm_(model: nn.Module, batches: Iterable[Tensor], team: Team) 
     with _only_batchnorm_trains(model, layers):
         hooks = [layer.register_forward_hook(moments[layer].add_) for layer in layers]
         for batch in batches:
-            model(batch)
+            forward(model, batch) if forward else model(batch)
         for hook in hooks:
             hook.remove()
     packed = torch.cat([moments[layer].packed() for layer in layers]).cpu()

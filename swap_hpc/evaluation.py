@@ -1,19 +1,22 @@
 """Loss and accuracy of a model on test samples that a team of ranks shares."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from swap_hpc.events import Evaluation
-from swap_hpc.job import Batch, Job
+from swap_hpc.objective import CLASSIFICATION, Objective, as_float32
 from swap_hpc.ranks import Team
+
+if TYPE_CHECKING:  # a loop of one's own needs no DALI
+    from swap_hpc.job import Batch, Job
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], team: Team) -> Evaluation:
-    """Cross-entropy and accuracy of `model` on the batches of all ranks of `team`, each sample counted once.
+def evaluate(model: nn.Module, batches: "Iterable[Batch]", team: Team, objective: Objective = CLASSIFICATION) -> Evaluation:
+    """Loss and score of `model` on the batches of all ranks of `team`, each sample counted once: cross-entropy and accuracy, or others.
 
     `batches`: this rank's, (images (n, C, H, W), labels (n,) int64). The model's training mode is left as it was.
     """
@@ -21,9 +24,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], team: Team) -> Evaluati
     model.eval()
     losses, hits, samples = [], [], 0
     for images, labels in batches:
-        logits = model(images)
-        losses.append(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        hits.append((logits.argmax(1) == labels).sum())
+        outputs = as_float32(model(images))
+        losses.append(objective.total_loss(outputs, labels))
+        hits.append(objective.score(outputs, labels).sum())
         samples += len(labels)
     model.train(training)
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
@@ -32,7 +35,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], team: Team) -> Evaluati
     return Evaluation(loss / samples, correct / samples)
 
 
-def evaluate_job(model: nn.Module, job: Job, team: Team) -> Evaluation:
+def evaluate_job(model: nn.Module, job: "Job", team: Team) -> Evaluation:
     """`evaluate` on the job's test samples."""
     with job.autocast():
-        return evaluate(model, job.test_batches(team), team)
+        return evaluate(model, job.test_batches(team), team, job.objective)

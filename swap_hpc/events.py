@@ -41,11 +41,11 @@ class Running:
     """One rank's sums over the steps of an epoch so far."""
 
     loss: float = 0.0  # over samples
-    correct: int = 0
+    correct: float = 0  # the sum of the scores: whole numbers, where they are hits
     samples: int = 0
     seconds: float = 0.0  # of training
 
-    def to(self, loss: float, correct: int, samples: int) -> "Running":
+    def to(self, loss: float, correct: float, samples: int) -> "Running":
         """These sums and one more step's. Added up step by step, so that they do not depend on when somebody looked."""
         return Running(self.loss + loss, self.correct + correct, self.samples + samples, self.seconds)
 

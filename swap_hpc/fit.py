@@ -9,7 +9,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from swap_hpc.averaging import WeightSum, average_running_statistics_, averaged_tensors, broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
@@ -19,6 +18,7 @@ from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, pa
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
 from swap_hpc.models import fill_
+from swap_hpc.objective import as_float32
 from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Refine
@@ -180,15 +180,16 @@ class _Training:
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Adds the gradients of this rank's share of a step. Returns its mean loss and its hits, scalars on the device."""
-        parts = self.phase.accumulate
+        objective, parts = self.job.objective, self.phase.accumulate
         losses, hits = [], []
         for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
             with self.job.autocast():
-                logits = self.forward(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.job.recipe.label_smoothing)
+                outputs = self.forward(images)
+            outputs = as_float32(outputs)
+            loss = objective.loss(outputs, labels)
             (loss / parts if parts > 1 else loss).backward()
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == labels).sum())
+            hits.append(objective.score(outputs, labels).detach().sum())
         return (losses[0], hits[0]) if parts == 1 else (torch.stack(losses).mean(), torch.stack(hits).sum())
 
     @property

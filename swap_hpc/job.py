@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle, groupby, islice
 
 import torch
@@ -13,10 +14,11 @@ from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device
 from swap_hpc.events import Meeting, SavePoint
+from swap_hpc.objective import Objective, objective
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Recipe, Refine
 
-Batch = tuple[Tensor, Tensor]  # images (n, C, H, W) float32, labels (n,) int64
+Batch = tuple[Tensor, Tensor]  # images (n, C, H, W) float32, labels (n,) int64; of a user's own data, inputs and targets (n, ...)
 
 
 def _nothing_saved(part: str, team: Team) -> SavePoint | None:
@@ -36,6 +38,11 @@ class Job:
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
     met: int = 0  # meetings of the groups that are over
     _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)  # endless; by rank and size of a team
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Raises UserError where the recipe's cannot be imported."""
+        return objective(self.recipe)
 
     def steps(self, phase: LargeBatch | Refine) -> int:
         """Of an epoch."""

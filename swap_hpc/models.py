@@ -1,21 +1,22 @@
 """A name, or `package.module:function`, to a torch module."""
 
-import importlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swap_hpc.errors import UserError
+from swap_hpc.imports import imported
 from swap_hpc.recipe import Model
 
 
 def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
     """The module that a recipe names, (n, channels, H, W) -> (n, classes) logits, initialised from `seed`, on the CPU.
 
-    `resnet9` and functions of a user's own get `classes` and `channels`, torchvision's get `num_classes`; all get the
-    recipe's further keys. Raises UserError for a name that does not exist and for arguments that the builder refuses.
+    `resnet9` and functions of a user's own get `classes` and `channels`, torchvision's get `num_classes`, timm's `in_chans`,
+    too; all get the recipe's further keys. Raises UserError for a name that does not exist and for arguments that the builder refuses.
     """
     torch.manual_seed(seed)
     package, colon, name = model.name.partition(":")
@@ -23,10 +24,12 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
         builder, arguments = ResNet9, {"classes": classes, "channels": channels}
     elif package == "torchvision" and colon:
         builder, arguments = _torchvision(name), {"num_classes": classes}
+    elif package == "timm" and colon:
+        builder, arguments = _timm(name), {"num_classes": classes, "in_chans": channels}
     elif colon:
-        builder, arguments = _imported(package, name), {"classes": classes, "channels": channels}
+        builder, arguments = imported(model.name, "the model"), {"classes": classes, "channels": channels}
     else:
-        raise UserError(f'unknown model {model.name!r}: "resnet9", "torchvision:NAME" (resnet50, ...) or "package.module:function"')
+        raise UserError(f'unknown model {model.name!r}: "resnet9", "torchvision:NAME", "timm:NAME" or "package.module:function"')
     try:
         return builder(**arguments, **model.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -51,11 +54,14 @@ def _torchvision(name: str) -> Any:
     return torchvision.models.get_model_builder(name)
 
 
-def _imported(package: str, name: str) -> Any:
+def _timm(name: str) -> Any:
     try:
-        return getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"model {package}:{name} cannot be imported ({error}): is it on PYTHONPATH?") from None
+        import timm
+    except ImportError:
+        raise UserError(f"model timm:{name} needs timm, which is not installed: pip install timm") from None
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}; timm.list_models() lists them")
+    return partial(timm.create_model, name)
 
 
 class ResNet9(nn.Module):

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from swap_hpc.averaging import batchnorm_layers
-from swap_hpc.data.splits import Arrays, Files, Shards
+from swap_hpc.data.splits import Split
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
 from swap_hpc.job import Batch, Job
+from swap_hpc.objective import as_float32
 from swap_hpc.ranks import Team
 
 
@@ -72,15 +72,15 @@ def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
     samples = 0
     for images, labels in batches:
         with job.autocast():
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=job.recipe.label_smoothing).backward()
+            outputs = model(images)
+        (job.objective.loss(as_float32(outputs), labels) * len(labels)).backward()
         samples += len(labels)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad()
     return torch.cat([part.flatten().to("cpu", torch.float64) for part in parts]) / samples
 
 
-def seen_as_tests(job: Job, split: Arrays | Files | Shards, samples: int) -> Job:
+def seen_as_tests(job: Job, split: Split, samples: int) -> Job:
     """The job with up to that many samples of a split, always the same ones, as its test samples."""
     order = np.random.Generator(np.random.Philox(0x706C616E)).permutation(len(split))
     return replace(job, dataset=replace(job.dataset, test=split.take(np.sort(order[:samples]))))

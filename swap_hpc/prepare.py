@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from swap_hpc import models
-from swap_hpc.data import Dataset, load
+from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.devices import choose_device
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
@@ -28,7 +28,9 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     dataset = load(recipe.data, world, device.threads)
     world.agree(lambda: _check_sizes(recipe, dataset))
     model = world.agree(lambda: _model(recipe, dataset))
-    return Job(recipe, dataset, device), model.to(device.torch)
+    job = Job(recipe, dataset, device)
+    world.agree(lambda: job.objective)  # may be a user's own
+    return job, model.to(device.torch)
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> nn.Module:
@@ -57,6 +59,8 @@ def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
             f"--set batchnorm.samples={recipe.batchnorm.batch_size} or more"
         )
     smallest, pad = min(dataset.image_size), recipe.augment.pad
+    if not isinstance(dataset.train, Arrays):
+        return
     if pad >= smallest or recipe.augment.cutout > smallest:
         raise UserError(
             f"augment.pad = {pad} and augment.cutout = {recipe.augment.cutout} do not fit images of {smallest} pixels: make them smaller"

@@ -5,6 +5,7 @@ the number of ranks. Only what depends on the ranks is checked later, by `part.c
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -64,6 +65,17 @@ Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
 
 
+def _name(*known: str) -> Any:
+    """The type of a name: one of those, or the import path of a function of the user's."""
+
+    def checked(name: str) -> str:
+        if name not in known and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ValueError(f'needs {", ".join(known)} or "package.module:function"')
+        return name
+
+    return Annotated[str, AfterValidator(checked)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +84,7 @@ class Model(_Section):
     """`name` and the builder's own arguments."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str  # "resnet9", "torchvision:NAME" or "package.module:function"
+    name: str  # "resnet9", "torchvision:NAME", "timm:NAME" (where timm is installed) or "package.module:function"
     weights: Path | None = None  # a .safetensors file to start from
 
     @property
@@ -81,7 +93,8 @@ class Model(_Section):
 
 
 class Data(_Section):
-    name: DataName
+    name: _name(*get_args(DataName))  # type: ignore[valid-type]
+    arguments: dict[str, Any] = {}  # of a function of one's own, besides `path`
     path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
     validation: CountOrZero = 0  # training samples, always the same ones, that are set aside and evaluated on instead of the test split
     # pixels, or [epoch, pixels] pairs, each valid from its epoch of the run on (the refinement begins at large_batch.epochs); none: the
@@ -198,6 +211,10 @@ class Recipe(_Section):
     # of the forward pass; weights and gradients stay float32. "fp32" on a GPU: convolutions in TF32, as is torch's default
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # a step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute
+    # (outputs, targets) -> their mean loss, a scalar: "cross_entropy" or "package.module:function"
+    loss: _name("cross_entropy") = "cross_entropy"  # type: ignore[valid-type]
+    # (outputs, targets) -> each sample's score (n,), the more the better; files call their mean the accuracy: "accuracy" or a path as above
+    metric: _name("accuracy") = "accuracy"  # type: ignore[valid-type]
     label_smoothing: Fraction = 0.0  # of the training loss, in both phases
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model
@@ -215,6 +232,8 @@ class Recipe(_Section):
     def _something_to_do(self) -> "Recipe":
         if self.large_batch.epochs == 0 and self.refine.epochs == 0:
             raise ValueError("large_batch.epochs and refine.epochs are both 0: there is nothing to train")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError("label_smoothing is of cross_entropy: a loss of your own brings its own")
         if self.large_batch.epochs == 0 and self.model.weights is None:
             raise ValueError("large_batch.epochs = 0 refines a model that exists: name its file in model.weights")
         return self

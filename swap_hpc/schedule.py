@@ -15,5 +15,5 @@ def interpolate(knots: Knots, epoch: float) -> float:
         return knots[0][1]
     for (left, low), (right, high) in pairwise(knots):
         if epoch <= right:
-            return low + (high - low) * (epoch - left) / (right - left)
+            return max(0.0, low + (high - low) * (epoch - left) / (right - left))  # not -1e-17
     return knots[-1][1]

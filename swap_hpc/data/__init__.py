@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from swap_hpc.data.splits import Arrays, Dataset, Files, with_validation
+from swap_hpc.data.sampling import Picks
+from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, with_validation
 from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team, first_then_rest
 from swap_hpc.recipe import Data
@@ -10,7 +11,7 @@ from swap_hpc.recipe import Data
 # Data of the user's own, and what lies in their folder.
 LOCAL = {"folder": "train/<class>/ and test/<class>/", "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)"}
 
-__all__ = ["Arrays", "Dataset", "Files", "download", "load"]
+__all__ = ["Arrays", "Batches", "Dataset", "Files", "Graph", "Picks", "download", "load"]
 
 
 def load(data: Data, team: Team, threads: int) -> Dataset:
@@ -20,7 +21,10 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     fails; an image that cannot be read; a validation split that leaves nothing to train on.
     """
     from swap_hpc.data import sources
+    from swap_hpc.data.own import own
 
+    if ":" in data.name:
+        return team.agree(lambda: with_validation(own(data), data.validation))
     first_then_rest(team, lambda: download(data.name, data.path))
     return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swap_hpc.data.decode import Encoded, encoded, explain_decode_error, whole_image
 from swap_hpc.data.sampling import DRAWS, Picks
-from swap_hpc.data.splits import Arrays, Dataset, Files, Shards
+from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, Split
 from swap_hpc.devices import Device
 from swap_hpc.recipe import Augment
 
@@ -35,7 +35,7 @@ class View:
 
 def batches(
     dataset: Dataset,
-    split: Arrays | Files | Shards,
+    split: Split,
     picks: Iterator[Picks],
     view: View,
     batch_size: int,
@@ -46,6 +46,9 @@ def batches(
     Images are normalised by the data set's mean and deviation, and lie in memory as channels_last. `batch_size` is the largest
     n. Raises RunError for an image that cannot be read or decoded.
     """
+    if isinstance(split, Batches):
+        yield from _own_batches(split, picks, view.augment is not None, batch_size, device)
+        return
     ahead: deque[np.ndarray] = deque()  # the samples that DALI was asked for and has not returned yet
 
     def noted() -> Iterator[Picks]:
@@ -72,6 +75,29 @@ def batches(
             raise
         images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         yield images, labels[_on_device(ahead.popleft(), device)]
+
+
+def _own_batches(
+    split: Batches, picks: Iterator[Picks], training: bool, batch_size: int, device: Device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A user's own batches, on the device."""
+    if isinstance(split, Graph):
+        found = _run_graph(split, split.picked(picks), training, batch_size, device)
+    else:
+        found = split.read(picks, training)
+    for inputs, targets in found:
+        yield inputs.to(device.torch, non_blocking=True), targets.to(device.torch, non_blocking=True)
+
+
+def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size: int, device: Device) -> Iterator[tuple[Tensor, Tensor]]:
+    pipeline = _pipeline(lambda: split.function(picks, training), batch_size, device)
+    stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
+    while True:
+        try:
+            inputs, targets = pipeline.run(stream)
+        except StopIteration:
+            return
+        yield torch.from_dlpack(inputs.as_tensor()), torch.from_dlpack(targets.as_tensor())
 
 
 def _on_device(indices: np.ndarray, device: Device) -> Tensor:

@@ -1,14 +1,16 @@
 """What a data set is: images in memory, or files to read in every epoch, with labels."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from swap_hpc.data.sampling import Picks
 from swap_hpc.errors import RunError, UserError
 
 
@@ -17,7 +19,7 @@ class Arrays:
     """A split in memory."""
 
     images: np.ndarray  # (N, H, W, C) uint8
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64; of a user's own data, targets (N, ...)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,6 +98,46 @@ class Shards:
         return np.frombuffer(found, dtype=np.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A split whose batches a function of the user's makes, from whatever it likes.
+
+    `function(picks, training)` yields, for each of `picks` in turn, inputs and targets, tensors whose first dimension is n;
+    a `Picks` holds the samples' numbers `indices` (n,) int64 and, in training, random `draws` (n, 5) float32 in [0, 1).
+    What follows from these alone is the same on any number of ranks, and when a run goes on where it stopped.
+    """
+
+    samples: int
+    function: Callable[[Iterator[Picks], bool], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    which: np.ndarray | None = None  # (n,) int64: only these samples
+
+    def __len__(self) -> int:
+        return self.samples if self.which is None else len(self.which)
+
+    def take(self, which: np.ndarray) -> "Batches":
+        return replace(self, which=which if self.which is None else self.which[which])
+
+    def read(self, picks: Iterator[Picks], training: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.function(self.picked(picks), training))
+
+    def picked(self, picks: Iterator[Picks]) -> Iterator[Picks]:
+        """The same, by the samples' own numbers."""
+        return picks if self.which is None else (replace(pick, indices=self.which[pick.indices]) for pick in picks)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph(Batches):
+    """A split that a DALI graph of the user's reads: `function(picks, training)` is called where a pipeline is built.
+
+    It feeds `picks` to `fn.external_source(..., batch=True)` and returns two DataNodes: inputs and targets.
+    """
+
+    function: Callable[[Iterator[Picks], bool], tuple[Any, Any]]
+
+
+Split: TypeAlias = Arrays | Files | Shards | Batches
+
+
 def _opened(name: str) -> int:
     """A tar file's descriptor, open to the end of the process; several threads may ask for it."""
     with _OPENING:
@@ -112,13 +154,13 @@ def _opened_once(name: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    train: Arrays | Files | Shards
-    test: Arrays | Files | Shards
-    classes: tuple[str, ...]
-    image_size: tuple[int, int]  # (height, width) in pixels, as the model sees them
-    channels: int
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
-    std: tuple[float, ...]
+    train: Split
+    test: Split
+    classes: tuple[str, ...]  # their number, and that of the channels, is what a model is built for
+    image_size: tuple[int, int] = (0, 0)  # (height, width) in pixels, as the model sees them; of images that the package reads
+    channels: int = 3
+    mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 255]
+    std: tuple[float, ...] = ()
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:

@@ -93,7 +93,7 @@ def test_evaluation_counts_each_sample_once(world: Team) -> None:
     images = (torch.from_numpy(job.dataset.test.images) - torch.tensor(job.dataset.mean)) / torch.tensor(job.dataset.std)  # type: ignore[union-attr]
     with torch.no_grad():
         logits = model(images.float().permute(0, 3, 1, 2))
-    labels = torch.from_numpy(job.dataset.test.labels)
+    labels = torch.from_numpy(job.dataset.test.labels)  # type: ignore[union-attr]
     assert result.accuracy == (logits.argmax(1) == labels).sum().item() / 37
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 

@@ -13,7 +13,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 
 # Lowest first: a module imports only those before it.
 LAYERS = {
-    0: ["errors", "launcher", "schedule", "recipe", "part", "control"],
+    0: ["errors", "launcher", "schedule", "imports", "recipe", "part", "control"],
     1: [
         "ranks",
         "devices",
@@ -24,10 +24,11 @@ LAYERS = {
         "data.decode",
         "data.loader",
         "data.sources",
+        "data.own",
         "data",
         "models",
     ],
-    2: ["averaging", "events", "job", "evaluation", "optimizers", "fit"],
+    2: ["averaging", "events", "objective", "job", "evaluation", "optimizers", "fit"],
     3: ["swap"],
     4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
     5: [
