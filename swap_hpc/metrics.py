@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from swap_hpc.board import Board
 from swap_hpc.errors import RunError
 from swap_hpc.events import Epoch, Evaluation, SavePoint, part_name
 from swap_hpc.files import write_whole
@@ -51,9 +52,9 @@ class Journal:
     A part's lines are saved with its checkpoints: where a run goes on from one, its file is made anew from them.
     """
 
-    def __init__(self, folder: Path, teams: Mapping[str, Team]):
-        """`teams`: "world", "group-000" ..., each that this job tells of, and whose numbers they are."""
-        self.folder = folder
+    def __init__(self, folder: Path, teams: Mapping[str, Team], board: Board | None = None):
+        """`teams`: "world", "group-000" ..., each that this job tells of, and whose numbers they are. `board`: is told the same."""
+        self.folder, self.board = folder, board
         self.writes = {name: team.rank == 0 for name, team in teams.items()}
         self.lines: dict[str, list[Line]] = {name: [] for name in self.writes}
 
@@ -62,6 +63,8 @@ class Journal:
         self.lines[name] = list(lines)
         if self.writes[name]:
             write_whole(self._path(name), lambda temporary: temporary.write_text("".join(map(_json_line, lines))))
+            if self.board:
+                self.board.begin(name, lines)
 
     def epoch(self, epoch: Epoch) -> None:
         self.add("world" if epoch.group is None else part_name(epoch.group), epoch_fields(epoch))
@@ -80,6 +83,8 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._path(name), "a") as file:
                 file.write(_json_line(line))
+            if self.board:
+                self.board.add(name, line)
         except OSError as error:
             raise RunError(f"cannot write {self._path(name)}: {error.strerror}") from None
 

@@ -217,6 +217,7 @@ class Recipe(_Section):
     metric: _name("accuracy") = "accuracy"  # type: ignore[valid-type]
     label_smoothing: Fraction = 0.0  # of the training loss, in both phases
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = False  # writes the metrics for TensorBoard, too, every group a run of its own
     model: Model
     data: Data
     augment: Augment = Augment()
@@ -244,7 +245,7 @@ class Recipe(_Section):
 
 
 # Fields, and sections, that may differ between two starts of one run: where things lie and what is watched, not what is computed.
-MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.")
+MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard")
 
 
 def shipped_recipes() -> dict[str, Path]:

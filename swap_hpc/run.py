@@ -14,6 +14,7 @@ from torch import nn
 
 from swap_hpc.adopt import adopt_large_batch
 from swap_hpc.averaging import check_equal
+from swap_hpc.board import Board, check_tensorboard
 from swap_hpc.checkpoint import Checkpoints, Position
 from swap_hpc.control import Control
 from swap_hpc.data import Arrays
@@ -64,6 +65,7 @@ def train(
         job, model = prepare(recipe, world, node)
         if phase_1_of:
             adopt_large_batch(phase_1_of, recipe, model, checkpoints, world)
+        world.agree(lambda: check_tensorboard(recipe))
         world.first(lambda: _claim(recipe, out, part))
         facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         write_json(out / _environment_name(part), facts, world)
@@ -165,7 +167,8 @@ class _Consumer:
         self.saved = False  # at the last save point
         self.snapshot_due = False  # at the next one
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
-        self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups})
+        board = Board(out / "tensorboard", job.recipe) if job.recipe.tensorboard else None
+        self.journal = Journal(out / "metrics", shared | {part_name(group): ranks.group for group in ranks.groups}, board)
         self.watch = Stopwatch(started)
         self.averages: list[Line] = ranks.world.broadcast(ranks.world.first(self._saved_averages) or [])
         # groups that go on from their average have to stand at one step

@@ -30,7 +30,7 @@ LAYERS = {
     ],
     2: ["averaging", "events", "objective", "job", "evaluation", "optimizers", "fit"],
     3: ["swap"],
-    4: ["files", "metrics", "checkpoint", "ending", "watchdog"],
+    4: ["files", "board", "metrics", "checkpoint", "ending", "watchdog"],
     5: [
         "figures",
         "report",

@@ -35,7 +35,7 @@ def test_torchvisions_models_get_the_right_number_of_classes(name: str) -> None:
 WRONG = [
     ({"name": "resnet10"}, 'unknown model \'resnet10\': "resnet9", "torchvision:NAME"'),
     ({"name": "torchvision:resnet5"}, "torchvision has no classification model 'resnet5'"),
-    ({"name": "nowhere.nets:build"}, "model nowhere.nets:build cannot be imported .*is it on PYTHONPATH"),
+    ({"name": "nowhere.nets:build"}, "model nowhere.nets:build cannot be imported .*is it in this folder, or on PYTHONPATH"),
     ({"name": "tiny:missing"}, "model tiny:missing cannot be imported"),
     ({"name": "resnet9", "depth": 3}, "model resnet9 refuses its arguments: .*depth"),
 ]
@@ -45,3 +45,10 @@ WRONG = [
 def test_a_wrong_model_is_answered_with_the_mend(fields: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         models.build(Model.model_validate(fields), 10, 3, 0)
+
+
+def test_timms_models_are_built_for_the_data() -> None:
+    model = models.build(Model.model_validate({"name": "timm:resnet10t", "drop_rate": 0.1}), 7, 1, 0).eval()
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    with pytest.raises(UserError, match="timm has no model 'resnet10'"):
+        models.build(Model(name="timm:resnet10"), 7, 1, 0)

@@ -1,0 +1,113 @@
+"""Data, losses and metrics of one's own: what they may return, and what is said where they do not."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from swap_hpc.data import Batches, Dataset, load
+from swap_hpc.data.sampling import Picks
+from swap_hpc.errors import UserError
+from swap_hpc.objective import as_float32
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import parse
+
+IMAGES, LABELS = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("own_parts")
+    monkeypatch.setitem(sys.modules, "own_parts", module)
+    return module
+
+
+def loaded(returns: Any, own: ModuleType, **arguments: Any) -> Dataset:
+    own.load = lambda path, size=8: returns  # type: ignore[attr-defined]
+    return load(tiny.recipe(data={"name": "own_parts:load", "arguments": arguments}).data, Team.alone(), 1)
+
+
+def test_arrays_become_a_data_set(own: ModuleType) -> None:
+    dataset = loaded(((IMAGES, LABELS.astype(np.int32)), (IMAGES[:2], [0, 3])), own, size=8)
+    assert len(dataset.classes) == 4 and dataset.channels == 3 and dataset.image_size == (8, 8)
+    assert dataset.train.labels.dtype == np.int64  # type: ignore[union-attr]
+
+
+WRONG = [
+    (None, "returned a NoneType: a Dataset, or ((images, labels), (images, labels)), is needed"),
+    (((IMAGES[0], LABELS), (IMAGES, LABELS)), "returned images [8, 8, 3] uint8: they have to be (N, H, W, C) uint8"),
+    (((IMAGES / 255, LABELS), (IMAGES, LABELS)), "returned images [6, 8, 8, 3] float64: they have to be (N, H, W, C) uint8"),
+    (((IMAGES, LABELS[:5]), (IMAGES, LABELS)), "returned labels [5] int64: they have to be (N,) integers from 0"),
+    (((IMAGES, LABELS - 1), (IMAGES, LABELS)), "they have to be (N,) integers from 0"),
+    (((IMAGES, LABELS), (IMAGES[:, :4], LABELS)), "returned images of [8, 8, 3] and [4, 8, 3] to train and to test on"),
+]
+
+
+@pytest.mark.parametrize(("returns", "message"), WRONG)
+def test_what_is_no_data_set_is_named(returns: Any, message: str, own: ModuleType) -> None:
+    with pytest.raises(UserError) as raised:
+        loaded(returns, own)
+    assert message in str(raised.value)
+
+
+def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
+    with pytest.raises(UserError, match="is called with data.path and data.arguments, and refuses them: got an unexpected keyword"):
+        loaded(None, own, colour=3)
+    with pytest.raises(UserError, match=r"the data nowhere:load cannot be imported \(No module named 'nowhere'\): is it in this folder"):
+        load(tiny.recipe(data={"name": "nowhere:load"}).data, Team.alone(), 1)
+    with pytest.raises(UserError, match="the loss own_parts:mse cannot be imported"):
+        _ = tiny.job(loss="own_parts:mse").objective
+
+
+def test_names_are_checked_where_the_recipe_is_read() -> None:
+    fields = tiny.recipe().model_dump(mode="json", exclude_none=True)
+    for wrong, message in (
+        ({"data": {"name": "digit"}}, "data.name: needs digits, cifar10, .* or \"package.module:function\" .given: 'digit'."),
+        ({"loss": "mse"}, 'loss: needs cross_entropy or "package.module:function"'),
+        ({"loss": "a:b", "label_smoothing": 0.1}, "label_smoothing is of cross_entropy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(fields | wrong)
+
+
+def test_a_split_of_ones_own_is_cut_by_its_own_numbers() -> None:
+    seen: list[list[int]] = []
+
+    def function(picks: Any, training: bool) -> Any:
+        for pick in picks:
+            seen.append(pick.indices.tolist())
+            yield torch.zeros(len(pick.indices), 2), torch.zeros(len(pick.indices))
+
+    half = Batches(10, function).take(np.array([1, 3, 5, 7])).take(np.array([3, 0]))
+    assert len(half) == 2
+    list(half.read(iter([Picks(np.array([0, 1]), None)]), training=True))
+    assert seen == [[7, 1]]
+
+
+def test_a_loss_and_a_score_of_ones_own_are_used(own: ModuleType) -> None:
+    own.loss = lambda outputs, targets: F.mse_loss(outputs[:, 0], targets.float())  # type: ignore[attr-defined]
+    own.near = lambda outputs, targets: 1 / (1 + (outputs[:, 0] - targets).abs())  # type: ignore[attr-defined]
+    objective = tiny.job(loss="own_parts:loss", metric="own_parts:near").objective
+    outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1])
+    assert objective.loss(outputs, targets) == 2 and objective.total_loss(outputs, targets) == 4
+    assert objective.score(outputs, targets).tolist() == pytest.approx([1, 1 / 3])
+
+
+def test_outputs_of_any_shape_leave_autocast_as_float32() -> None:
+    low, whole = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    found = as_float32({"a": low, "b": (low, [whole, None])})
+    assert found["a"].dtype == found["b"][0].dtype == torch.float32 and found["b"][1][0] is whole and found["b"][1][1] is None
+
+
+def test_modules_of_the_folder_that_a_job_starts_in_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here_it_is.py").write_text("def load(path):\n    return None\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UserError, match="returned a NoneType"):
+        load(tiny.recipe(data={"name": "here_it_is:load"}).data, Team.alone(), 1)
