@@ -190,13 +190,13 @@ def doctor(groups: Annotated[int, typer.Option(help="Groups of the grid to look 
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Folders of complete runs.")]) -> None:
-    """Write a Markdown table and figures into runs' folders."""
+def report(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, complete or not.")]) -> None:
+    """Write a table and figures into runs' folders, as Markdown and as one HTML page."""
     from swap_hpc import figures, report
 
     for folder in runs:
-        say(f"{report.table(figures.load_result(folder))}\n")
-        say(f"written: {report.write_report(folder)} and its figures")
+        say(f"{report.table(figures.load_run(folder))}\n")
+        say(f"written: {report.write_report(folder)}, report.html and the figures")
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from swap_hpc.errors import UserError
+from swap_hpc.errors import Diverged, UserError
+from swap_hpc.recipe import load_recipe
 
 Lines = list[dict[str, Any]]  # of a metrics file
 
@@ -22,6 +23,49 @@ def load_result(run: Path) -> dict[str, Any]:
     except FileNotFoundError:
         state = "has not finished yet" if (run / "recipe.toml").is_file() else "is not a run's folder"
         raise UserError(f"{run} {state}: there is no result.json in it") from None
+
+
+def load_run(run: Path) -> dict[str, Any]:
+    """What `result.json` holds; of a run that goes on or broke off, as much of it as there is, and its `state`. Raises UserError."""
+    if (run / "result.json").is_file() or not (run / "recipe.toml").is_file():
+        return load_result(run)
+    recipe = load_recipe(str(run / "recipe.toml"))
+    world = _lines(run / "metrics" / "world.jsonl")
+    first = [line for line in world if line["phase"] == "large_batch"]
+    finals = {line["model"]: line for line in world if line["phase"] == "evaluation"}
+    ends: list[dict[str, Any]] = []
+    state = f"{len(first)} of at most {recipe.large_batch.epochs} epochs of phase 1"
+    if "large_batch" in finals:
+        groups = [_lines(run / "metrics" / f"group-{group:03d}.jsonl") for group in range(recipe.groups)]
+        state = "epochs of the groups so far: " + ", ".join(str(len(lines)) for lines in groups)
+        cycles = range(1, recipe.refine.cycles + 1)
+        ends = [next((x for x in reversed(lines) if x["cycle"] == cycle), {}) for lines in groups for cycle in cycles]
+    if (run / Diverged.FILE).is_file():
+        state += f"; {json.loads((run / Diverged.FILE).read_text())['why']}"
+
+    def figures(name: str) -> dict[str, Any]:
+        values = [line.get(name) for line in ends]
+        found = [value for value in values if value is not None]
+        return {
+            "large_batch": finals.get("large_batch", first[-1] if first else {}).get(name),
+            "groups": values if found else [],
+            "mean_of_groups": sum(found) / len(found) if found and len(found) == len(values) else None,
+            "averaged": finals.get("swap", {}).get(name),
+        }
+
+    facts = run / "environment.json"
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "ranks": len(json.loads(facts.read_text())["ranks"]) if facts.is_file() else None,
+        "groups": recipe.groups,
+        "cycles": recipe.refine.cycles,
+        "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},
+        "test_accuracy": figures("test_accuracy"),
+        "test_loss": figures("test_loss"),
+        "seconds": {},
+        "state": state,
+    }
 
 
 def put(file: Path, content: str | bytes) -> None:
@@ -55,13 +99,13 @@ def curves(run: Path, figure: Path) -> None:
 
     Where there was a refinement, a second pair of axes shows it alone, on a scale of its own.
     """
-    result = load_result(run)
+    result = load_run(run)
     large_batch = [line for line in _lines(run / "metrics" / "world.jsonl") if line["phase"] == "large_batch"]
-    groups = [_lines(path) for path in sorted((run / "metrics").glob("group-*.jsonl"))]
+    groups = [lines for path in sorted((run / "metrics").glob("group-*.jsonl")) if (lines := _lines(path))]
     averages = [line for line in _lines(run / "metrics" / "world.jsonl") if line.get("model") == "average"]
     views = 2 if groups else 1
     ratios, size = {"height_ratios": (3, 1), "width_ratios": (1, 0.8)[:views]}, (1.5 + 3.5 * views, 5)
-    title = f"{result['recipe']}, seed {result['seed']}, {result['ranks']} ranks"
+    title = f"{result['recipe']}, seed {result['seed']}, {result['ranks'] or 'some'} ranks"
     with drawn(figure, title, 2, views, size, sharex="col", gridspec_kw=ratios) as axes:
         for top, bottom in axes.T:
             _draw(top, bottom, result, large_batch, groups, averages)
@@ -82,11 +126,11 @@ def _draw(
     averages: list[dict[str, Any]],
 ) -> None:
     begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
-    fork = [(begin, 100 * accuracy["large_batch"])]
+    fork = [(begin, 100 * accuracy["large_batch"])] if accuracy["large_batch"] is not None else []
     top.plot(*_points(large_batch, 0), color="black", label="large batch")
     bottom.plot(*_points(large_batch, 0, "learning_rate", 1), color="black", lw=1)
-    for number, lines in enumerate(groups):
-        top.plot(*_points(lines, begin, before=fork), alpha=0.8, lw=1.2, label=f"group {number}" if len(groups) <= 8 else None)
+    for lines in groups:
+        top.plot(*_points(lines, begin, before=fork), alpha=0.8, lw=1.2, label=f"group {lines[0]['group']}" if len(groups) <= 8 else None)
         bottom.plot(*_points(lines, begin, "learning_rate", 1), color="C0", lw=1)
     if accuracy["averaged"] is not None:
         end = begin + result["epochs"]["refine"]
@@ -110,7 +154,8 @@ def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines], av
     """Limits the axes to the refinement."""
     begin, accuracy = result["epochs"]["large_batch"], result["test_accuracy"]
     curves = [y for lines in (*groups, averages) for y in _points(lines, begin)[1]]
-    values = [100 * accuracy["large_batch"], 100 * accuracy["averaged"], *curves]
+    ends = (accuracy["large_batch"], accuracy["averaged"])
+    values = [*(100 * end for end in ends if end is not None), *curves]
     margin = 0.05 * (max(values) - min(values)) + 0.1
     top.set(
         xlim=(begin - 0.1, begin + result["epochs"]["refine"] + 0.3), ylim=(min(values) - margin, max(values) + margin), title="refinement"
@@ -120,7 +165,8 @@ def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines], av
 
 
 def _lines(path: Path) -> Lines:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
 
 
 MARKS = {"large_batch": ("s", "end of phase 1"), "swap": ("*", "average")}  # the others are groups

@@ -1,7 +1,9 @@
 """Tables and figures from a committed run, and the README's figures against it."""
 
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,38 @@ def test_a_run_that_is_not_complete_is_named(run: Path) -> None:
     (run / "result.json").unlink()
     with pytest.raises(UserError, match="run has not finished yet"):
         figures.load_result(run)
+
+
+def test_a_run_on_its_way_is_reported_as_far_as_it_is(run: Path) -> None:
+    (run / "result.json").unlink()
+    (run / "metrics" / "group-001.jsonl").unlink()
+    world = run / "metrics" / "world.jsonl"
+    world.write_text("".join(line for line in world.read_text().splitlines(keepends=True) if '"swap"' not in line) + '{"phase": "eva')
+    text = report.table(figures.load_run(run))
+    assert "not complete: epochs of the groups so far: 4, 0, 4, 4" in text
+    for row in (
+        "| group 1                           | -   ",
+        "| group 2                           | 85.53",
+        "| **averaged (SWAP)**               | -",
+    ):
+        assert row in text
+    assert report.write_report(run).is_file() and (run / "curves.png").is_file()
+
+
+def test_a_run_that_broke_off_early_is_reported_with_the_reason(run: Path) -> None:
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "metrics")
+    (run / "diverged.json").write_text('{"why": "the loss is nan in large_batch, epoch 1"}')
+    report.write_report(run)
+    assert "0 of at most 12 epochs of phase 1; the loss is nan in large_batch, epoch 1" in (run / "report.md").read_text()
+
+
+def test_the_page_needs_no_other_file(run: Path) -> None:
+    report.write_report(run)
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "86.52" in page and "[large_batch]" in page
+    HTMLParser().feed(page)
+    assert not re.search(r'(src|href)="(?!data:)', page)
 
 
 def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
