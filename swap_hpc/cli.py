@@ -82,7 +82,7 @@ def average(
 ) -> None:
     """Average the weights that a run's groups ended with, without training, and refresh batch norm."""
     world = _world()
-    chosen = world.agree(lambda: _numbers(groups) if groups is not None else None)
+    chosen = world.agree(lambda: _numbers("--groups", groups) if groups is not None else None)
     from swap_hpc import saved
 
     _say_result(saved.average(run, chosen, data, world))
@@ -100,11 +100,11 @@ def evaluate(
     _say_result(saved.evaluate(checkpoint, data, world))
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--groups {text}: write their numbers as 0,2,3") from None
+        raise UserError(f"{option} {text}: write the numbers as 0,2,3") from None
 
 
 def _say_result(result: Any) -> None:
@@ -140,12 +140,19 @@ def trajectory(
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
+    page: Annotated[bool, typer.Option("--page", help="Every field of a recipe, explained, as Markdown.")] = False,
+) -> None:
     """List the shipped recipes, or show one."""
     from swap_hpc.recipe import shipped_recipes
 
     files = shipped_recipes()
-    if name is None:
+    if page:
+        from swap_hpc import recipe_page
+
+        say(recipe_page.page().rstrip())
+    elif name is None:
         for known, file in files.items():
             say(f"{known:<12} {file.read_text().splitlines()[0].lstrip('# ')}")
     elif name in files:
@@ -222,6 +229,22 @@ def study(
     for _ in studies.carry_out(plan.reported(), launcher, "run"):
         written = study_report.write(plan)
     say(f"\n{study_report.text(plan)}\nwritten: {written}, {written.with_suffix('.json')}, {written.with_suffix('.png')}")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
+    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks.")] = "8,64,512,4096",
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Training samples, where the data set does not say.", min=1)] = None,
+    calibration: Annotated[Path, typer.Option(metavar="FILE", help="What swap-hpc bench scaling wrote.")] = Path("runs/bench/scaling.json"),
+    costs: Annotated[list[str] | None, typer.Option("--cost", metavar="K=V", help="Override a cost: bandwidth=25e9")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict seconds per phase on more ranks than are at hand, beside small-batch and large-batch SGD."""
+    from swap_hpc import models
+    from swap_hpc import plan as plans
+
+    say(plans.text(load_recipe(recipe, overrides or ()), _numbers("--ranks", ranks), samples, calibration, costs or (), models.size))
 
 
 @app.command()

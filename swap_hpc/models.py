@@ -36,6 +36,16 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
         raise UserError(f"model {model.name} refuses its arguments: {' '.join(str(error).split())}") from None
 
 
+def size(model: Model, classes: int, channels: int, pixels: int) -> tuple[int, int]:
+    """Parameters of the module that a recipe names, and floating-point operations of its forward pass of one square image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    built = build(model, classes, channels, 0).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built(torch.zeros(1, channels, pixels, pixels))
+    return sum(p.numel() for p in built.parameters()), counter.get_total_flops()
+
+
 def fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Gives `model` the state dict that was read from `source`. Raises UserError where it does not fit."""
     try:

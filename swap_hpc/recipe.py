@@ -77,15 +77,18 @@ def _name(*known: str) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Model(_Section):
     """`name` and the builder's own arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
-    name: str  # "resnet9", "torchvision:NAME", "timm:NAME" (where timm is installed) or "package.module:function"
-    weights: Path | None = None  # a .safetensors file to start from
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    name: str
+    """`resnet9`, `torchvision:NAME`, `timm:NAME` (where timm is installed) or `package.module:function`; the section's further keys
+    are the builder's arguments."""
+    weights: Path | None = None
+    """A .safetensors file to start from."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -93,19 +96,29 @@ class Model(_Section):
 
 
 class Data(_Section):
+    """What is trained on."""
+
     name: _name(*get_args(DataName))  # type: ignore[valid-type]
-    arguments: dict[str, Any] = {}  # of a function of one's own, besides `path`
-    path: Path = Path("data")  # the folder with the data, or to download it to; `--data`
-    validation: CountOrZero = 0  # training samples, always the same ones, that are set aside and evaluated on instead of the test split
-    # pixels, or [epoch, pixels] pairs, each valid from its epoch of the run on (the refinement begins at large_batch.epochs); none: the
-    # files' own size, which must then be one for all
+    """A data set that the package knows, a `folder` or `webdataset` shards of images, or `package.module:function`."""
+    arguments: dict[str, Any] = {}
+    """What a function of your own is called with, after `path`."""
+    path: Path = Path("data")
+    """The folder with the data, or to download it to; `--data`."""
+    validation: CountOrZero = 0
+    """Training samples, always the same ones, that are set aside and evaluated on instead of the test split."""
     image_size: ImageSizes | None = None
-    evaluation_size: Count | None = None  # pixels; none: the last of image_size. For files read in every epoch
-    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # side of the evaluated square as a share of the image's shorter side
-    # folder, webdataset: decoded into each rank's memory up to this size, else read in every epoch; images of several sizes are always read
+    """Pixels, or `[epoch, pixels]` pairs, each valid from its epoch of the run on (the refinement begins at `large_batch.epochs`);
+    none: the files' own size, which must then be one for all."""
+    evaluation_size: Count | None = None
+    """Pixels, of files that are read in every epoch; none: the last of `image_size`."""
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the evaluated square as a share of the image's shorter side."""
     memory_gib: Annotated[float, Field(ge=0)] = 4.0
-    classes: Count = 10  # synthetic only
-    samples: Count = 1024  # synthetic only: training samples; a quarter as many test samples
+    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes."""
+    classes: Count = 10
+    """Of the data `synthetic`."""
+    samples: Count = 1024
+    """Training samples of the data `synthetic`; a quarter as many test samples."""
 
     def size_at(self, epoch: int) -> int | None:
         """The images' side in pixels in an epoch of the run, from 0."""
@@ -119,22 +132,33 @@ class Data(_Section):
 class Augment(_Section):
     """Of training images. In memory: pad, crop, flip, cutout. Streamed from files: random resized crop and flip."""
 
-    pad: CountOrZero = 0  # pixels on each side, by reflection; then a random crop of the original size
-    flip: bool = False  # mirror half of the images
-    cutout: CountOrZero = 0  # side in pixels of a square set to the mean, after padding and cropping
-    crop_area: Range = (0.08, 1.0)  # streamed: share of the image's area that is cropped
-    crop_ratio: Range = (0.75, 4 / 3)  # streamed: width / height of the crop
+    pad: CountOrZero = 0
+    """Pixels on each side, by reflection; then a random crop of the original size."""
+    flip: bool = False
+    """Mirror half of the images."""
+    cutout: CountOrZero = 0
+    """Side in pixels of a square set to the mean, after padding and cropping."""
+    crop_area: Range = (0.08, 1.0)
+    """Streamed: the share of the image's area that is cropped."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Streamed: width / height of the crop."""
 
 
 class Optimizer(_Section):
-    """SGD, or LARS for very large batches, in both phases. The momentum buffer starts at zero in each."""
+    """SGD, or LARS for very large batches, in both phases."""
 
     name: Literal["sgd", "lars"] = "sgd"
+    """LARS: arXiv 1708.03888."""
     momentum: Fraction = 0.9
+    """Its buffer starts at zero in each phase."""
     nesterov: bool = True
+    """Nesterov's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    decay_vectors: bool = True  # weight decay also of batch norm's parameters and of biases; false: LARS, too, leaves them alone
-    trust: Annotated[float, Field(gt=0)] = 0.001  # LARS: a step's size as a share of the weights', at a learning rate of 1
+    """Added to the gradient, as a share of the weights."""
+    decay_vectors: bool = True
+    """Weight decay also of batch norm's parameters and of biases; false: LARS, too, leaves them alone."""
+    trust: Annotated[float, Field(gt=0)] = 0.001
+    """LARS: a step's size as a share of the weights', at a learning rate of 1."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "Optimizer":
@@ -144,11 +168,14 @@ class Optimizer(_Section):
 
 
 class _Phase(_Section):
-    batch_size: Count  # samples per step, all ranks of the phase's team together
+    batch_size: Count
+    """Samples per step, all ranks of the phase's team together."""
     epochs: CountOrZero
-    learning_rate: Schedule  # [epoch, value] knots
-    # parts in which a rank computes its share of a batch, one after the other, gradients added up: less memory; batch norm sees a part
+    """Of phase 1 at most; of the refinement per cycle. 0: the phase is left out."""
+    learning_rate: Schedule
+    """A number, or `[epoch, value]` knots, linear between them."""
     accumulate: Count = 1
+    """Parts in which a rank computes its share of a batch, one after the other, gradients added up: less memory; batch norm sees a part."""
 
 
 class LargeBatch(_Phase):
@@ -156,20 +183,23 @@ class LargeBatch(_Phase):
 
     cycles: ClassVar[int] = 1
     average_every_steps: ClassVar[int | None] = None
-    stop_accuracy: Fraction | None = None  # running accuracy of an epoch's augmented training samples at which the phase ends
-    batchnorm_batch_size: Count | None = None  # what batch norm sees, a part of a rank's share; where stated, other sizes are refused
+    stop_accuracy: Fraction | None = None
+    """Running accuracy of an epoch's augmented training samples at which the phase ends."""
+    batchnorm_batch_size: Count | None = None
+    """What batch norm sees, a part of a rank's share; where stated, other sizes are refused."""
 
 
 class Refine(_Phase):
     """Phase 2: each group trains its copy alone, `epochs` per cycle; 0: no refinement and no averaging, plain SGD."""
 
     stop_accuracy: ClassVar[float | None] = None
-    cycles: Count = 1  # the schedule restarts with each; a group's weights at each one's end enter the average
-    # epochs between evaluations of the averaged model on the way, for which the groups wait for each other; 0: only at the end
+    cycles: Count = 1
+    """Of the refinement: its schedule restarts with each; a group's weights at each one's end enter the average."""
     evaluate_average: CountOrZero = 0
-    # steps after which the groups go on from the average of their weights, each with its own momentum and statistics: post-local SGD
-    # (Lin et al., arXiv 1808.07217); none: they go alone to the end
+    """Epochs between evaluations of the averaged model on the way, for which the groups wait for each other; 0: only at the end."""
     average_every_steps: Count | None = None
+    """Steps after which the groups go on from the average of their weights, each with its own momentum and statistics: post-local SGD
+    (Lin et al., arXiv 1808.07217); none: they go alone to the end."""
 
     @model_validator(mode="after")
     def _one_way_to_meet(self) -> "Refine":
@@ -181,43 +211,63 @@ class Refine(_Phase):
 class BatchNorm(_Section):
     """The re-estimation of batch-norm statistics after averaging."""
 
-    batch_size: Count = 512  # samples of which each batch's statistics are taken, whatever the number of ranks
-    samples: Count | None = None  # training samples to pass; none: all (whole batches)
+    batch_size: Count = 512
+    """Samples of which each batch's statistics are taken, whatever the number of ranks."""
+    samples: Count | None = None
+    """Training samples to pass; none: all (whole batches)."""
 
 
 class Evaluate(_Section):
-    batch_size: Count = 500  # samples per step of one rank
-    every: CountOrZero = 1  # epochs between evaluations within a phase; 0: only at its end
+    """Test loss and accuracy on the way."""
+
+    batch_size: Count = 500
+    """Samples per step of one rank."""
+    every: CountOrZero = 1
+    """Epochs between evaluations within a phase; 0: only at its end."""
 
 
 class Checkpoint(_Section):
     """Saves to continue from. A stop on request saves, too."""
 
-    epochs: CountOrZero = 1  # between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end
-    minutes: Annotated[float, Field(ge=0)] = 10.0  # at most between saves inside an epoch; 0: none there
-    snapshots: CountOrZero = 0  # epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are
+    epochs: CountOrZero = 1
+    """Epochs between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end."""
+    minutes: Annotated[float, Field(ge=0)] = 10.0
+    """At most so many between saves inside an epoch; 0: none there."""
+    snapshots: CountOrZero = 0
+    """Epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are."""
 
 
 class Watchdog(_Section):
-    minutes: Annotated[float, Field(ge=0)] = 10.0  # without a step or a batch after which a rank hangs, and the job ends; 0: never
+    """What ends a job that hangs."""
+
+    minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Without a step or a batch, after which a rank counts as hanging and the job ends; 0: never."""
 
 
 class Recipe(_Section):
     """An experiment."""
 
     name: str = "recipe"
+    """Of the run's folder, where `--out` does not say; as it stands, the file's name."""
     seed: CountOrZero = 0
-    groups: Count = 1  # SWAP workers: the paper's W
-    # of the forward pass; weights and gradients stay float32. "fp32" on a GPU: convolutions in TF32, as is torch's default
+    """Of the weights and of all that is random: order, augmentation, dropout."""
+    groups: Count = 1
+    """SWAP workers: the paper's W."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False  # a step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute
-    # (outputs, targets) -> their mean loss, a scalar: "cross_entropy" or "package.module:function"
+    """Of the forward pass; weights and gradients stay float32. `fp32` on a GPU: convolutions in TF32, as is torch's default."""
+    compile: bool = False
+    """A step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute."""
     loss: _name("cross_entropy") = "cross_entropy"  # type: ignore[valid-type]
-    # (outputs, targets) -> each sample's score (n,), the more the better; files call their mean the accuracy: "accuracy" or a path as above
+    """Mean loss of `(outputs, targets)`, a scalar: `cross_entropy` or `package.module:function`."""
     metric: _name("accuracy") = "accuracy"  # type: ignore[valid-type]
-    label_smoothing: Fraction = 0.0  # of the training loss, in both phases
+    """Each sample's score (n,) for `(outputs, targets)`, the more the better: `accuracy` or `package.module:function`. Files call its
+    mean the accuracy."""
+    label_smoothing: Fraction = 0.0
+    """Of the training loss, in both phases."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensorboard: bool = False  # writes the metrics for TensorBoard, too, every group a run of its own
+    """`auto`: a GPU where torch sees one."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, every group a run of its own."""
     model: Model
     data: Data
     augment: Augment = Augment()

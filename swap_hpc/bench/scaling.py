@@ -58,7 +58,8 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
             sent, since = traffic.sent(), perf_counter()
     phases = {phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True)) for phase, pair in figures.items()}
     size = {"parameters": sum(p.numel() for p in model.parameters()), "cores": device.threads * world.size}
-    return case | size | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
+    batch_sizes = {"large_batch": recipe.large_batch.batch_size, "refine": recipe.refine.batch_size}
+    return case | size | {"batch_sizes": batch_sizes} | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:

@@ -34,8 +34,10 @@ LAYERS = {
     5: [
         "figures",
         "report",
+        "recipe_page",
         "study",
         "study_report",
+        "plan",
         "doctor",
         "prepare",
         "saved",
@@ -134,7 +136,7 @@ def test_swap_reads_like_the_paper() -> None:
     assert len((PACKAGE / "swap.py").read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("module", ["swap_hpc.report", "swap_hpc.study_report", "swap_hpc.recipe", "swap_hpc.cli"])
+@pytest.mark.parametrize("module", ["swap_hpc.report", "swap_hpc.recipe_page", "swap_hpc.study_report", "swap_hpc.recipe", "swap_hpc.cli"])
 def test_light_modules_load_neither_torch_nor_mpi(module: str) -> None:
     code = f"import {module}, sys; print(sorted({{'torch', 'mpi4py', 'horovod', 'nvidia'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -7,9 +7,10 @@ import pytest
 import tiny
 from pydantic import ValidationError
 
+from swap_hpc import recipe_page
 from swap_hpc.errors import UserError
 from swap_hpc.part import check_ranks
-from swap_hpc.recipe import differing_fields, load_recipe, parse, shipped_recipes
+from swap_hpc.recipe import SHIPPED, differing_fields, load_recipe, parse, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -129,3 +130,10 @@ def test_another_share_per_rank_is_refused_where_the_recipe_states_it() -> None:
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UserError, match="model: Field required"):
         parse({"data": {"name": "digits"}})
+
+
+def test_the_page_of_recipes_is_that_of_the_schema() -> None:
+    page = (SHIPPED / "README.md").read_text()
+    assert page == recipe_page.page(), "swap-hpc recipes --page > swap_hpc/recipes/README.md"
+    described = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(described) > 40 and all(line.split("|")[-2].strip() for line in described)
