@@ -1,0 +1,69 @@
+"""The README by its letters: every command is run by some test, every link leads somewhere, the diff is that of the files."""
+
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+from launch import command
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "LOG.md", ROOT / "swap_hpc" / "recipes" / "README.md"]
+
+# Lines that another test runs, or whose parts it does, and where
+ELSEWHERE = {
+    "make run": ".ci/run, as make test does its own set-up",
+    "make test": ".ci/run",
+    "swap-hpc train digits": "tests/commands/test_train.py",
+    "mpirun -n 4 swap-hpc train digits": "tests/commands/test_train.py",
+    "sbatch slurm/swap.sbatch digits": "tests/cluster/test_runs.py",
+    "mpirun -n 16 swap-hpc pack DIR SHARDS": "tests/commands/test_imagenet_run.py",
+    "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": "tests/commands/test_imagenet_run.py",
+    "cd tests/examples": "tests/commands/test_examples.py",
+    "mpirun -n 2 swap-hpc train discs.toml": "tests/commands/test_examples.py",
+    "swap-hpc study cifar10-cpu-table --data DIR": "hours; tests/commands/test_studies.py runs a small one",
+    "make bench": "an idle machine; tests/commands/test_bench.py runs one of them",
+}
+
+
+IN_A_CONTAINER = "docker run "  # tests/image
+
+
+def lines() -> list[str]:
+    """Those of all shell blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return [line.partition("  #")[0].rstrip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_resolves(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_no_line_elsewhere_is_gone() -> None:
+    assert set(ELSEWHERE) <= set(lines()) | {"make bench"}
+
+
+def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
+    typed = [line for line in lines() if line not in ELSEWHERE and not line.startswith(IN_A_CONTAINER)]
+    assert len(typed) >= 10
+    for line in typed:
+        done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
+        assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    for name in ("report.md", "report.html", "curves.png", "landscape.png", "average-0-2-3.safetensors"):
+        assert (tmp_path / "runs" / "mine" / name).is_file(), name
+
+
+def test_the_loops_diff_is_that_of_the_files() -> None:
+    (shown,) = re.findall(r"^```diff\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    plain, swap = ((ROOT / "tests" / "examples" / f"{name}_loop.py").read_text() for name in ("plain", "swap"))
+    one, other = (text[text.index("def main(") : text.index("\nif __name__")].splitlines() for text in (plain, swap))
+    expected = [line for line in difflib.ndiff(one, other) if line[0] != "?"][1:]
+    body = [line for line in expected if "return model" not in line and line.strip()]
+    written = [line for line in shown.splitlines() if line.strip()]
+    imports = [line[1:] for line in written if line.startswith(("+from", "+import"))]
+    assert [line for line in imports if line not in swap] == []
+    assert [(line[0], line[1:].strip()) for line in written if line[1:] not in imports] == [(line[0], line[2:].strip()) for line in body]
+    assert 0 < sum(line.startswith("+") for line in written) <= 10

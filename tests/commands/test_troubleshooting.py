@@ -1,0 +1,79 @@
+"""Each row of the README's troubleshooting table, produced: what the table quotes is what is said."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import BIN, Finished, command, swap_hpc
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+ON_CORES = {"PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "0"}
+
+
+def rows() -> list[str]:
+    """The first cells of the table."""
+    section = (ROOT / "README.md").read_text().partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \|", section, flags=re.MULTILINE)
+
+
+def as_pattern(symptom: str) -> str:
+    return ".+".join(map(re.escape, symptom.split("…")))
+
+
+def train(*fields: str, ranks: int | None = None, recipe: str = "digits", **how: object) -> Finished:
+    return swap_hpc("train", recipe, *(word for field in fields for word in ("--set", field)), ranks=ranks, **how)
+
+
+def decoding(tmp: Path) -> Finished:
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp / "images" / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp / "images" / split / name / "1.png")
+    (tmp / "images" / "train" / "b" / "1.png").write_text("no image")
+    return train("data.name=folder", f"data.path={tmp / 'images'}", cwd=tmp)
+
+
+def another_recipe(tmp: Path) -> Finished:
+    (tmp / "runs" / "digits").mkdir(parents=True)
+    recipe = (ROOT / "swap_hpc" / "recipes" / "digits.toml").read_text()
+    (tmp / "runs" / "digits" / "recipe.toml").write_text("seed = 7\n" + recipe)
+    return train(cwd=tmp)
+
+
+def other_mpirun(tmp: Path) -> Finished:
+    """What another MPI's launcher leaves in the environment of processes that it starts, and that our library knows nothing of."""
+    return train(cwd=tmp, variables={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"})
+
+
+PRODUCE: dict[str, Callable[[Path], Finished]] = {
+    "ranks cannot share": lambda tmp: train(ranks=3, cwd=tmp),
+    "does not divide": lambda tmp: train("large_batch.batch_size=255", ranks=2, cwd=tmp),
+    "no folder": lambda tmp: train("data.name=folder", cwd=tmp),
+    "could not be downloaded": lambda tmp: swap_hpc("data", "cifar10", "--data", tmp, variables={"https_proxy": "http://127.0.0.1:9"}),
+    "MPI sees a world of 1": other_mpirun,
+    "not enough slots": lambda tmp: command("true", ranks=500, variables=ON_CORES),
+    "attempt to run as root": lambda tmp: command(BIN / "mpirun", "-n", "1", "true", variables={"OMPI_ALLOW_RUN_AS_ROOT": ""}),
+    "another recipe": another_recipe,
+    "the loss is": lambda tmp: train("large_batch.learning_rate=1e30", cwd=tmp),
+    "cannot decode": decoding,
+    "sees no GPU": lambda tmp: train("device=cuda", cwd=tmp, variables={"CUDA_VISIBLE_DEVICES": ""}),
+    "cannot be imported": lambda tmp: train("model.name=nets:build", cwd=tmp),
+    "no calibration": lambda tmp: swap_hpc("plan", "digits", cwd=tmp),
+}
+
+
+@pytest.mark.parametrize("symptom", rows())
+def test_a_rows_symptom_is_what_is_said(symptom: str, tmp_path: Path) -> None:
+    if "as root" in symptom and os.geteuid():
+        pytest.skip("this user is not root")
+    (produce,) = [produce for part, produce in PRODUCE.items() if part in symptom]
+    done = produce(tmp_path)
+    assert done.code != 0 and re.search(as_pattern(symptom), done.stderr), done.stderr
+
+
+def test_the_table_is_read() -> None:
+    assert len(rows()) == len(PRODUCE)
