@@ -1,0 +1,88 @@
+"""Predictions: what the cost model says, and what a calibration finds again."""
+
+from typing import Any
+
+import pytest
+import tiny
+
+from swap_hpc import plan
+from swap_hpc.errors import UserError
+from swap_hpc.plan import Costs, Work
+
+RECIPE = tiny.recipe(
+    groups=2,
+    large_batch={"batch_size": 64, "epochs": 3, "learning_rate": 0.1},
+    refine={"batch_size": 16, "epochs": 2, "learning_rate": 0.1},
+)
+WORK = Work(RECIPE, samples=640, parameters=1000)
+COSTS = Costs(sample=0.01, step=0.1, latency=0.001, bandwidth=1e6, disk=1e6)
+
+
+def test_one_rank_computes_and_sends_nothing() -> None:
+    seconds = plan.predict(WORK, COSTS, 1)
+    assert seconds["large_batch"] == pytest.approx(3 * (640 * 0.01 + 10 * 0.1))
+    assert seconds["refine"] == pytest.approx(2 * 2 * (640 * 0.01 + 40 * 0.1))  # two groups in turn
+    assert seconds["average"] == 0 and seconds["save"] == pytest.approx((3 + 2 * 2) * 8000 / 1e6)
+
+
+def test_two_ranks_share_phase_1_and_refine_alone() -> None:
+    seconds = plan.predict(WORK, COSTS, 2)
+    allreduce = 2 * (0.001 + 2000 / 1e6)
+    assert seconds["large_batch"] == pytest.approx(3 * (320 * 0.01 + 10 * (0.1 + allreduce)))
+    assert seconds["refine"] == pytest.approx(2 * (640 * 0.01 + 40 * 0.1))
+    assert seconds["average"] == pytest.approx(2 * (0.001 + 4000 / 1e6)) and seconds["batchnorm"] == pytest.approx(90 / 2 * 0.01 / 3)
+
+
+def test_ranks_beyond_the_cores_share_them() -> None:
+    on_two = plan.predict(WORK, Costs(0.01, 0.1, cores=2), 2)
+    on_four = plan.predict(WORK, Costs(0.01, 0.1, cores=2), 4)
+    assert on_four["refine"] > on_two["refine"] > plan.predict(WORK, Costs(0.01, 0.1), 4)["refine"]
+
+
+def test_many_ranks_add_up_in_a_tree() -> None:
+    ring = 2 * 1023 * (0.001 + 8 / 1024 / 1e6)
+    assert COSTS.allreduce(8, 1024) == pytest.approx(20 * (0.001 + 8 / 1e6)) and COSTS.allreduce(8, 1024) < ring
+    assert COSTS.allreduce(1e9, 4) == pytest.approx(6 * (0.001 + 250))
+
+
+def test_bytes_per_image_make_the_case() -> None:
+    assert plan.bytes_per_image(WORK, 2) == {"large_batch": 4000 / 64, "refine": 0}
+    assert plan.bytes_per_image(WORK, 4)["refine"] == 4000 / 16
+
+
+def case(ranks: int, width: int, samples: int, costs: Costs, parameters: int, slower: float) -> dict[str, Any]:
+    work = Work(RECIPE.model_copy(update={"groups": ranks}), samples, parameters)
+    costs = Costs(costs.sample * slower, costs.step, costs.latency, costs.bandwidth)
+    seconds = {
+        "large_batch": plan.epoch(work, costs, RECIPE.large_batch, ranks, ranks),
+        "refine": plan.epoch(work, costs, RECIPE.refine, 1, ranks),
+    }
+    sizes = {"large_batch": 64, "refine": 16}
+    phases = {name: {"seconds": value} for name, value in seconds.items()}
+    return {"ranks": ranks, "width": width, "samples": samples, "parameters": parameters, "phases": phases, "batch_sizes": sizes}
+
+
+def test_a_calibration_finds_the_costs_that_made_the_measurements() -> None:
+    made = [
+        case(1, 8, 640, COSTS, 1000, 1),
+        case(2, 8, 640, COSTS, 1000, 1),
+        case(2, 16, 640, COSTS, 4000, 3.5),
+        case(2, 8, 1280, COSTS, 1000, 1),
+    ]
+    found = plan.fitted(made, cores=2)
+    for name in ("sample", "step", "latency", "bandwidth"):
+        assert getattr(found, name) == pytest.approx(getattr(COSTS, name), rel=1e-6), name
+    assert found.cores == 2
+
+
+def test_the_table_names_what_limits_and_what_cannot_be() -> None:
+    table = plan.table(WORK, COSTS, (2, 32))
+    assert "| small batch (16)" in table and "phase 1: computing" in table and "its batches cannot be shared out to so many" in table
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("speed=3", "there are sample, step, latency"), ("sample=fast", "write it as sample=0.001")]
+)
+def test_a_wrong_cost_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan._cost(override)
