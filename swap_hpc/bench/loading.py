@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from swap_hpc.bench.measure import Comparison, alternately, images_per_second
+from swap_hpc import models
+from swap_hpc.bench.measure import Comparison, alternately, images_per_second, wait_for_gpu
 from swap_hpc.data import load, loader
 from swap_hpc.data.sampling import Key, Phase, training_picks
 from swap_hpc.data.splits import Arrays, Dataset, with_statistics
 from swap_hpc.devices import Device, choose_device
+from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
-from swap_hpc.recipe import Augment, Data
+from swap_hpc.recipe import Augment, Data, Model, Optimizer
 
 IMAGES, BATCH = 25_600, 512  # of 32x32 pixels
 FILES, FILE_BATCH = 480, 32  # JPEG of 500x375
@@ -45,10 +49,34 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
     one, other = alternately(ours, transforms(best))
     two, another = alternately(ours, vectorised)
     what = f"DALI in memory, {device.threads} threads"
+    consumed = []
+    if device.torch.type == "cuda":
+        three, eaten = alternately(ours, lambda: _consumed(device))
+        consumed = [Comparison("loader", what, "what ResNet-9 of width 64 consumes, bf16", "images/s", three, eaten, 2.0)]
     return [
+        *consumed,
         Comparison("loader", what, f"DataLoader with v2 transforms, its best: {best} workers", "images/s", one, other, 4.0),
         Comparison("loader", what, "vectorised plain torch", "images/s", two, another, 1.0),
     ]
+
+
+def _consumed(device: Device, steps: int = 50) -> float:
+    """Images per second that a model trains on, of one batch again and again."""
+    model = models.build(Model(name="resnet9"), 10, 3, 0).to(memory_format=torch.channels_last).to(device.torch)
+    images = torch.randn(BATCH, 3, 32, 32, device=device.torch).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,), device=device.torch)
+    optimizer = build_optimizer(model, Optimizer())
+    for step in range(-5, steps):
+        if step == 0:
+            wait_for_gpu()
+            begin = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(device.torch.type, torch.bfloat16):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+    wait_for_gpu()
+    return steps * BATCH / (time.perf_counter() - begin)
 
 
 def from_files(world: Team, peers: ModuleType) -> list[Comparison]:

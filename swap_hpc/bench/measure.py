@@ -83,6 +83,14 @@ def alternately(ours: Callable[[], float], peer: Callable[[], float], repeats: i
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
+def wait_for_gpu() -> None:
+    """For the work that was given to it."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Clock:
     """Seconds of the slowest rank between two moments at which all ranks meet."""
@@ -91,10 +99,12 @@ class Clock:
     began: float = field(default=0.0)
 
     def start(self) -> None:
+        wait_for_gpu()
         self.world.barrier()
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
+        wait_for_gpu()
         return self.world.maximum(time.perf_counter() - self.began)[0]
 
 

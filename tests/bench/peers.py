@@ -164,10 +164,15 @@ def bare_loop(
     return seen
 
 
-def bare_allreduce(comm: Any, buffer: np.ndarray) -> None:
+def bare_allreduce(comm: Any, host: Tensor, device: Tensor | None) -> None:
+    """Of a float32 buffer on the host; of one on a GPU with the copies there and back."""
     from mpi4py import MPI
 
-    comm.Allreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
+    if device is not None:
+        host.copy_(device)
+    comm.Allreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
+    if device is not None:
+        device.copy_(host)
 
 
 def update_bn(batches: Sequence[Tensor], model: nn.Module) -> None:
