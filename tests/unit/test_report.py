@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from swap_hpc import figures, report
+from swap_hpc import figures, report, study_report
 from swap_hpc.errors import UserError
+from swap_hpc.study import Plan, load_study
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "tests" / "runs"
@@ -111,7 +112,20 @@ def test_the_page_needs_no_other_file(run: Path) -> None:
 
 def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
     readme = (ROOT / "README.md").read_text()
-    swap, large = (figures.load_result(RUNS / name) for name in ("cifar10-cpu", "cifar10-cpu-large-batch"))
-    for accuracy in (swap["test_accuracy"]["mean_of_groups"], swap["test_accuracy"]["averaged"], large["test_accuracy"]["large_batch"]):
-        assert f"{100 * accuracy:.2f}" in readme
-    assert (RUNS / "cifar10-cpu" / "curves.png").exists() and "tests/runs/cifar10-cpu/curves.png" in readme
+    plan = Plan(load_study("cifar10-cpu-table"), RUNS / "cifar10-cpu-table")
+    assert all(trial.result for trial in plan.trials() + plan.reported())
+    text = study_report.text(plan)
+    rows = [line for line in text.partition("## Search")[0].splitlines() if line.startswith("| ")]
+    assert len(rows) == 14 and [row for row in rows if row not in readme] == []
+    assert (plan.out / "study.md").read_text().startswith(text[:200])
+    for file in ("cifar10-cpu/curves.png", "cifar10-cpu-table/swap/seed-0/landscape.png", "cifar10-cpu-table/swap/seed-0/landscape.json"):
+        assert (RUNS / file).is_file()
+
+
+def test_the_average_lies_in_the_basin_of_its_groups() -> None:
+    content = json.loads((RUNS / "cifar10-cpu-table" / "swap" / "seed-0" / "landscape.json").read_text())
+    for plane in content["planes"]:
+        errors = {model["name"]: model["test_error"] for model in plane["models"] if model["in_plane"]}
+        assert "swap" not in errors or errors["swap"] < min(error for name, error in errors.items() if name != "swap")
+        grid = [value for row in plane["test_error"] for value in row]
+        assert min(grid) < min(errors.values()) + 0.01 and max(grid) > max(errors.values()) + 0.02  # a basin, with its walls
