@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swap_hpc.errors import RunError
 from swap_hpc.ranks import Team
 
-CHUNK = 64 * 2**20 // 8  # float64 elements per MPI call: 64 MiB
+CHUNK = 8 * 2**20 // 8  # float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding
 
 
 @dataclass
@@ -60,7 +60,7 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
 
     Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing where nothing was, but
     not so on the first rank). Parameters and floating-point buffers are summed in float64 by MPI_Allreduce, in chunks of
-    at most 64 MiB, divided, and rounded once to their own type: the result does not depend on the number or the layout of
+    a few MiB, divided, and rounded once to their own type: the result does not depend on the number or the layout of
     the ranks. Everything else (integer buffers, batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes
     from the first rank's first contribution.
     """

@@ -53,6 +53,11 @@ def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
     wait_for(lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs, f"epoch {epochs} of {part} in {out}", seconds, every=0.02)
 
 
+def further(out: Path, part: str, epochs: int) -> None:
+    """Waits until a part of a run is that many epochs further than now: a job that is put back may already be far."""
+    reached(out, part, lines(out / "metrics" / f"{part}.jsonl") + epochs)
+
+
 def commands(text: str, word: str) -> list[str]:
     """The lines of a text, or of a script's comment, that are shell commands with `word` in them, as one types them."""
     typed = [line.removeprefix("#   ").split("  #")[0].strip() for line in text.splitlines() if line[:1] != "#" or line.startswith("#   ")]
