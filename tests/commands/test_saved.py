@@ -54,7 +54,7 @@ def test_a_lost_group_is_left_out(run: Path, tmp_path: Path) -> None:
 def test_what_is_no_group_or_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     for arguments, says in {
         (run, "--groups", "0,4"): "--groups 0,4: the run has groups 0 to 3",
-        (run, "--groups", "one"): "--groups one: write their numbers as 0,2,3",
+        (run, "--groups", "one"): "--groups one: write the numbers as 0,2,3",
         (tmp_path,): f"{tmp_path} is not a run's folder: there is no recipe.toml in it",
     }.items():
         done = swap_hpc("average", *arguments)
