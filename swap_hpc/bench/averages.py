@@ -5,6 +5,7 @@ import time
 from copy import deepcopy
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,22 +40,33 @@ def average(world: Team, peers: ModuleType) -> list[Comparison]:
         peers.bare_allreduce(world.comm, host, there)
         return clock.seconds()
 
+    def floor() -> float:
+        sums = np.ones(min(CHUNK, parameters))
+        clock.start()
+        for first in range(0, parameters, CHUNK):
+            world.sum_(sums[: parameters - first])
+        return clock.seconds()
+
     bare(), ours()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one, other = alternately(ours, bare)
     grown = world.maximum((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)[0]
-    chunk = CHUNK * 8 // 2**20
-    what = f"average_weights_, {parameters / 1e6:.1f} million parameters, {world.size} ranks"
-    extra = _extra_memory(model, world)
-    note = f"{extra:.0f} MiB of extra memory at its peak, of which a chunk is {chunk}; {grown:.0f} MiB more after six runs"
+    size = f"{parameters / 1e6:.1f} million parameters, {world.size} ranks"
     peer = "bare MPI.Allreduce, float32" + (", and its copies" if on_gpu else "")
-    return [Comparison("average", what, peer, "s", one, other, 1.5 if on_gpu else 2.5, at_most=True, note=note)]
+    note = f"in chunks of {CHUNK * 8 // 2**20} MiB; {grown:.0f} MiB more in memory after six runs"
+    room = [_extra_memory(model, world)]
+    return [
+        Comparison("average", f"average_weights_, {size}", peer, "s", one, other, 1.5 if on_gpu else 2.5, at_most=True, note=note),
+        Comparison("average", f"its floor: float64 allreduces alone, {size}", peer, "s", *alternately(floor, bare)),
+        Comparison("average", f"its extra memory at the peak, {size}", "a chunk of 64 MiB and its copy", "MiB", room, [128.0], 1.0, True),
+    ]
 
 
 def _extra_memory(model: nn.Module, world: Team) -> float:
     """MiB that an average takes beside the model: the peak of what torch allocates, the largest rank's."""
+    copy = deepcopy(model)
     with torch.profiler.profile(profile_memory=True) as profile:
-        average_weights_(deepcopy(model), world)
+        average_weights_(copy, world)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:

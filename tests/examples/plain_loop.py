@@ -1,4 +1,4 @@
-"""A plain training loop in one process. swap_loop.py is the same with SWAP: ten lines more."""
+"""A plain training loop in one process. swap_loop.py is the same with SWAP: seven lines more."""
 
 from collections.abc import Iterator
 from typing import Any

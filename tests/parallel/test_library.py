@@ -1,14 +1,19 @@
 """A loop of one's own with the package's functions gives what `swap()` gives."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import swap_hpc
 from swap_hpc.data import Batches, Dataset, Picks
 from swap_hpc.data.sampling import Key, Phase, batchnorm_picks, training_picks
 from swap_hpc.job import Job
@@ -57,3 +62,69 @@ def test_the_examples_loop_gives_the_weights_of_swap(world: Team) -> None:
         torch.testing.assert_close(ours.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=name)
         if name.endswith("weight"):
             assert not torch.equal(expected, untrained[name])
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_batch_may_be_whatever_forward_takes(world: Team) -> None:
+    """A model of two inputs, batches that are dictionaries: the statistics of all ranks' sums of both."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.norm(left + right)
+
+    torch.manual_seed(0)
+    batches = [{"left": torch.randn(4, 2), "right": torch.randn(4, 2) + 3} for _ in range(6)]
+    model = Both()
+    swap_hpc.refresh_batchnorm_(model, batches[world.rank :: world.size], world, forward=lambda model, batch: model(**batch))
+    together = torch.cat([batch["left"] + batch["right"] for batch in batches]).double()
+    torch.testing.assert_close(model.norm.running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_var, together.var(0).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("trainer", ["DistributedDataParallel", "Horovod"])
+def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> None:
+    """After it each rank goes on alone, and their average is what a mean by hand gives; nothing of the trainer is in the way."""
+    torch.manual_seed(0)
+    model = plain_loop.build()
+    (images, labels), (test_images, test_labels) = plain_loop.load()
+    mine = slice(world.rank, 64, world.size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(forward: nn.Module) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(forward(images[mine]), labels[mine]).backward()
+        optimizer.step()
+
+    if trainer == "Horovod":
+        import horovod.torch as hvd
+
+        hvd.init(world.comm)
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        step(model)
+        hvd.shutdown()
+        model = deepcopy(model)  # which carries no hooks
+    else:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store(world)}", rank=world.rank, world_size=world.size)
+        step(nn.parallel.DistributedDataParallel(model))
+        torch.distributed.destroy_process_group()
+    shared = [parameter.detach().clone() for parameter in model.parameters()]
+    assert len(set(map(str, world.allgather([weights.sum().item() for weights in shared])))) == 1
+    plain_loop.train(model, iter([(images[mine], labels[mine])]), rate=0.1)
+    own = [world.allgather(parameter.detach().numpy()) for parameter in model.parameters()]
+    swap_hpc.average_weights_(model, world)
+    for parameter, before, each in zip(model.parameters(), shared, own, strict=True):
+        mean = torch.from_numpy(sum(weights.astype("float64") for weights in each) / world.size).float()
+        assert torch.equal(parameter.detach(), mean)
+        assert not torch.equal(mean, before)
+    found = swap_hpc.evaluate(model, [(test_images[world.rank :: world.size], test_labels[world.rank :: world.size])], world)
+    assert found.accuracy == pytest.approx(plain_loop.accuracy(model, (test_images, test_labels)), abs=1e-6)
+
+
+def store(world: Team) -> str:
+    """A file that all ranks open, and that is not there yet."""
+    return world.broadcast(tempfile.mktemp(prefix="ddp-"))
