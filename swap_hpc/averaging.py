@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swap_hpc.errors import RunError
+from swap_hpc.models import evaluating
 from swap_hpc.ranks import Team
 
 CHUNK = 8 * 2**20 // 8  # float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding
@@ -63,8 +64,13 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
     a few MiB, divided, and rounded once to their own type: the result does not depend on the number or the layout of
     the ranks. Everything else (integer buffers, batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes
     from the first rank's first contribution.
+
+    `model`: the plain module, alike on all ranks but for its values. Raises ValueError where a parameter is not contiguous.
     """
     targets = averaged_tensors(model)
+    for name, tensor in targets.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: model.to(memory_format=torch.contiguous_format); its inputs may be channels_last")
     zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()} if total and not total.count else {}
     sources = (total.sums or zeros) if total else targets
     count = peers.sums(total.count if total else 1)[0]
@@ -80,7 +86,7 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
         peers.sum_(packed.numpy())
         packed /= count
         for (name, a, b), values in zip(pieces, packed.to(device).split(sizes), strict=True):
-            _flat(targets[name])[a:b].copy_(values)
+            targets[name].view(-1)[a:b].copy_(values)
     for name, tensor in model.state_dict().items():
         if name not in targets:
             tensor.copy_(broadcast_tensor(total.kept.get(name, tensor) if total else tensor, peers))
@@ -117,11 +123,6 @@ def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
         yield pieces
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    assert tensor.is_contiguous(), "weights stay contiguous: Horovod, MPI and hashing rely on it"
-    return tensor.view(-1)
-
-
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
     """The bytes of a CPU tensor, (nbytes,) uint8."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -146,7 +147,8 @@ def refresh_batchnorm_(
     """Sets the running statistics of batch norm to those of all batches of all ranks of `team`.
 
     Args:
-        model: its batch-norm layers are changed, in place, alike on all ranks.
+        model: its batch-norm layers are changed, in place, alike on all ranks. The plain module, not a DistributedDataParallel
+            around it, whose forward pass would wait for other ranks.
         batches: this rank's inputs of `model`, (n, C, H, W) or whatever it takes. Each is normalised by its own
             statistics on its way through the layers, as in training. Only batch-norm layers are in training mode.
         team: the ranks whose batches count.
@@ -219,19 +221,16 @@ def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _only_batchnorm_trains(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     before = {layer: [b.clone() for b in layer.buffers()] for layer in layers}
-    model.eval()
-    for layer in layers:
-        layer.train()
-        layer.reset_running_stats()  # a NaN left there would survive momentum 1
-        layer.momentum = 1.0
     try:
-        yield
+        with evaluating(model):
+            for layer in layers:
+                layer.train()
+                layer.reset_running_stats()  # a NaN left there would survive momentum 1
+                layer.momentum = 1.0
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for layer in layers:
             layer.momentum = momenta[layer]
             for buffer, old in zip(layer.buffers(), before[layer], strict=True):

@@ -12,6 +12,8 @@ from swap_hpc.recipe import Recipe
 Line = dict[str, Any]
 FIELDS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "images_per_second", "peak_memory_mib")
 
+AVERAGE = "average"  # what the averaged model's run is called there
+
 
 def check_tensorboard(recipe: Recipe) -> None:
     """Raises UserError where a recipe asks for it and it is not installed."""
@@ -32,16 +34,18 @@ class Board:
     recipe: Recipe
     writers: dict[str, Any] = field(default_factory=dict)
 
-    def begin(self, part: str, lines: Sequence[Line]) -> None:
-        """The part's files hold just these lines."""
-        for name in {part, *(_name(part, line) for line in lines)}:
+    def begin(self, part: str, lines: Sequence[Line], first: int) -> None:
+        """The part's files hold just these lines. `first`: epochs of phase 1, which may end before its last."""
+        for name in (part, AVERAGE) if part == "world" else (part,):
             if name in self.writers:
                 self.writers.pop(name).close()
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for line in lines:
-            self.add(part, line)
+            self.add(part, line, first)
 
-    def add(self, part: str, line: Line) -> None:
+    def add(self, part: str, line: Line, first: int) -> None:
+        if line.get("model") == "large_batch" and first:
+            return  # its last epoch's line says the same
         from torch.utils.tensorboard import SummaryWriter
 
         name = _name(part, line)
@@ -49,11 +53,11 @@ class Board:
             self.writers[name] = SummaryWriter(str(self.folder / name))
         for key in FIELDS:
             if line.get(key) is not None:
-                self.writers[name].add_scalar(key, line[key], self._epoch(line))
+                self.writers[name].add_scalar(key, line[key], self._epoch(line, first))
         self.writers[name].flush()
 
-    def _epoch(self, line: Line) -> int:
-        first, refine = self.recipe.large_batch.epochs, self.recipe.refine
+    def _epoch(self, line: Line, first: int) -> int:
+        refine = self.recipe.refine
         if line["phase"] == "large_batch" or line.get("model") == "large_batch":
             return line.get("epoch", first)
         return first + line.get("epoch", refine.epochs * refine.cycles)
@@ -61,4 +65,4 @@ class Board:
 
 def _name(part: str, line: Line) -> str:
     """What TensorBoard calls the run that a line belongs to."""
-    return "average" if line.get("model") in ("average", "swap") else part
+    return AVERAGE if line.get("model") in ("average", "swap") else part

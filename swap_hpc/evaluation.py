@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from swap_hpc.events import Evaluation
+from swap_hpc.models import evaluating
 from swap_hpc.objective import CLASSIFICATION, Objective, as_float32
 from swap_hpc.ranks import Team
 
@@ -18,20 +19,22 @@ if TYPE_CHECKING:  # a loop of one's own needs no DALI
 def evaluate(model: nn.Module, batches: "Iterable[Batch]", team: Team, objective: Objective = CLASSIFICATION) -> Evaluation:
     """Loss and score of `model` on the batches of all ranks of `team`, each sample counted once: cross-entropy and accuracy, or others.
 
-    `batches`: this rank's, (images (n, C, H, W), labels (n,) int64). The model's training mode is left as it was.
+    `model`: the plain module, not a DistributedDataParallel around it, whose forward pass would wait for other ranks.
+    `batches`: this rank's, (images (n, C, H, W), labels (n,) int64); it may have none. Every module's training mode is left as
+    it was. Raises ValueError, on all ranks, where none has a sample.
     """
-    training = model.training
-    model.eval()
     losses, hits, samples = [], [], 0
-    for images, labels in batches:
-        outputs = as_float32(model(images))
-        losses.append(objective.total_loss(outputs, labels))
-        hits.append(objective.score(outputs, labels).sum())
-        samples += len(labels)
-    model.train(training)
+    with evaluating(model):
+        for images, labels in batches:
+            outputs = as_float32(model(images))
+            losses.append(objective.total_loss(outputs, labels))
+            hits.append(objective.score(outputs, labels).sum(dtype=torch.float64))
+            samples += len(labels)
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
     correct = torch.stack(hits).sum().item() if hits else 0
     loss, correct, samples = team.sums(loss, correct, samples)  # type: ignore[assignment]
+    if not samples:
+        raise ValueError("no rank has a sample to evaluate on: give batches to at least one")
     return Evaluation(loss / samples, correct / samples)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from swap_hpc.errors import Diverged, UserError
+from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.recipe import load_recipe
 
 Lines = list[dict[str, Any]]  # of a metrics file
@@ -20,7 +20,7 @@ def load_result(run: Path) -> dict[str, Any]:
     """What `result.json` of a run's folder holds. Raises UserError where the folder holds no complete run."""
     try:
         return json.loads((run / "result.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         state = "has not finished yet" if (run / "recipe.toml").is_file() else "is not a run's folder"
         raise UserError(f"{run} {state}: there is no result.json in it") from None
 
@@ -69,10 +69,13 @@ def load_run(run: Path) -> dict[str, Any]:
 
 
 def put(file: Path, content: str | bytes) -> None:
-    """Writes a file whole: a reader finds the old one or the new one. Raises OSError."""
+    """Writes a file whole: a reader finds the old one or the new one. Raises RunError where it cannot be written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(file)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(file)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
 @contextmanager
@@ -166,7 +169,10 @@ def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines], av
 
 def _lines(path: Path) -> Lines:
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): a run that goes on writes it anew") from None
 
 
 MARKS = {"large_batch": ("s", "end of phase 1"), "swap": ("*", "average")}  # the others are groups

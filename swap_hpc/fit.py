@@ -59,7 +59,8 @@ def fit(
             return
     plain = build_optimizer(model, job.recipe.optimizer)
     with averaged_gradients(model, plain, team, job.device, phase.accumulate) as optimizer:
-        forward = torch.compile(model) if job.recipe.compile else model
+        # static shapes: else a process that saw other sizes before compiles another graph than one that starts here
+        forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
         training = _Training(model, forward, optimizer, job, phase, key, group, team, cycles)
         if start:
             training.go_on_from_(start)

@@ -2,18 +2,40 @@
 
 import importlib
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from swap_hpc.errors import UserError
 
 
-def imported(path: str, what: str) -> Any:
-    """The object at "package.module:name"; modules of the folder that the job was started in are found, too. Raises UserError."""
+def imported(path: str, what: str) -> Callable[..., Any]:
+    """The function at "package.module:name"; modules of the folder that the job was started in are found, too. Raises UserError."""
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
+        raise UserError(f'{what} {path}: write it as "package.module:function"')
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{what} {path} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?") from None
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{what} {path} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?") from None
+        raise UserError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}{_place(error)}") from None
+    if not callable(found):
+        raise UserError(f"{what} {path} is a {type(found).__name__}: a function is needed")
+    return found
+
+
+def _place(error: BaseException) -> str:
+    """Where a user's own module failed, as far as that is known: " (nets.py, line 3)"."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text says it
+    trace, place = error.__traceback__, ""
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if file != __file__ and "importlib" not in file:
+            place = f" ({os.path.basename(file)}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return place

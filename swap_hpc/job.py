@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swap_hpc.control import Control
-from swap_hpc.data import Dataset, loader, sampling
+from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device
@@ -83,14 +83,16 @@ class Job:
         """
         size, place = self.recipe.evaluate.batch_size, (team.rank, team.size)
         picks = list(sampling.evaluation_picks(len(self.dataset.test), size, *place))
-        if place not in self._evaluations:
-            view = View(None, _square(self.recipe.data.evaluation_size), self.recipe.data.evaluation_crop)
-            self._evaluations[place] = loader.batches(self.dataset, self.dataset.test, cycle(picks), view, size, self.device)
-        stream = self._evaluations.pop(place)  # an evaluation that is broken off leaves none
-        for batch in islice(stream, len(picks)):
+        view = View(None, _square(self.recipe.data.evaluation_size), self.recipe.data.evaluation_crop)
+        keeps = not isinstance(self.dataset.test, Batches) or isinstance(self.dataset.test, Graph)
+        stream = self._evaluations.pop(place, None)  # an evaluation that is broken off leaves none
+        if stream is None:  # a user's function is asked anew each time, for what it may hold in a list
+            stream = loader.batches(self.dataset, self.dataset.test, cycle(picks) if keeps else iter(picks), view, size, self.device)
+        for batch in islice(stream, len(picks)) if keeps else stream:
             self.control.beat("an evaluation")
             yield batch
-        self._evaluations[place] = stream
+        if keeps:
+            self._evaluations[place] = stream
 
     def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
         """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""

@@ -64,7 +64,7 @@ class Journal:
         if self.writes[name]:
             write_whole(self._path(name), lambda temporary: temporary.write_text("".join(map(_json_line, lines))))
             if self.board:
-                self.board.begin(name, lines)
+                self.board.begin(name, lines, self._phase_1_epochs())
 
     def epoch(self, epoch: Epoch) -> None:
         self.add("world" if epoch.group is None else part_name(epoch.group), epoch_fields(epoch))
@@ -84,7 +84,7 @@ class Journal:
             with open(self._path(name), "a") as file:
                 file.write(_json_line(line))
             if self.board:
-                self.board.add(name, line)
+                self.board.add(name, line, self._phase_1_epochs())
         except OSError as error:
             raise RunError(f"cannot write {self._path(name)}: {error.strerror}") from None
 
@@ -97,6 +97,9 @@ class Journal:
         """Of the model of a part's last line."""
         lines = self.lines[name]
         return Evaluation(lines[-1]["test_loss"], lines[-1]["test_accuracy"]) if lines else None
+
+    def _phase_1_epochs(self) -> int:
+        return sum(line["phase"] == "large_batch" for line in self.lines.get("world", ()))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"

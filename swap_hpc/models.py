@@ -1,6 +1,7 @@
 """A name, or `package.module:function`, to a torch module."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
     """
     torch.manual_seed(seed)
     package, colon, name = model.name.partition(":")
+    builder: Callable[..., Any]
     if model.name == "resnet9":
         builder, arguments = ResNet9, {"classes": classes, "channels": channels}
     elif package == "torchvision" and colon:
@@ -31,18 +33,30 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
     else:
         raise UserError(f'unknown model {model.name!r}: "resnet9", "torchvision:NAME", "timm:NAME" or "package.module:function"')
     try:
-        return builder(**arguments, **model.arguments)
+        built = builder(**arguments, **model.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model {model.name} refuses its arguments: {' '.join(str(error).split())}") from None
+    if not isinstance(built, nn.Module):
+        raise UserError(f"the model {model.name} returned a {type(built).__name__}: a torch.nn.Module is needed")
+    return built
 
 
 def size(model: Model, classes: int, channels: int, pixels: int) -> tuple[int, int]:
-    """Parameters of the module that a recipe names, and floating-point operations of its forward pass of one square image."""
+    """Parameters of the module that a recipe names, and floating-point operations of its forward pass of one square image.
+
+    Raises UserError where it does not take such an image.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     built = build(model, classes, channels, 0).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built(torch.zeros(1, channels, pixels, pixels))
+        try:
+            built(torch.zeros(1, channels, pixels, pixels))
+        except Exception as error:  # whatever a user's module raises
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"model {model.name} takes no image of {channels} channels and {pixels}x{pixels} pixels ({said}): --set data.image_size=N"
+            ) from None
     return sum(p.numel() for p in built.parameters()), counter.get_total_flops()
 
 
@@ -52,6 +66,18 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"the weights {source} are not of this model: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; afterwards every module has the mode again that it had, which need not be the model's."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _torchvision(name: str) -> Any:

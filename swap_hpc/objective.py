@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swap_hpc.errors import UserError
 from swap_hpc.imports import imported
 from swap_hpc.recipe import Recipe
 
@@ -30,12 +32,44 @@ CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="
 
 
 def objective(recipe: Recipe) -> Objective:
-    """The one that a recipe names. Raises UserError for a loss or a metric that cannot be imported."""
-    score = CLASSIFICATION.score if recipe.metric == "accuracy" else imported(recipe.metric, "the metric")
+    """The one that a recipe names. Raises UserError for a loss or a metric that cannot be imported, and, when called, for one that
+    returns anything else than `Objective` says."""
+    score = CLASSIFICATION.score if recipe.metric == "accuracy" else _own_score(recipe.metric)
     if recipe.loss == "cross_entropy":
         return Objective(partial(F.cross_entropy, label_smoothing=recipe.label_smoothing), CLASSIFICATION.total_loss, score)
-    own = imported(recipe.loss, "the loss")
+    own = _own_loss(recipe.loss)
     return Objective(own, lambda outputs, targets: own(outputs, targets) * len(targets), score)
+
+
+def _own_loss(path: str) -> Measure:
+    function = imported(path, "the loss")
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        found = function(outputs, targets)
+        if not isinstance(found, Tensor) or found.shape or not found.is_floating_point():
+            raise UserError(f"the loss {path} returned {_told(found)}: the batch's mean, a tensor without dimensions, is needed")
+        return found
+
+    return loss
+
+
+def _own_score(path: str) -> Measure:
+    function = imported(path, "the metric")
+
+    @torch.no_grad()
+    def score(outputs: Any, targets: Tensor) -> Tensor:
+        found = function(outputs, targets)
+        if not isinstance(found, Tensor) or found.shape != targets.shape[:1]:
+            raise UserError(f"the metric {path} returned {_told(found)}: a score of each sample, a tensor [{len(targets)}], is needed")
+        return found
+
+    return score
+
+
+def _told(found: Any) -> str:
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__}"
+    return f"a tensor {list(found.shape)} {str(found.dtype).removeprefix('torch.')}"
 
 
 def as_float32(outputs: Any) -> Any:
@@ -43,5 +77,9 @@ def as_float32(outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return outputs.float() if outputs.is_floating_point() else outputs
     if isinstance(outputs, dict):
-        return {name: as_float32(each) for name, each in outputs.items()}
-    return type(outputs)(as_float32(each) for each in outputs) if isinstance(outputs, tuple | list) else outputs
+        named = {name: as_float32(each) for name, each in outputs.items()}
+        return named if type(outputs) is dict else type(outputs)(**named)  # a class of its own may have attributes
+    if isinstance(outputs, tuple | list):
+        parts = [as_float32(each) for each in outputs]
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
+    return outputs

@@ -3,12 +3,13 @@
 The model: a step's samples are shared out to the ranks; each takes `sample` seconds of a core or GPU, and a step `step` seconds
 beside them. Ranks beyond the `cores` of a host share them. A message takes `latency` seconds and its bytes by `bandwidth`; an
 allreduce of N ranks is 2 (N - 1) messages of 1 / N of the bytes (a ring) or 2 log2 N of all of them (a tree), what is less.
-Saves go to one file system, at `disk` bytes per second in all.
+Saves go to one file system, at `disk` bytes per second in all. Evaluations, and meetings of the groups before the last, are left out.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,15 @@ def predict(work: Work, costs: Costs, ranks: int) -> dict[str, float]:
     in_turn = max(1, recipe.groups // ranks)
     saved = 2 * GRADIENT * size / costs.disk  # weights and momentum
     refine = recipe.refine.epochs * recipe.refine.cycles
-    used = recipe.batchnorm.samples or work.samples
+    batches = (recipe.batchnorm.samples or work.samples) // recipe.batchnorm.batch_size  # whole ones are dealt out
+    every = recipe.checkpoint.epochs
     return {
         "large_batch": recipe.large_batch.epochs * epoch(work, costs, recipe.large_batch, ranks, ranks),
         "refine": refine * in_turn * epoch(work, costs, recipe.refine, per_group, ranks),
-        "average": costs.allreduce(SUM * size, ranks) if refine else 0.0,
-        "batchnorm": costs.compute(FORWARD * used / ranks, 0, ranks) if refine else 0.0,
+        "average": costs.allreduce(SUM * size, min(ranks, recipe.groups)) if refine else 0.0,  # over peers
+        "batchnorm": costs.compute(FORWARD * math.ceil(batches / ranks) * recipe.batchnorm.batch_size, 0, ranks) if refine else 0.0,
         # groups write at once, and share the file system
-        "save": saved * (recipe.large_batch.epochs + refine * recipe.groups) * (1 if recipe.checkpoint.epochs else 0),
+        "save": saved * (recipe.large_batch.epochs // every + refine // every * recipe.groups) if every else 0.0,
     }
 
 
@@ -86,9 +88,10 @@ def baselines(recipe: Recipe) -> dict[str, Recipe]:
     first, refine = recipe.large_batch, recipe.refine
     epochs = first.epochs + refine.epochs * refine.cycles
     alone = recipe.model_copy(update={"refine": refine.model_copy(update={"epochs": 0}), "groups": 1})
-    small, large = ({"epochs": epochs, "batch_size": size} for size in (refine.batch_size, first.batch_size))
-    plain = {"small batch": small, "large batch": large}
-    made = {name: alone.model_copy(update={"large_batch": first.model_copy(update=fields)}) for name, fields in plain.items()}
+    made = {}
+    for name, size in (("small batch", refine.batch_size), ("large batch", first.batch_size)):
+        fields = {"epochs": epochs, "batch_size": size, "batchnorm_batch_size": None}  # another batch, another share of it
+        made[name] = alone.model_copy(update={"large_batch": first.model_copy(update=fields)})
     return {f"{name} ({each.large_batch.batch_size:,})": each for name, each in made.items()} | {"SWAP": recipe}
 
 
@@ -97,8 +100,9 @@ def calibrated(file: Path) -> Costs:
     try:
         found = json.loads(file.read_text())
         return fitted([case for case in found["cases"] if case["ranks"] <= 2], found["machine"]["cores"])
-    except FileNotFoundError:
-        raise UserError(f"no calibration {file}: swap-hpc bench scaling writes it, or give --cost sample=SECONDS") from None
+    except OSError as error:
+        why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise UserError(f"no calibration {file}{why}: swap-hpc bench scaling writes it, or give --cost sample=SECONDS") from None
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{file} is not what swap-hpc bench scaling writes ({error!r})") from None
 
@@ -150,6 +154,9 @@ def text(recipe: Recipe, ranks: Sequence[int], samples: int | None, calibration:
     samples = samples or known or (recipe.data.samples if recipe.data.name == "synthetic" else 0)
     if not samples:
         raise UserError(f"the data {recipe.data.name} does not say how many training samples it has: --samples 1281167, say")
+    for phase, section in (("large_batch", recipe.large_batch), ("refine", recipe.refine)):
+        if section.epochs and section.batch_size > samples:
+            raise UserError(f"{phase}.batch_size = {section.batch_size}, but there are {samples} training samples")
     parameters, operations = size(recipe.model, classes, channels, pixels)
     chosen = dict(_cost(each) for each in overrides)
     if "sample" in chosen:
@@ -175,11 +182,10 @@ def text(recipe: Recipe, ranks: Sequence[int], samples: int | None, calibration:
 def _cost(override: str) -> tuple[str, float]:
     name, _, value = override.partition("=")
     names = [field.name for field in fields(Costs)]
-    try:
-        if name in names and float(value) >= 0:
-            return name, float(value)
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        number = float(value)
+        if name in names and math.isfinite(number) and (number > 0 or (number == 0 and name in ("sample", "step", "latency"))):
+            return name, number
     raise UserError(f"--cost {override}: write it as {names[0]}=0.001; there are {', '.join(names)}")
 
 
@@ -188,22 +194,24 @@ def table(work: Work, costs: Costs, ranks: Sequence[int]) -> str:
     rows = []
     for number in ranks:
         for name, recipe in baselines(work.recipe).items():
-            if _fits(recipe, number):
+            refused = _refused(recipe, number)
+            if refused is None:
                 seconds = predict(replace(work, recipe=recipe), costs, number)
                 limit = max(PHASES, key=lambda phase: seconds[phase])
                 cells = [f"{seconds[phase]:,.3g}" for phase in PHASES]
                 rows.append((f"{number:,}", name, *cells, f"{sum(seconds.values()):,.4g}", _why(work, recipe, costs, number, limit)))
             else:
-                rows.append((f"{number:,}", name, *["-"] * len(PHASES), "-", "its batches cannot be shared out to so many"))
+                rows.append((f"{number:,}", name, *["-"] * len(PHASES), "-", refused))
     return markdown(("ranks", "method", *(f"{phase}, s" for phase in PHASES.values()), "total, s", "what limits"), rows)
 
 
-def _fits(recipe: Recipe, ranks: int) -> bool:
+def _refused(recipe: Recipe, ranks: int) -> str | None:
+    """Why a recipe does not run on so many ranks; None where it does."""
     try:
         check_ranks(recipe, ranks)
-    except UserError:
-        return False
-    return True
+    except UserError as error:
+        return str(error).partition(": ")[0]  # what mends a run of it is not asked for
+    return None
 
 
 def _why(work: Work, recipe: Recipe, costs: Costs, ranks: int, limit: str) -> str:

@@ -120,6 +120,12 @@ class Data(_Section):
     samples: Count = 1024
     """Training samples of the data `synthetic`; a quarter as many test samples."""
 
+    @model_validator(mode="after")
+    def _arguments_of_its_own(self) -> "Data":
+        if self.arguments and ":" not in self.name:
+            raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
+        return self
+
     def size_at(self, epoch: int) -> int | None:
         """The images' side in pixels in an epoch of the run, from 0."""
         return next((pixels for begin, pixels in reversed(self.image_size or ()) if begin <= epoch), None)

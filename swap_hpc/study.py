@@ -110,7 +110,7 @@ class Trial:
             )
         try:
             result = json.loads((self.folder / "result.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if (result.get("refine_ranks") or self.ranks) != self.ranks:
             raise UserError(

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.figures import put
 
 SHARING = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # ranks that wait give their core to others: where there are more ranks than cores
 PEERS = Path("tests/bench/peers.py")
@@ -63,7 +64,7 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": host, "comparisons": rows}, indent=2) + "\n")
+        put(out, json.dumps({"machine": host, "comparisons": rows}, indent=2) + "\n")
     missed = [each for each in comparisons if each.met is False]
     tell("all bars are met" if not missed else f"missed: {', '.join(sorted({each.bench for each in missed}))}")
     return not missed
@@ -88,6 +89,7 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     from swap_hpc.bench.traffic import SETTINGS
 
     os.environ.update(SETTINGS)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same on any number of ranks, for the cases to be comparable
     cases: list[dict[str, Any]] = []
     host: dict[str, Any] = {}
     for case in scaling.CASES:
@@ -95,7 +97,7 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
         said = _launched(f"scaling:{json.dumps(case)}", case["ranks"], launcher)
         cases, host = [*cases, said["case"]], said["machine"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scaling.json").write_text(json.dumps({"machine": host, "cases": cases}, indent=2) + "\n")
+    put(out / "scaling.json", json.dumps({"machine": host, "cases": cases}, indent=2) + "\n")
     scaling.figure(cases, host["cores"], out / "scaling.png")
     tell(f"\n{scaling.table(cases)}\n\n{host['cores']} cores of {host['cpu']}: with more ranks than cores, several share one")
 

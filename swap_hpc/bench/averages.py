@@ -11,7 +11,7 @@ from torch import nn
 
 from swap_hpc import models
 from swap_hpc.averaging import CHUNK, average_weights_, refresh_batchnorm_
-from swap_hpc.bench.measure import Clock, Comparison, alternately
+from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.devices import choose_device
 from swap_hpc.ranks import Team, node_of
 from swap_hpc.recipe import Model
@@ -93,6 +93,7 @@ def batchnorm(world: Team, peers: ModuleType) -> list[Comparison]:
         def one_rank() -> float:
             begin = time.perf_counter()
             peers.update_bn(batches, model)
+            wait_for_gpu()
             return time.perf_counter() - begin
 
         return world.first_while_others_sleep(one_rank)

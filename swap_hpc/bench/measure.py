@@ -112,7 +112,9 @@ def images_per_second(batches: Iterator[Any], warm_up: int = 5) -> float:
     """Of a stream of (images, labels), after its first batches."""
     for _ in range(warm_up):
         next(batches)
+    wait_for_gpu()
     begin, images = time.perf_counter(), 0
     for _, labels in batches:
         images += len(labels)
+    wait_for_gpu()
     return images / (time.perf_counter() - begin)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swap_hpc import models
-from swap_hpc.bench.measure import Clock, Comparison, alternately
+from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device, choose_device
@@ -96,6 +96,7 @@ def loop(world: Team, peers: ModuleType) -> list[Comparison]:
         optimizer = build_optimizer(mine, job.recipe.optimizer)
         begin = time.perf_counter()
         images = peers.bare_loop(mine, optimizer, batches, job.autocast)
+        wait_for_gpu()
         return float(images / (time.perf_counter() - begin))
 
     one, other = alternately(ours, bare)

@@ -24,7 +24,7 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     from swap_hpc.data.own import own
 
     if ":" in data.name:
-        return team.agree(lambda: with_validation(own(data), data.validation))
+        return first_then_rest(team, lambda: with_validation(own(data), data.validation))  # it may download
     first_then_rest(team, lambda: download(data.name, data.path))
     return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
 

@@ -17,6 +17,7 @@ from swap_hpc.data.decode import Encoded, encoded, explain_decode_error, whole_i
 from swap_hpc.data.sampling import DRAWS, Picks
 from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, Split
 from swap_hpc.devices import Device
+from swap_hpc.errors import UserError
 from swap_hpc.recipe import Augment
 
 BATCHES_AHEAD = 2  # that are read before DALI asks for them
@@ -80,13 +81,26 @@ def batches(
 def _own_batches(
     split: Batches, picks: Iterator[Picks], training: bool, batch_size: int, device: Device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A user's own batches, on the device."""
+    """A user's own batches, on the device. Raises UserError where they are not those that `picks` names."""
+    asked: deque[int] = deque()  # the sizes of what was asked for and has not come yet
+
+    def noted() -> Iterator[Picks]:
+        for pick in picks:
+            asked.append(len(pick.indices))
+            yield pick
+
+    wanted, name = noted(), f"the function that makes {'training' if training else 'test'} batches"
     if isinstance(split, Graph):
-        found = _run_graph(split, split.picked(picks), training, batch_size, device)
+        found = _run_graph(split, split.picked(wanted), training, batch_size, device)
     else:
-        found = split.read(picks, training)
+        found = split.read(wanted, training)
     for inputs, targets in found:
+        size = asked.popleft() if asked else 0
+        if len(targets) != size:
+            raise UserError(f"{name} made one of {len(targets)} for {size} picked samples: it has to make one for each pick, in turn")
         yield inputs.to(device.torch, non_blocking=True), targets.to(device.torch, non_blocking=True)
+    if asked or next(wanted, None) is not None:
+        raise UserError(f"{name} ended early: it has to make one for each pick, in turn")
 
 
 def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size: int, device: Device) -> Iterator[tuple[Tensor, Tensor]]:

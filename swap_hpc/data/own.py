@@ -1,5 +1,6 @@
 """Data sets of a user's own, by import path."""
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -24,7 +25,7 @@ def own(data: Data) -> Dataset:
         raise UserError(f"the data {data.name} is called with data.path and data.arguments, and refuses them: {error}") from None
     found = function(data.path, **data.arguments)
     if isinstance(found, Dataset):
-        return found
+        return _complete(data.name, found)
     try:
         (images, labels), (test_images, test_labels) = found
     except (TypeError, ValueError):
@@ -38,8 +39,22 @@ def own(data: Data) -> Dataset:
     return with_statistics(train, test, tuple(map(str, classes)))
 
 
+def _complete(name: str, found: Dataset) -> Dataset:
+    """A data set of arrays with what is missing of its size and statistics. Raises UserError."""
+    if not len(found.train) or not len(found.test):
+        raise UserError(f"the data {name} returned a Dataset without samples to train or to test on")
+    if not isinstance(found.train, Arrays) or not isinstance(found.test, Arrays):
+        return found
+    train, test = (_arrays(name, split.images, split.labels) for split in (found.train, found.test))
+    made = with_statistics(train, test, found.classes)
+    return replace(made, mean=found.mean or made.mean, std=found.std or made.std)
+
+
 def _arrays(name: str, images: Any, labels: Any) -> Arrays:
-    images, labels = np.asarray(images), np.asarray(labels)
+    try:
+        images, labels = np.asarray(images), np.asarray(labels)
+    except ValueError as error:
+        raise UserError(f"the data {name} returned what is no array ({error}): images have to be (N, H, W, C) uint8") from None
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         raise UserError(f"the data {name} returned images {list(images.shape)} {images.dtype}: they have to be (N, H, W, C) uint8")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:

@@ -102,7 +102,8 @@ class Shards:
 class Batches:
     """A split whose batches a function of the user's makes, from whatever it likes.
 
-    `function(picks, training)` yields, for each of `picks` in turn, inputs and targets, tensors whose first dimension is n;
+    `function(picks, training)` yields, for each of `picks` in turn, one pair: inputs and targets, tensors whose first dimension
+    is n. It makes them as they are asked for (a generator), since `picks` of training are those of all epochs;
     a `Picks` holds the samples' numbers `indices` (n,) int64 and, in training, random `draws` (n, 5) float32 in [0, 1).
     What follows from these alone is the same on any number of ranks, and when a run goes on where it stopped.
     """
@@ -154,6 +155,9 @@ def _opened_once(name: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
+    """What is trained and tested on. A user's own holds `Arrays` (then `image_size`, `mean` and `std` say how they are read; see
+    `with_statistics`), or `Batches` or a `Graph`, which need none of them."""
+
     train: Split
     test: Split
     classes: tuple[str, ...]  # their number, and that of the channels, is what a model is built for

@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import tiny
 from launch import swap_hpc
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-FIELDS = ("tensorboard=true", "groups=2", "model.width=4", "large_batch.epochs=2", "refine.epochs=2")
+from swap_hpc.board import Board
+
+# phase 1 may have nine epochs, and ends with its first
+FIELDS = ("tensorboard=true", "groups=2", "model.width=4", "large_batch.epochs=9", "large_batch.stop_accuracy=0.01", "refine.epochs=2")
 
 
 def shown(folder: Path, tag: str) -> dict[int, float]:
@@ -28,9 +32,20 @@ def test_every_group_is_a_run_of_its_own(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (tmp_path / "metrics" / f"{name}.jsonl").read_text().splitlines()]
         for tag in ("train_loss", "test_accuracy", "learning_rate"):
             found = shown(board / name, tag)
-            assert found.keys() == {3, 4}
+            assert found.keys() == {2, 3}
             for line in lines:
-                assert abs(found[2 + line["epoch"]] - line[tag]) < 1e-6
+                assert abs(found[1 + line["epoch"]] - line[tag]) < 1e-6
     result = json.loads((tmp_path / "result.json").read_text())
     average = shown(board / "average", "test_accuracy")
-    assert average.keys() == {4} and abs(average[4] - result["test_accuracy"]["averaged"]) < 1e-6
+    assert average.keys() == {3} and abs(average[3] - result["test_accuracy"]["averaged"]) < 1e-6
+    assert shown(board / "world", "test_accuracy").keys() == {1}
+
+
+def test_what_is_begun_anew_holds_no_averages_of_before(tmp_path: Path) -> None:
+    board = Board(tmp_path, tiny.recipe())
+    lines = [{"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.5} for epoch in (1, 2)]
+    for line in lines:
+        board.add("world", line, 3)
+    board.begin("world", [], 3)
+    board.add("world", lines[0], 3)
+    assert shown(tmp_path / "average", "test_accuracy") == {4: 0.5}

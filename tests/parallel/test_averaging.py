@@ -36,6 +36,15 @@ def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkey
         assert torch.equal(tensor, expected), name
 
 
+@pytest.mark.ranks(2)
+def test_weights_in_another_layout_are_refused_before_anything_is_sent(world: Team) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 7, 3)).to(memory_format=torch.channels_last)
+    before = tiny.weights(model)
+    with pytest.raises(ValueError, match=r"0.weight is not contiguous: model.to\(memory_format=torch.contiguous_format\)"):
+        average_weights_(model, world)
+    assert torch.equal(tiny.weights(model), before)
+
+
 @pytest.mark.ranks(1, 2, 3, 4, 8)
 def test_the_layout_of_the_ranks_does_not_matter(world: Team) -> None:
     """24 models, dealt out to the ranks in runs, average to the same bits as on one rank."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from swap_hpc.averaging import broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
-from swap_hpc.evaluation import evaluate_job
+from swap_hpc.evaluation import evaluate, evaluate_job
 from swap_hpc.events import Epoch, SavePoint
 from swap_hpc.fit import fit
 from swap_hpc.gradients import averaged_gradients
@@ -79,11 +79,35 @@ def test_a_compiled_step_trains_as_a_plain_one_does(world: Team) -> None:
     torch.testing.assert_close(tiny.weights(compiled), tiny.weights(plain), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.ranks(1)
+def test_what_was_compiled_before_does_not_matter(world: Team) -> None:
+    """A process that goes on in phase 2 compiles no other step than one that has seen phase 1's batches."""
+    job = tiny.job(model={"name": "tiny:batch_normed"}, compile=True)
+    fresh, later = tiny.model(job), tiny.model(job)
+    for model, before in ((fresh, False), (later, True)):
+        torch._dynamo.reset()
+        if before:
+            list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+        list(fit(model, job, job.recipe.refine, Key(0, Phase.REFINE), world))
+    assert torch.equal(tiny.weights(fresh), tiny.weights(later))
+
+
 def test_all_ranks_hold_the_same_weights(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"})
     model = tiny.model(job)
     list(fit(model, job, job.recipe.large_batch, KEY, world))
     assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
+
+
+@pytest.mark.ranks(1, 2)
+def test_an_evaluation_leaves_the_modes_as_they_were(world: Team) -> None:
+    model = tiny.normed(3, 3).train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    batches = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]
+    evaluate(model, batches if world.rank == 0 else [], world)
+    assert [module for module in model.modules() if not module.training] == [frozen]
+    with pytest.raises(ValueError, match="no rank has a sample to evaluate on"):
+        evaluate(model, [], world)
 
 
 def test_evaluation_counts_each_sample_once(world: Team) -> None:

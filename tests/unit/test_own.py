@@ -1,6 +1,8 @@
 """Data, losses and metrics of one's own: what they may return, and what is said where they do not."""
 
 import sys
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,9 @@ from torch.nn import functional as F
 
 from swap_hpc.data import Batches, Dataset, load
 from swap_hpc.data.sampling import Picks
+from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
+from swap_hpc.job import Job
 from swap_hpc.objective import as_float32
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import parse
@@ -61,8 +65,27 @@ def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
         loaded(None, own, colour=3)
     with pytest.raises(UserError, match=r"the data nowhere:load cannot be imported \(No module named 'nowhere'\): is it in this folder"):
         load(tiny.recipe(data={"name": "nowhere:load"}).data, Team.alone(), 1)
-    with pytest.raises(UserError, match="the loss own_parts:mse cannot be imported"):
+    with pytest.raises(UserError, match="the loss own_parts:mse cannot be imported: AttributeError"):
         _ = tiny.job(loss="own_parts:mse").objective
+    own.number = 3  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="the loss own_parts:number is a int: a function is needed"):
+        _ = tiny.job(loss="own_parts:number").objective
+    with pytest.raises(UserError, match='the model :build: write it as "package.module:function"'):
+        tiny.model(tiny.job(model={"name": ":build"}))
+
+
+def test_a_module_that_fails_is_told_from_one_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_more.py").write_text("import numpy\nimport a_library_that_nobody_has\n")
+    (tmp_path / "fails_here.py").write_text("import numpy\n\nnumpy.zeros(-1)\n")
+    (tmp_path / "not_python.py").write_text("def build(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, message in (
+        ("needs_more", r"ModuleNotFoundError: No module named 'a_library_that_nobody_has' \(needs_more.py, line 2\)$"),
+        ("fails_here", r"ValueError: negative dimensions are not allowed \(fails_here.py, line 3\)$"),
+        ("not_python", r"SyntaxError: .*\(not_python.py, line 1\)$"),
+    ):
+        with pytest.raises(UserError, match=f"the data {name}:load cannot be imported: {message}"):
+            load(tiny.recipe(data={"name": f"{name}:load"}).data, Team.alone(), 1)
 
 
 def test_names_are_checked_where_the_recipe_is_read() -> None:
@@ -99,9 +122,49 @@ def test_a_loss_and_a_score_of_ones_own_are_used(own: ModuleType) -> None:
     assert objective.score(outputs, targets).tolist() == pytest.approx([1, 1 / 3])
 
 
+def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
+    outputs, targets = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    own.each = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none")  # type: ignore[attr-defined]
+    own.mean = lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()  # type: ignore[attr-defined]
+    own.number = lambda outputs, targets: 0.5  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"the loss own_parts:each returned a tensor \[4\] float32: the batch's mean"):
+        tiny.job(loss="own_parts:each").objective.loss(outputs, targets)
+    with pytest.raises(UserError, match="the loss own_parts:number returned a float: the batch's mean"):
+        tiny.job(loss="own_parts:number").objective.total_loss(outputs, targets)
+    with pytest.raises(UserError, match=r"the metric own_parts:mean returned a tensor \[\] float32: .* a tensor \[4\], is needed"):
+        tiny.job(metric="own_parts:mean").objective.score(outputs, targets)
+
+
+def test_own_batches_may_be_a_list_and_have_to_be_those_asked_for() -> None:
+    """An evaluation hands over its picks once; a pair too few or of another size is named instead of counted."""
+    inputs, targets = torch.randn(9, 3, 4, 4), torch.arange(9) % 3
+
+    def evaluated(function: Any) -> int:
+        split = Batches(9, function)
+        job = Job(tiny.recipe(evaluate={"batch_size": 4}), Dataset(split, split, tuple("abc")), tiny.CPU)
+        return [sum(len(found) for _, found in job.test_batches(Team.alone())) for _ in range(2)][1]
+
+    assert evaluated(lambda picks, training: [(inputs[pick.indices], targets[pick.indices]) for pick in picks]) == 9
+    with pytest.raises(UserError, match="makes test batches ended early"):
+        evaluated(lambda picks, training: [(inputs[pick.indices], targets[pick.indices]) for pick in [next(picks)]])
+    with pytest.raises(UserError, match="made one of 9 for 4 picked samples"):
+        evaluated(lambda picks, training: ((inputs, targets) for _ in picks))
+
+
+def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:
+    bare = Dataset(Arrays(IMAGES, LABELS.astype(np.int64)), Arrays(IMAGES, LABELS.astype(np.int64)), ("a", "b", "c"))
+    found = loaded(bare, own)
+    assert found.image_size == (8, 8) and found.channels == 3 and len(found.mean) == len(found.std) == 3
+    assert loaded(replace(bare, mean=(1.0, 2.0, 3.0)), own).mean == (1.0, 2.0, 3.0)
+    with pytest.raises(UserError, match="returned a Dataset without samples"):
+        loaded(replace(bare, test=Arrays(IMAGES[:0], LABELS[:0])), own)
+
+
 def test_outputs_of_any_shape_leave_autocast_as_float32() -> None:
     low, whole = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
     found = as_float32({"a": low, "b": (low, [whole, None])})
+    pair = namedtuple("pair", "logits aux")
+    assert as_float32(pair(low, whole)).logits.dtype == torch.float32
     assert found["a"].dtype == found["b"][0].dtype == torch.float32 and found["b"][1][0] is whole and found["b"][1][1] is None
 
 

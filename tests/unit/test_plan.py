@@ -30,7 +30,20 @@ def test_two_ranks_share_phase_1_and_refine_alone() -> None:
     allreduce = 2 * (0.001 + 2000 / 1e6)
     assert seconds["large_batch"] == pytest.approx(3 * (320 * 0.01 + 10 * (0.1 + allreduce)))
     assert seconds["refine"] == pytest.approx(2 * (640 * 0.01 + 40 * 0.1))
-    assert seconds["average"] == pytest.approx(2 * (0.001 + 4000 / 1e6)) and seconds["batchnorm"] == pytest.approx(90 / 2 * 0.01 / 3)
+    assert seconds["average"] == pytest.approx(2 * (0.001 + 4000 / 1e6))
+    assert seconds["batchnorm"] == pytest.approx(2 * 20 * 0.01 / 3)  # of four batches of 20
+
+
+def test_the_average_is_that_of_peers_and_whole_batches_are_dealt_out() -> None:
+    """Of eight ranks in two groups: two peers, and four batches, so that four ranks have none."""
+    seconds = plan.predict(WORK, COSTS, 8)
+    assert seconds["average"] == plan.predict(WORK, COSTS, 2)["average"]
+    assert seconds["batchnorm"] == pytest.approx(20 * 0.01 / 3)
+
+
+def test_saves_are_as_rare_as_the_recipe_says() -> None:
+    rare = RECIPE.model_copy(update={"checkpoint": RECIPE.checkpoint.model_copy(update={"epochs": 2})})
+    assert plan.predict(Work(rare, 640, 1000), COSTS, 2)["save"] == pytest.approx((1 + 1 * 2) * 8000 / 1e6)
 
 
 def test_ranks_beyond_the_cores_share_them() -> None:
@@ -77,11 +90,18 @@ def test_a_calibration_finds_the_costs_that_made_the_measurements() -> None:
 
 def test_the_table_names_what_limits_and_what_cannot_be() -> None:
     table = plan.table(WORK, COSTS, (2, 32))
-    assert "| small batch (16)" in table and "phase 1: computing" in table and "its batches cannot be shared out to so many" in table
+    assert "| small batch (16)" in table and "phase 1: computing" in table
+    assert "large_batch.batch_size = 16 does not divide by its 32 ranks |" in table
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("speed=3", "there are sample, step, latency"), ("sample=fast", "write it as sample=0.001")]
+    ("override", "message"),
+    [
+        ("speed=3", "there are sample, step, latency"),
+        ("sample=fast", "write it as sample=0.001"),
+        ("bandwidth=0", "write it as"),
+        ("disk=inf", "write it as"),
+    ],
 )
 def test_a_wrong_cost_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
