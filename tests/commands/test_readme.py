@@ -1,11 +1,15 @@
 """The README by its letters: every command is run by some test, every link leads somewhere, the diff is that of the files."""
 
 import difflib
+import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch import command
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -13,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "LOG.md", ROOT / "swap_hpc" / "recipes" / "R
 
 # Lines that another test runs, or whose parts it does, and where
 ELSEWHERE = {
-    "make run": ".ci/run, as make test does its own set-up",
+    "make run": ".ci/run",
     "make test": ".ci/run",
     "swap-hpc train digits": "tests/commands/test_train.py",
     "mpirun -n 4 swap-hpc train digits": "tests/commands/test_train.py",
@@ -22,10 +26,10 @@ ELSEWHERE = {
     "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": "tests/commands/test_imagenet_run.py",
     "cd tests/examples": "tests/commands/test_examples.py",
     "mpirun -n 2 swap-hpc train discs.toml": "tests/commands/test_examples.py",
-    "swap-hpc study cifar10-cpu-table --data DIR": "hours; tests/commands/test_studies.py runs a small one",
-    "make bench": "an idle machine; tests/commands/test_bench.py runs one of them",
+    "mpirun -n 2 swap-hpc train mine.toml": "tests/commands/test_readme.py",
+    "swap-hpc study cifar10-cpu-table --data DIR": "tests/commands/test_studies.py",  # a small one: this takes hours
+    "make bench": "tests/commands/test_bench.py",  # one of them: all want an idle machine
 }
-
 
 IN_A_CONTAINER = "docker run "  # tests/image
 
@@ -44,6 +48,10 @@ def test_every_relative_link_resolves(page: Path) -> None:
 
 def test_no_line_elsewhere_is_gone() -> None:
     assert set(ELSEWHERE) <= set(lines()) | {"make bench"}
+    for line, file in ELSEWHERE.items():
+        text = (ROOT / file).read_text()
+        command = re.sub(r"^(mpirun -n \d+ )?(swap-hpc|sbatch|make|cd) ", "", line).split()[0].rpartition("/")[2]
+        assert command in text, f"{file} does not run {line}"
 
 
 def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
@@ -54,6 +62,41 @@ def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
         assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for name in ("report.md", "report.html", "curves.png", "landscape.png", "average-0-2-3.safetensors"):
         assert (tmp_path / "runs" / "mine" / name).is_file(), name
+
+
+def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path) -> None:
+    for kind, name in (("python", "nets.py"), ("toml", "mine.toml")):
+        (block,) = re.findall(rf"`{name}`:\n\n```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+        (tmp_path / name).write_text(block)
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 160), ("test", 40)):
+        for label, name in enumerate(("dark", "bright")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 160, (40, 36, 3)) + 90 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / split / name / f"{i}.jpg")
+    done = command("bash", "-c", "mpirun -n 2 swap-hpc train mine.toml", cwd=tmp_path)
+    assert done.code == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
+    assert result["groups"] == 2 and result["test_accuracy"]["averaged"] > 0.9
+
+
+def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:
+    (line,) = re.findall(r"`(swap-hpc report tests/runs/[^`]*)`", README)
+    folders = line.split()[2:]
+    for folder in folders:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png"))
+    done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
+    assert done.code == 0, done.stderr
+    drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    shown = {path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) if path.rpartition("/")[0] in folders}
+    assert len(shown) == 2 and shown <= drawn
+
+
+def test_the_tree_names_every_module() -> None:
+    (tree,) = re.findall(r"^## Files\n\n```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("\nslurm/")[0]))
+    assert named == {path.name for path in (ROOT / "swap_hpc").glob("*.py") if not path.name.startswith("__")}
 
 
 def test_the_loops_diff_is_that_of_the_files() -> None:
