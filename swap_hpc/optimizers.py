@@ -1,5 +1,6 @@
 """The optimizers of a recipe."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,10 +26,23 @@ def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimize
         for group in groups:
             group["trust"] = 0.0 if "weight_decay" in group else recipe.trust
         return Lars(groups, lr=0.0, **settings)
-    return torch.optim.SGD(groups, lr=0.0, **settings)
+    return Sgd(groups, lr=0.0, **settings)
 
 
-class Lars(torch.optim.Optimizer):
+class _Plain(torch.optim.Optimizer):
+    """Without guards against torch.compile, which never sees an optimizer here: they import torch._dynamo, seconds of each rank's start."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class Sgd(_Plain, torch.optim.SGD):
+    """torch's."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class Lars(_Plain):
     """SGD whose step of each tensor is as large as its weights: for very large batches.
 
     A tensor's gradient g, with the weight decay d of its weights w, is scaled by trust |w| / (|g| + d |w|), which then goes

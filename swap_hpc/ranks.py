@@ -8,6 +8,7 @@
 ```
 """
 
+import os
 import re
 import time
 import traceback
@@ -17,10 +18,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from mpi4py import MPI
 
-from swap_hpc.errors import RunError, UserError
-from swap_hpc.launcher import launched
+# Read when MPI starts. A rank, or Horovod's thread, that waits for others gives its core away instead of turning in circles on it: it may
+# share it with the model, or with another rank. On cores of its own it costs nothing. (Open MPI's name; other libraries know none such.)
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+from mpi4py import MPI  # noqa: E402
+
+from swap_hpc.errors import RunError, UserError  # noqa: E402
+from swap_hpc.launcher import launched  # noqa: E402
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from typing import Any
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.figures import put
 
-SHARING = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # ranks that wait give their core to others: where there are more ranks than cores
 PEERS = Path("tests/bench/peers.py")
 
 
@@ -75,7 +74,7 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
         said = Path(folder) / "said.json"
         line = [*(part.format(ranks=ranks) for part in shlex.split(launcher)), sys.executable, "-m", "swap_hpc.bench", name, str(said)]
         try:
-            code = subprocess.run(line, check=False, env=os.environ | (SHARING if ranks > len(os.sched_getaffinity(0)) else {})).returncode
+            code = subprocess.run(line, check=False).returncode
         except FileNotFoundError:
             raise UserError(f"no {line[0]} on the PATH: activate the environment, or say --launcher") from None
         if code or not said.is_file():

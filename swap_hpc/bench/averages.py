@@ -57,7 +57,7 @@ def average(world: Team, peers: ModuleType) -> list[Comparison]:
     room = [_extra_memory(model, world)]
     return [
         Comparison("average", f"average_weights_, {size}", peer, "s", one, other, 1.5 if on_gpu else 2.5, at_most=True, note=note),
-        Comparison("average", f"its floor: float64 allreduces alone, {size}", peer, "s", *alternately(floor, bare)),
+        Comparison("average", f"its floor: float64 allreduces alone, {size}", peer, "s", *alternately(floor, bare, 3)),
         Comparison("average", f"its extra memory at the peak, {size}", "a chunk of 64 MiB and its copy", "MiB", room, [128.0], 1.0, True),
     ]
 

@@ -22,7 +22,7 @@ from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment, Data, Model, Optimizer
 
-IMAGES, BATCH = 25_600, 512  # of 32x32 pixels
+IMAGES, BATCH = 15_360, 512  # of 32x32 pixels
 FILES, FILE_BATCH = 480, 32  # JPEG of 500x375
 AUGMENT = Augment(pad=4, flip=True, cutout=8)
 WORKERS = (0, 1, 2, 4)
