@@ -23,10 +23,10 @@ import numpy as np
 # share it with the model, or with another rank. On cores of its own it costs nothing. (Open MPI's name; other libraries know none such.)
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
-from mpi4py import MPI  # noqa: E402
+from mpi4py import MPI
 
-from swap_hpc.errors import RunError, UserError  # noqa: E402
-from swap_hpc.launcher import launched  # noqa: E402
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.launcher import launched
 
 T = TypeVar("T")
 

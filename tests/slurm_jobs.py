@@ -48,6 +48,11 @@ def lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
+def read_lines(out: Path, part: str) -> list[dict[str, Any]]:
+    """What a run's metrics tell of a part ("world", "group-000" ...)."""
+    return [json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()]
+
+
 def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
     """Waits until a part of a run ("world", "group-000" ...) is that far."""
     wait_for(lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs, f"epoch {epochs} of {part} in {out}", seconds, every=0.02)

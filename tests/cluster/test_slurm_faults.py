@@ -8,21 +8,36 @@ from pathlib import Path
 import pytest
 from cluster_of_two import NODES, ROOT, Cluster, wait_for
 from launch import processes_of
-from slurm_jobs import TWO_NODES, complete, digest, further, output, reached, submit
+from slurm_jobs import TWO_NODES, complete, digest, further, output, reached, read_lines, submit
 
 from swap_hpc.recipe import SHIPPED
 
 LAUNCHERS = ("srun", "mpirun")
-# Long enough in both phases to be hit there: 30 epochs each, about 8 seconds
-LONG = ("--set", "large_batch.epochs=30", "--set", "large_batch.stop_accuracy=1.0", "--set", "refine.epochs=48",
-        "--set", "large_batch.learning_rate=[[0, 0.0], [4, 0.2], [30, 0.0]]")  # fmt: skip
+TIMED = ("--set", "large_batch.epochs=3", "--set", "large_batch.stop_accuracy=1.0", "--set", "refine.epochs=2")
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The hash that a run on this cluster ends with when it is left alone."""
+def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Fields of a run whose phases last about 12 and 20 seconds here, however fast this machine is: long enough to be hit in both."""
+    out = tmp_path_factory.mktemp("timed") / "out"
+    complete(cluster, submit(cluster, ROOT, "digits", *TIMED, "--out", out, options=(*TWO_NODES, f"--output={out}.txt")), out)
+
+    def epochs(part: str, seconds: float, least: int, most: int) -> int:
+        last = [line for line in read_lines(out, part) if "train_seconds" in line][-1]
+        return max(least, min(most, round(seconds / (last["train_seconds"] + last["evaluate_seconds"]))))
+
+    first, refine = epochs("world", 12, 12, 90), epochs("group-000", 20, 10, 120)
+    return (
+        "--set", f"large_batch.epochs={first}", "--set", "large_batch.stop_accuracy=1.0", "--set", f"refine.epochs={refine}",
+        "--set", f"large_batch.learning_rate=[[0, 0.0], [4, 0.2], [{first}, 0.0]]",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, lasting: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The hash that it ends with on this cluster when it is left alone."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    complete(cluster, submit(cluster, ROOT, "digits", *LONG, "--out", out, options=(*TWO_NODES, f"--output={out}.txt")), out)
+    complete(cluster, submit(cluster, ROOT, "digits", *lasting, "--out", out, options=(*TWO_NODES, f"--output={out}.txt")), out)
     return digest(out)
 
 
@@ -50,10 +65,12 @@ def lose(cluster: Cluster, node: str, job: int) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_job_survives_everything_one_after_the_other(cluster: Cluster, home: Path, launcher: str, undisturbed: str) -> None:
+def test_a_job_survives_everything_one_after_the_other(
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str, undisturbed: str
+) -> None:
     """A rank killed, requeued, its step cancelled, its second node lost, in phase 1; requeued and its first node lost, in phase 2."""
     out = home / "out"
-    job = submit(cluster, home, "digits", *LONG, "--out", out, variables={"SWAP_LAUNCHER": launcher, "SWAP_RETRIES": "10"})
+    job = submit(cluster, home, "digits", *lasting, "--out", out, variables={"SWAP_LAUNCHER": launcher, "SWAP_RETRIES": "10"})
     reached(out, "world", 2)
     survives(cluster, job, lambda: kill_a_rank(out))
     further(out, "world", 2)
@@ -78,11 +95,13 @@ def test_a_job_survives_everything_one_after_the_other(cluster: Cluster, home: P
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_time_limits_signal_saves_and_requeues(cluster: Cluster, home: Path, launcher: str, undisturbed: str) -> None:
+def test_the_time_limits_signal_saves_and_requeues(
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str, undisturbed: str
+) -> None:
     """A limit of one minute, and the signal 32 seconds before it, or some seconds earlier."""
     out = home / "out"
     options = (*TWO_NODES, "--time=1", "--signal=B:USR1@32")
-    job = submit(cluster, home, "digits", *LONG, "--out", out, options=options, variables={"SWAP_LAUNCHER": launcher})
+    job = submit(cluster, home, "digits", *lasting, "--out", out, options=options, variables={"SWAP_LAUNCHER": launcher})
     survives(cluster, job, lambda: None)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     assert complete(cluster, job, out)["weights_sha256"] == undisturbed
@@ -92,16 +111,18 @@ def test_the_time_limits_signal_saves_and_requeues(cluster: Cluster, home: Path,
     assert ("goes on" in second) == ("epoch   1/" in first)  # a slow start may still have been at its beginning
 
 
-def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(cluster: Cluster, home: Path, undisturbed: str) -> None:
+def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], undisturbed: str
+) -> None:
     out = home / "out"
-    job = submit(cluster, home, "digits", *LONG, "--out", out)
+    job = submit(cluster, home, "digits", *lasting, "--out", out)
     reached(out, "world", 3)
     cluster.run("scancel", str(job))
     (ended,) = cluster.wait(job, 120)
     assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
     wait_for(lambda: "swap: stopped with code 75; the job is C" in output(ended), "its last line", 60)  # CANCELLED or COMPLETING
     assert processes_of(out, 20) == []
-    again = submit(cluster, home, "digits", *LONG, "--out", out)
+    again = submit(cluster, home, "digits", *lasting, "--out", out)
     assert complete(cluster, again, out)["weights_sha256"] == undisturbed and "large_batch goes on" in output(cluster.jobs(again)[0])
 
 
@@ -116,11 +137,11 @@ if os.environ.get("PMIX_RANK", "0") != "0":
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(cluster: Cluster, home: Path, launcher: str) -> None:
+def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str) -> None:
     out = home / "out"
     (home / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
     variables = {"SWAP_LAUNCHER": launcher, "SWAP_RESTARTS": "0", "PYTHONPATH": str(home)}
-    job = submit(cluster, home, "digits", *LONG, "--out", out, variables=variables)
+    job = submit(cluster, home, "digits", *lasting, "--out", out, variables=variables)
     reached(out, "world", 3)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     (ended,) = cluster.wait(job, 120)

@@ -219,3 +219,20 @@ def test_a_launcher_that_mpi_does_not_know_is_named(tmp_path: Path) -> None:
     assert refused.code == 2 and "launcher and MPI library do not match" in refused.ours[0]
     silent = swap_hpc("train", "digits", "--out", tmp_path, variables=variables | {"OMPI_COMM_WORLD_RANK": "1"})
     assert silent.code == 2 and silent.ours == []
+
+
+LOADED = """
+import sys
+from swap_hpc import cli
+try:
+    cli.main()
+except SystemExit:
+    print([name for name in ("torch._dynamo", "sklearn", "scipy", "matplotlib", "torchvision") if name in sys.modules])
+"""
+
+
+def test_a_run_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path) -> None:
+    small = [word for field in ("groups=2", "model.width=4", "large_batch.epochs=1", "refine.epochs=1") for word in ("--set", field)]
+    done = command(sys.executable, "-c", LOADED, "train", "digits", "--out", tmp_path / "run", *small, ranks=2)
+    assert done.code == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[]", "[]"]
