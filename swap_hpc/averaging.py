@@ -87,9 +87,10 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
         packed /= count
         for (name, a, b), values in zip(pieces, packed.to(device).split(sizes), strict=True):
             targets[name].view(-1)[a:b].copy_(values)
-    for name, tensor in model.state_dict().items():
-        if name not in targets:
-            tensor.copy_(broadcast_tensor(total.kept.get(name, tensor) if total else tensor, peers))
+    others = {name: tensor for name, tensor in model.state_dict().items() if name not in targets}
+    first = broadcast_tensors([total.kept.get(name, tensor) if total else tensor for name, tensor in others.items()], peers)
+    for tensor, value in zip(others.values(), first, strict=True):
+        tensor.copy_(value)
 
 
 @torch.no_grad()
@@ -97,12 +98,16 @@ def broadcast_weights_(model: nn.Module, team: Team) -> None:
     """Gives every rank of `team` the first one's parameters and buffers, whatever their types."""
     if team.size > 1:
         for tensor in model.state_dict().values():
-            tensor.copy_(broadcast_tensor(tensor, team))
+            tensor.copy_(broadcast_tensors([tensor], team)[0])
 
 
-def broadcast_tensor(tensor: Tensor, team: Team) -> Tensor:
-    """The first rank's `tensor`, on the CPU; as bytes, since MPI does not know every type."""
-    return torch.from_numpy(team.broadcast_(tensor_bytes(tensor).copy())).view(tensor.dtype).view(tensor.shape)
+def broadcast_tensors(tensors: list[Tensor], team: Team) -> list[Tensor]:
+    """The first rank's `tensors`, on the CPU; as bytes of one message, since MPI does not know every type."""
+    mine = [tensor_bytes(tensor) for tensor in tensors]
+    packed = team.broadcast_(np.concatenate([np.empty(0, np.uint8), *mine]))
+    ends = np.cumsum([len(each) for each in mine])
+    parts = [packed[end - len(each) : end].copy() for each, end in zip(mine, ends, strict=True)]  # a copy lies where its type may
+    return [torch.from_numpy(part).view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:

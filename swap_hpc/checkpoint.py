@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swap_hpc.averaging import WeightSum, broadcast_tensor, tensor_bytes
+from swap_hpc.averaging import WeightSum, broadcast_tensors, tensor_bytes
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.events import Running, SavePoint
 from swap_hpc.files import Tensors, Unreadable, read_tensors, write_tensors
@@ -99,7 +99,7 @@ class Checkpoints:
         if state is None:
             return None
         for name, (dtype, shape) in kinds.items():
-            tensors[name] = broadcast_tensor(tensors.get(name, torch.empty(shape, dtype=dtype)), team)
+            (tensors[name],) = broadcast_tensors([tensors.get(name, torch.empty(shape, dtype=dtype))], team)
         buffers = _of(tensors, "buffers")
         if "ranks" in tensors:
             rows = [_unpacked(row, buffers) for row in tensors["ranks"]]

@@ -1,8 +1,10 @@
 """`step`, `loop`, `refine`: beside DistributedDataParallel, beside a bare loop, and a rank among others beside a rank alone."""
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -20,7 +22,7 @@ from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Job
 from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team, node_of
-from swap_hpc.recipe import Model, Optimizer, Recipe, load_recipe
+from swap_hpc.recipe import LargeBatch, Model, Optimizer, Recipe, Refine, load_recipe
 
 SMALL = ("data.name=synthetic", "data.samples=4096", "precision=fp32", "evaluate.every=0", "large_batch.epochs=1", "refine.epochs=1")
 
@@ -102,13 +104,7 @@ def loop(world: Team, peers: ModuleType) -> list[Comparison]:
         return _fitted(job, deepcopy(model), Team.alone(), "large_batch")
 
     def bare() -> float:
-        phase, mine = job.recipe.large_batch, deepcopy(model)
-        batches = job.training_batches(phase, Key(0, Phase.LARGE_BATCH), Team.alone())
-        optimizer = build_optimizer(mine, job.recipe.optimizer)
-        begin = time.perf_counter()
-        images = peers.bare_loop(mine, optimizer, batches, job.autocast)
-        wait_for_gpu()
-        return float(images / (time.perf_counter() - begin))
+        return _bare(job, model, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), peers)
 
     one, other = alternately(ours, bare)
     return [Comparison("loop", "fit()", "bare forward, backward, step", "images/s", one, other, 0.98)]
@@ -131,9 +127,19 @@ def refine(world: Team, peers: ModuleType) -> list[Comparison]:
         def alone(job: Job = job, model: nn.Module = model) -> float:
             return world.first_while_others_sleep(lambda: _fitted(job, deepcopy(model), Team.alone(), "refine"))
 
+        def bare(job: Job = job, model: nn.Module = model) -> float:
+            return _bare(job, model, job.recipe.refine, Key(0, Phase.REFINE, world.rank), peers)
+
+        def bare_together(bare: Callable[[], float] = bare) -> float:
+            world.barrier()
+            return world.sums(bare())[0] / world.size
+
         one, other = alternately(together, alone)
+        most, another = alternately(bare_together, partial(world.first_while_others_sleep, bare), 3)
         what = f"{world.size} ranks refining, {precision}, {job.device.threads} thread each"
         comparisons.append(Comparison("refine", what, "one rank alone", "images/s per rank", one, other, bar))
+        what = f"its ceiling: {world.size} bare loops that know nothing of each other"
+        comparisons.append(Comparison("refine", what, "one bare loop alone", "images/s per rank", most, another))
     return comparisons
 
 
@@ -145,6 +151,16 @@ def _job(name: str, world: Team, *overrides: str) -> tuple[Job, nn.Module]:
     dataset = load(recipe.data, world, device.threads)
     model = models.build(recipe.model, len(dataset.classes), dataset.channels, 0).to(device.torch)
     return Job(recipe, dataset, device), model
+
+
+def _bare(job: Job, model: nn.Module, phase: LargeBatch | Refine, key: Key, peers: ModuleType) -> float:
+    """Images per second of the peer's loop on the same batches."""
+    mine = deepcopy(model)
+    optimizer = build_optimizer(mine, job.recipe.optimizer)
+    begin = time.perf_counter()
+    images = peers.bare_loop(mine, optimizer, job.training_batches(phase, key, Team.alone()), job.autocast)
+    wait_for_gpu()
+    return float(images / (time.perf_counter() - begin))
 
 
 def _fitted(job: Job, model: nn.Module, team: Team, phase: str, group: int = 0) -> float:

@@ -33,7 +33,12 @@ class Buildah:
         }  # fmt: skip
 
     def prepare(self) -> None:
+        """With the cache of builds before: as with docker, a second build on a host finds Horovod and the wheels."""
         (self.folder / "tmp").mkdir()
+        kept = Path(os.environ.get("SWAP_HPC_CACHE", Path.home() / ".cache" / "swap_hpc")) / "image"
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in ("buildah-cache", f"buildah-cache-{os.getuid()}"):  # its versions differ
+            (self.folder / "tmp" / name).symlink_to(kept)
         where = f'graphroot = "{self.folder}/storage"\nrunroot = "{self.folder}/run"\n'
         (self.folder / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\n{where}')
 
