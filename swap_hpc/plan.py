@@ -1,7 +1,8 @@
 """What a recipe would take on more ranks than are at hand: predictions of a stated cost model, calibrated by measurements.
 
 The model: a step's samples are shared out to the ranks; each takes `sample` seconds of a core or GPU, and a step `step` seconds
-beside them. Ranks beyond the `cores` of a host share them. A message takes `latency` seconds and its bytes by `bandwidth`; an
+beside them. Where a rank's share of a step outgrows the caches, between `small` and `large` samples, each doubling adds `growth`
+seconds to each of them. Ranks beyond the `cores` of a host share them. A message takes `latency` seconds and its bytes by `bandwidth`; an
 allreduce of N ranks is 2 (N - 1) messages of 1 / N of the bytes (a ring) or 2 log2 N of all of them (a tree), what is less.
 Saves go to one file system, at `disk` bytes per second in all. Evaluations, and meetings of the groups before the last, are left out.
 """
@@ -32,6 +33,9 @@ class Costs:
 
     sample: float  # forward and backward pass of one sample, by one rank
     step: float  # of a step beside its samples: the optimizer, launches
+    growth: float = 0.0  # more for each sample with each doubling of a rank's share of a step ...
+    small: float = 128.0  # ... beyond so many samples
+    large: float = 1024.0  # ... up to so many
     latency: float = 20e-6
     bandwidth: float = 10e9  # of a rank's messages
     disk: float = 1e9  # of the file system, all ranks together
@@ -46,7 +50,11 @@ class Costs:
     def compute(self, samples: float, steps: float, ranks: int) -> float:
         """Seconds of a rank's steps, when all `ranks` of the job compute."""
         crowd = max(1.0, ranks / self.cores) if self.cores else 1.0
-        return (samples * self.sample + steps * self.step) * crowd
+        return (samples * self.of_a_sample(samples / steps if steps else 0) + steps * self.step) * crowd
+
+    def of_a_sample(self, share: float) -> float:
+        """Seconds, in a step of which a rank has that many."""
+        return self.sample + self.growth * math.log2(min(max(share, self.small), self.large) / self.small)
 
 
 @dataclass(frozen=True)
@@ -108,26 +116,34 @@ def calibrated(file: Path) -> Costs:
 
 
 def fitted(cases: Sequence[dict[str, Any]], cores: int) -> Costs:
-    """Least squares over cases of 1 and 2 ranks; a sample's cost is that of the narrowest model."""
-    narrowest = min(case["width"] for case in cases)
-    rows, values = [], []
-    for case in cases:  # refinement: groups of one rank, no communication
-        if case["width"] == narrowest:
-            rows.append((case["samples"], case["samples"] / case["batch_sizes"]["refine"]))
-            values.append(case["phases"]["refine"]["seconds"])
-            if case["ranks"] == 1:
-                rows.append((case["samples"], case["samples"] / case["batch_sizes"]["large_batch"]))
-                values.append(case["phases"]["large_batch"]["seconds"])
-    sample, step = _least_squares(rows, values)
+    """From cases of 1 and 2 ranks; a sample's cost is that of the narrowest model.
+
+    Refinement is computing alone, by groups of one rank. So is phase 1 of one rank, in larger steps: where a sample takes less time
+    there, a step costs something beside its samples; where it takes more, large steps outgrow the caches. What phase 1 of two
+    ranks takes beyond that is communication.
+    """
+    narrow = [case for case in cases if case["width"] == min(case["width"] for case in cases)]
+    (alone,) = (case for case in narrow if case["ranks"] == 1)
+    small, large = alone["batch_sizes"]["refine"], alone["batch_sizes"]["large_batch"]
+    rows = [(case["samples"], case["samples"] / small) for case in narrow] + [(alone["samples"], alone["samples"] / large)]
+    values = [case["phases"]["refine"]["seconds"] for case in narrow] + [alone["phases"]["large_batch"]["seconds"]]
+    costs = Costs(*_least_squares(rows, values), small=small, large=large, cores=cores)
+    in_small = float(np.mean([seconds / samples for (samples, _), seconds in zip(rows[:-1], values[:-1], strict=True)]))
+    in_large = values[-1] / alone["samples"]
+    if in_large > in_small:
+        costs = replace(costs, sample=in_small, step=0.0, growth=(in_large - in_small) / math.log2(large / small))
     rows, values = [], []
     for case in cases:
         if case["ranks"] == 2:
-            steps = case["samples"] / case["batch_sizes"]["large_batch"]
-            alone = case["phases"]["refine"]["seconds"] / 2 - (case["samples"] / case["batch_sizes"]["refine"] / 2 - steps) * step
+            steps, phases = case["samples"] / large, case["phases"]
+            of_samples = phases["refine"]["seconds"] - case["samples"] / small * costs.step  # of any width
+            computing = of_samples / 2 * costs.of_a_sample(large / 2) / costs.of_a_sample(small) + steps * costs.step
             rows.append((2.0, GRADIENT * case["parameters"]))
-            values.append(max(0.0, case["phases"]["large_batch"]["seconds"] - alone) / steps)
+            values.append(max(0.0, phases["large_batch"]["seconds"] - computing) / steps)
     latency, per_byte = _least_squares(rows, values)
-    return Costs(sample, step, latency, 1 / max(per_byte, 1e-12), cores=cores)
+    if latency > 1e-9:  # where computing hides all of it, communication is not free: then it stays as it is by default
+        costs = replace(costs, latency=latency)
+    return replace(costs, bandwidth=1 / per_byte) if per_byte > 1e-12 else costs
 
 
 def _least_squares(rows: Sequence[tuple[float, float]], values: Sequence[float]) -> tuple[float, float]:
@@ -165,7 +181,7 @@ def text(recipe: Recipe, ranks: Sequence[int], samples: int | None, calibration:
         costs, source = calibrated(calibration), f"measured ({calibration})"
         width = min(case["width"] for case in json.loads(calibration.read_text())["cases"])
         _, reference = size(Model.model_validate({"name": "resnet9", "width": width}), *CALIBRATED_ON)
-        costs = replace(costs, sample=costs.sample * operations / reference, cores=None)
+        costs = replace(costs, sample=costs.sample * operations / reference, growth=costs.growth * operations / reference, cores=None)
     costs = replace(costs, **chosen)
     work = Work(recipe, samples, parameters)
     head = f"{recipe.name}: {samples:,} samples, {parameters / 1e6:.2f} million parameters, {recipe.groups} groups"
@@ -184,7 +200,7 @@ def _cost(override: str) -> tuple[str, float]:
     names = [field.name for field in fields(Costs)]
     with suppress(ValueError):
         number = float(value)
-        if name in names and math.isfinite(number) and (number > 0 or (number == 0 and name in ("sample", "step", "latency"))):
+        if name in names and math.isfinite(number) and (number > 0 or (number == 0 and name in ("sample", "step", "growth", "latency"))):
             return name, number
     raise UserError(f"--cost {override}: write it as {names[0]}=0.001; there are {', '.join(names)}")
 

@@ -1,5 +1,8 @@
 """How a bench judges: ratios of neighbours, bars, and what its table says."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from swap_hpc.bench import BENCHES, NAMES
@@ -43,3 +46,11 @@ def test_every_bench_is_there_and_listed(name: str) -> None:
 
     module, _, function = BENCHES[name].where.partition(":")
     assert callable(getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)) and name in NAMES
+
+
+def test_the_readmes_table_is_that_of_the_committed_run() -> None:
+    root = Path(__file__).parents[2]
+    rows = json.loads((root / "tests" / "runs" / "bench" / "all.json").read_text())["comparisons"]
+    read = [Comparison(**{key: value for key, value in row.items() if key in Comparison.__dataclass_fields__}) for row in rows]
+    assert {each.bench for each in read} == set(BENCHES)
+    assert table(read).partition("\n\n")[0] in (root / "README.md").read_text()

@@ -1,5 +1,8 @@
 """Predictions: what the cost model says, and what a calibration finds again."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import tiny
 from swap_hpc import plan
 from swap_hpc.errors import UserError
 from swap_hpc.plan import Costs, Work
+from swap_hpc.recipe import load_recipe
 
 RECIPE = tiny.recipe(
     groups=2,
@@ -65,7 +69,7 @@ def test_bytes_per_image_make_the_case() -> None:
 
 def case(ranks: int, width: int, samples: int, costs: Costs, parameters: int, slower: float) -> dict[str, Any]:
     work = Work(RECIPE.model_copy(update={"groups": ranks}), samples, parameters)
-    costs = Costs(costs.sample * slower, costs.step, costs.latency, costs.bandwidth)
+    costs = replace(costs, sample=costs.sample * slower, growth=costs.growth * slower)
     seconds = {
         "large_batch": plan.epoch(work, costs, RECIPE.large_batch, ranks, ranks),
         "refine": plan.epoch(work, costs, RECIPE.refine, 1, ranks),
@@ -88,6 +92,40 @@ def test_a_calibration_finds_the_costs_that_made_the_measurements() -> None:
     assert found.cores == 2
 
 
+def test_steps_that_outgrow_the_caches_are_told_from_steps_that_cost_something() -> None:
+    costs = replace(COSTS, step=0.0, growth=0.002, small=16, large=64)
+    made = [case(1, 8, 640, costs, 1000, 1), case(2, 8, 640, costs, 1000, 1), case(2, 16, 640, costs, 4000, 3.5)]
+    found = plan.fitted(made, cores=2)
+    for name in ("sample", "step", "growth", "latency", "bandwidth"):
+        assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=1e-6), name
+
+
+SCALING = Path(__file__).parents[1] / "runs" / "scaling" / "scaling.json"
+
+
+def test_calibrated_on_one_and_two_ranks_it_predicts_four_and_eight() -> None:
+    """Against what `bench scaling` measured on two cores, each phase within a quarter."""
+    costs, seen = plan.calibrated(SCALING), 0
+    for measured in json.loads(SCALING.read_text())["cases"]:
+        if measured["ranks"] > 2:
+            sizes = [f"{phase}.batch_size={size}" for phase, size in measured["batch_sizes"].items()]
+            recipe = load_recipe("cifar10-cpu", (f"groups={measured['ranks']}", *sizes))
+            work = Work(recipe, measured["samples"], measured["parameters"])
+            for phase, section, team in (("large_batch", recipe.large_batch, measured["ranks"]), ("refine", recipe.refine, 1)):
+                predicted = plan.epoch(work, costs, section, team, measured["ranks"])
+                assert predicted == pytest.approx(measured["phases"][phase]["seconds"], rel=0.25), (measured["ranks"], phase)
+                seen += 1
+    assert seen == 4
+
+
+def test_what_was_measured_sends_nothing_in_phase_2_and_needs_no_more_memory_on_more_ranks() -> None:
+    cases = json.loads(SCALING.read_text())["cases"]
+    assert len(cases) == 8 and all(case["phases"]["refine"]["bytes"] == 0 for case in cases)
+    alike = sorted((case for case in cases if (case["width"], case["samples"]) == (8, 4096)), key=lambda case: case["ranks"])
+    memory = [case["peak_memory_mib"] for case in alike]
+    assert [case["ranks"] for case in alike] == [1, 2, 4, 8] and memory == sorted(memory, reverse=True)
+
+
 def test_the_table_names_what_limits_and_what_cannot_be() -> None:
     table = plan.table(WORK, COSTS, (2, 32))
     assert "| small batch (16)" in table and "phase 1: computing" in table
@@ -97,7 +135,7 @@ def test_the_table_names_what_limits_and_what_cannot_be() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("speed=3", "there are sample, step, latency"),
+        ("speed=3", "there are sample, step, growth, "),
         ("sample=fast", "write it as sample=0.001"),
         ("bandwidth=0", "write it as"),
         ("disk=inf", "write it as"),
