@@ -59,7 +59,7 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
             rows, host = rows + said["comparisons"], said["machine"]
     kept = Comparison.__dataclass_fields__
     comparisons = [Comparison(**{key: value for key, value in row.items() if key in kept}) for row in rows]
-    cores = f"{host['cores']} cores of {host['cpu']}, {host['gpu'] or 'not measured on a GPU: no GPU'}"
+    cores = f"{host['cores']} cores of {host['cpu']}, {host['gpu'] or 'GPU: not measured: no GPU'}"
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

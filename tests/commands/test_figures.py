@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launch import swap_hpc
+from safetensors.torch import load_file
 
 QUICK = ("--set", "large_batch.epochs=3", "--set", "refine.epochs=2", "--set", "groups=4", "--set", "checkpoint.snapshots=1")
 TEST_IMAGES = 599  # of digits
@@ -43,6 +44,13 @@ def test_a_landscape_shows_the_runs_own_models_on_any_number_of_ranks(run: Path)
         )
 
 
+def apart(one: Path, other: Path) -> float:
+    """The distance between two models' parameters."""
+    mine, its = (load_file(file.with_suffix(".safetensors")) for file in (one, other))
+    squares = [(mine[name].double() - its[name].double()).square().sum() for name in mine if "running" not in name and "num_" not in name]
+    return float(sum(squares) ** 0.5)
+
+
 def test_a_trajectory_points_to_the_average_and_report_draws_it_again(run: Path) -> None:
     paths = []
     for ranks in (1, 3):
@@ -55,6 +63,10 @@ def test_a_trajectory_points_to_the_average_and_report_draws_it_again(run: Path)
     assert found["large_batch", 1]["cosine"] > 0.05  # far off, downhill is towards the average
     assert found["large_batch", 1]["distance"] > found["large_batch", 3]["distance"] > 0
     assert len(paths[0]["between_groups"]) == 2 * 6 and all(each["distance"] > 0 for each in paths[0]["between_groups"])
+    assert found["large_batch", 1]["distance"] == pytest.approx(apart(run / "snapshots" / "large_batch-00001", run / "swap"), rel=1e-6)
+    for each in paths[0]["between_groups"]:
+        one, other = (run / "snapshots" / f"{group}-{each['epoch']:05d}" for group in each["groups"])
+        assert each["distance"] == pytest.approx(apart(one, other), rel=1e-6)
     (run / "trajectory.png").unlink()
     assert swap_hpc("report", run).code == 0
     assert (run / "trajectory.png").is_file() and "![trajectory](trajectory.png)" in (run / "report.md").read_text()
