@@ -36,7 +36,7 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
 	@$(activate) && $(linters) && python -m pytest $(ARGS)
 
-test-slurm: setup  ## the batch scripts on a Slurm cluster of two nodes, which the tests start themselves (root; 10 minutes)
+test-slurm: setup  ## the batch scripts on a Slurm cluster of two nodes, which the tests start themselves (root; 15 minutes)
 	@$(activate) && python -m pytest tests/cluster $(ARGS)
 
 test-image: setup  ## build the CPU image, and train inside it (root, buildah, debootstrap; 10 minutes)
