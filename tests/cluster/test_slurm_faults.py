@@ -1,6 +1,7 @@
 """What happens to jobs on clusters: they come back, and end with the weights of a run that nothing happened to."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ TIMED = ("--set", "large_batch.epochs=3", "--set", "large_batch.stop_accuracy=1.
 
 @pytest.fixture(scope="session")
 def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Fields of a run whose phases last about 12 and 20 seconds here, however fast this machine is: long enough to be hit in both."""
+    """Fields of a run whose phases last about 14 and 26 seconds here, however fast this machine is: long enough to be hit in both."""
     out = tmp_path_factory.mktemp("timed") / "out"
     complete(cluster, submit(cluster, ROOT, "digits", *TIMED, "--out", out, options=(*TWO_NODES, f"--output={out}.txt")), out)
 
@@ -26,7 +27,7 @@ def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple
         last = [line for line in read_lines(out, part) if "train_seconds" in line][-1]
         return max(least, min(most, round(seconds / (last["train_seconds"] + last["evaluate_seconds"]))))
 
-    first, refine = epochs("world", 12, 12, 90), epochs("group-000", 20, 10, 120)
+    first, refine = epochs("world", 14, 12, 90), epochs("group-000", 26, 10, 160)
     return (
         "--set", f"large_batch.epochs={first}", "--set", "large_batch.stop_accuracy=1.0", "--set", f"refine.epochs={refine}",
         "--set", f"large_batch.learning_rate=[[0, 0.0], [4, 0.2], [{first}, 0.0]]",
@@ -106,8 +107,11 @@ def test_the_time_limits_signal_saves_and_requeues(
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     assert complete(cluster, job, out)["weights_sha256"] == undisturbed
     said = output(cluster.jobs(job)[0])
-    assert f"swap-hpc: stopped on request, all is saved in {out}: start it again to go on" in said
-    first, second = said.split("swap: stopped with code 75: back into the queue\n", 1)
+    first, code, second = re.split(r"swap: stopped with code (\d+): back into the queue\n", said, maxsplit=1)
+    if "digits: 4 ranks" in first:
+        assert code == "75" and f"swap-hpc: stopped on request, all is saved in {out}: start it again to go on" in said
+    else:
+        assert code == "138", said  # on a crowded machine Python was still importing, and the signal ended it
     assert ("goes on" in second) == ("epoch   1/" in first)  # a slow start may still have been at its beginning
 
 
