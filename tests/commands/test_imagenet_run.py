@@ -9,6 +9,7 @@ import pytest
 from launch import swap_hpc
 
 SHORT = (
+    "model.name=torchvision:resnet18",
     "large_batch.epochs=2", "large_batch.batch_size=240", "large_batch.learning_rate=[[0,0.0],[2,0.05]]",
     "refine.epochs=3", "refine.batch_size=120", "refine.learning_rate=[[0,0.05],[3,0.0]]",
     "data.image_size=[[0,32],[1,40]]", "evaluate.every=0", "evaluate.batch_size=100", "batchnorm.samples=256", "precision=fp32",
