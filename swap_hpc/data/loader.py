@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
+from torch.nn import functional as F
 
 from swap_hpc.data.decode import Encoded, encoded, explain_decode_error, whole_image
 from swap_hpc.data.sampling import DRAWS, Picks
@@ -57,25 +59,27 @@ def batches(
             ahead.append(pick.indices)
             yield pick
 
+    seen: Callable[..., Tensor] = _as_they_are
     if isinstance(split, Arrays):
         graph = _array_graph(dataset, split, noted(), view.augment, device)
     else:
         graph = _encoded_graph(dataset, split, noted(), view, device)
+        if view.augment and device.torch.type == "cpu":
+            seen = partial(_resized, view.size or dataset.image_size, dataset)
     pipeline = _pipeline(graph, batch_size, device)
     labels = torch.from_numpy(split.labels).to(device.torch)
     # on a GPU, the stream that waits for DALI's output, and that DALI waits for before it uses the memory again
     stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
     while True:
         try:
-            (output,) = pipeline.run(stream)
+            outputs = pipeline.run(stream)
         except StopIteration:
             return
         except RuntimeError as error:
             if not isinstance(split, Arrays):
                 explain_decode_error(split, itertools.chain(*ahead), error)
             raise
-        images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-        yield images, labels[_on_device(ahead.popleft(), device)]
+        yield seen(*outputs).permute(0, 3, 1, 2), labels[_on_device(ahead.popleft(), device)]
 
 
 def _own_batches(
@@ -191,6 +195,8 @@ def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], vie
             device=decode_on,
             output_type=types.RGB,
         )
+        if decode_on == "cpu":
+            return image, mirror  # for `_resized`
         return _normalised(fn.resize(image, resize_x=width, resize_y=height), dataset, mirror=mirror)
 
     def evaluation() -> Any:
@@ -220,6 +226,28 @@ def _read_ahead(split: Encoded, picks: Iterator[Picks], threads: int) -> Iterato
 def _normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:
     """(H, W, C) float32: seen as (C, H, W) it is channels_last without a copy."""
     return fn.crop_mirror_normalize(image, mean=dataset.mean, std=dataset.std, dtype=types.FLOAT, output_layout="HWC", **arguments)
+
+
+def _as_they_are(images: Any) -> Tensor:
+    return torch.from_dlpack(images.as_tensor())
+
+
+def _resized(size: tuple[int, int], dataset: Dataset, crops: Any, mirrored: Any) -> Tensor:
+    """On the CPU: crops (h, w, 3) uint8 of any sizes, resized, mirrored and normalised: (n, H, W, 3) float32.
+
+    With torch's kernel for antialiased uint8, which takes a fifth of the time of DALI's.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # an image is too small to share, and DALI's threads have the cores
+    images = torch.empty(len(crops), *size, 3)
+    mean, deviation = (torch.tensor(channels).repeat(size[1]) for channels in (dataset.mean, dataset.std))
+    for crop, mirror, image in zip(crops, np.asarray(mirrored.as_tensor()), images, strict=True):
+        whole = torch.from_numpy(np.asarray(crop))[None].permute(0, 3, 1, 2)
+        resized = F.interpolate(whole, size=size, mode="bilinear", antialias=True)
+        rows = image.view(size[0], -1)  # a whole row at a time: channels alone are too short for vector instructions
+        rows.copy_((resized.flip(3) if mirror else resized).permute(0, 2, 3, 1).view(rows.shape)).sub_(mean).div_(deviation)
+    torch.set_num_threads(threads)
+    return images
 
 
 def _draws(pick: Picks) -> np.ndarray:

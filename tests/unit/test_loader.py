@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from swap_hpc.data import loader
 from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, evaluation_picks, training_picks
@@ -103,6 +104,30 @@ def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> 
         assert red.mean() / 255 == pytest.approx(u[0] * (1 - w) + w / 2, abs=0.03)
         assert image[1].mean() / 255 == pytest.approx(u[1] * (1 - h) + h / 2, abs=0.03)
         assert (red[:, -1] - red[:, 0]).mean() / 255 == pytest.approx(w, abs=0.06)
+
+
+def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
+    """On noise, to a level of 255 and a half, which is what rounding leaves: cropped, resized with antialiasing, mirrored, normalised."""
+    generator = np.random.default_rng(1)
+    images = [generator.integers(0, 256, (*generator.integers(20, 90, 2), 3), dtype=np.uint8) for _ in range(24)]
+    paths = [str(tmp_path / f"{i}.png") for i in range(24)]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path)
+    split = Files(tuple(paths), np.zeros(24, np.int64))
+    data = Dataset(split, split, ("a",), (24, 40), 3, (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+    pick = epoch_picks(Key(0, Phase.REFINE), 0, 24)
+    assert pick.draws is not None and 0 < (pick.draws[:, 2] >= 0.5).sum() < 24
+    ((found, _),) = loader.batches(data, split, iter([pick]), loader.View(Augment(flip=True)), 24, tiny.CPU)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for image, index, u in zip(found.permute(0, 2, 3, 1).numpy(), pick.indices, pick.draws, strict=True):
+        whole = images[index]
+        area, aspect = (0.08 + u[3] * 0.92) * whole.shape[0] * whole.shape[1], np.exp(np.log(3 / 4) + u[4] * np.log(16 / 9))
+        size = np.minimum(whole.shape[:2], np.floor(np.sqrt([area / aspect, area * aspect]) + 0.5)).astype(int)
+        top, left = np.floor(u[1::-1] * (np.array(whole.shape[:2]) - size + 1)).astype(int)
+        crop = functional.to_pil_image(whole[top : top + size[0], left : left + size[1]])
+        expected = np.asarray(functional.resize(crop, [24, 40], antialias=True))
+        expected = expected[:, ::-1] if u[2] >= 0.5 else expected
+        np.testing.assert_allclose(image * data.std + data.mean, expected, atol=1.5)
 
 
 def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
