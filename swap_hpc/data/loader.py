@@ -160,7 +160,7 @@ def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], vie
     """Read and decode images; random resized crop and flip for training, resize and centre crop for evaluation.
 
     Source of the crop: Szegedy et al., "Going deeper with convolutions", 2014. A crop that would not fit is cut to the
-    image's edge, where torchvision draws again.
+    image's edge, where torchvision draws again. On the CPU the crop is left to `_resized`.
     """
     height, width = view.size or dataset.image_size
     augment = view.augment
@@ -196,7 +196,7 @@ def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], vie
             output_type=types.RGB,
         )
         if decode_on == "cpu":
-            return image, mirror  # for `_resized`
+            return image, mirror
         return _normalised(fn.resize(image, resize_x=width, resize_y=height), dataset, mirror=mirror)
 
     def evaluation() -> Any:
