@@ -65,9 +65,13 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
     the ranks. Everything else (integer buffers, batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes
     from the first rank's first contribution.
 
-    `model`: the plain module, alike on all ranks but for its values. Raises ValueError where a parameter is not contiguous.
+    `model`: the plain module, alike on all ranks but for its values. Raises ValueError, on all ranks, where names or shapes differ,
+    and where a parameter is not contiguous.
     """
     targets = averaged_tensors(model)
+    layouts = peers.allgather([(name, tuple(t.shape)) for name, t in model.state_dict().items()])
+    if other := next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None):
+        raise ValueError(f"the model of rank {other} has other weights than that of rank 0: build it alike on all ranks")
     for name, tensor in targets.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous: model.to(memory_format=torch.contiguous_format); its inputs may be channels_last")

@@ -3,6 +3,7 @@
 0: done. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank speaks for all.
 """
 
+import re
 import sys
 import time
 import traceback
@@ -284,10 +285,22 @@ def _options(context: typer.Context, version: Annotated[bool, typer.Option("--ve
 STARTED = time.perf_counter()
 
 
+def _traceback() -> str:
+    """Of the exception at hand, without the frames of the command line's library."""
+    error = sys.exc_info()[1]
+    assert error is not None
+    told = traceback.TracebackException.from_exception(error)
+    told.stack = traceback.StackSummary.from_list(frame for frame in told.stack if not re.search(r"/(typer|click)/", frame.filename))
+    return "".join(told.format()).rstrip()
+
+
 def main() -> None:
     """Runs the command line; errors end in one clear line, from one rank."""
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except SystemExit:  # of a user's own module: nothing here leaves so
+            fail(3, _traceback())
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         tell_launcher("done")
@@ -302,11 +315,11 @@ def main() -> None:
         fail(3, f"swap-hpc: {error}", error.said_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
-            fail(3, traceback.format_exc().rstrip())
+            fail(3, _traceback())
         fail(2, f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed")
     except KeyboardInterrupt:
         fail(3, "swap-hpc: interrupted")
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself is wrong
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
-        fail(3, traceback.format_exc().rstrip())
+        fail(3, _traceback())

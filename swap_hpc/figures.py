@@ -181,7 +181,7 @@ MARKS = {"large_batch": ("s", "end of phase 1"), "swap": ("*", "average")}  # th
 def landscape(content: dict[str, Any], file: Path) -> None:
     """Draws the errors in `landscape.json`: a row for each plane, training error on the left, test error on the right."""
     planes = content["planes"]
-    title = f"{content['recipe']}, seed {content['seed']}: error (%) on planes through the weights"
+    title = f"{content['recipe']}, seed {content['seed']}: error (%) on planes through the weights, batch norm refreshed at every point"
     with drawn(file, title, len(planes), 2, (11, 4.6 * len(planes))) as axes:
         for row, plane in zip(axes, planes, strict=True):
             for axis, kind in zip(row, ("train", "test"), strict=True):
@@ -202,7 +202,9 @@ def _surface(axis: Any, plane: dict[str, Any], errors: str) -> None:
         size, colour = (13, "red") if marker == "*" else (8, "white")
         axis.plot(model["x"], model["y"], marker, ms=size, mfc=colour, mec="black")
         error = f"{label} {100 * model[errors]:.2f}" if model["in_plane"] else f"{label} (projected)"
-        axis.annotate(error, (model["x"], model["y"]), (7, 5), textcoords="offset points", fontsize="small")
+        right = model["x"] > 0.3 * plane["x"][0] + 0.7 * plane["x"][-1]  # the text would leave the picture
+        place = {"xytext": (-7 if right else 7, 5), "ha": "right" if right else "left"}
+        axis.annotate(error, (model["x"], model["y"]), textcoords="offset points", fontsize="small", **place)
 
 
 def trajectory(content: dict[str, Any], file: Path) -> None:

@@ -94,6 +94,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors and header of a .safetensors file; nothing in it is executed. Raises Unreadable where it is damaged or not there,
     RunError where the system cannot read it now."""
+    if path.is_dir():
+        raise Unreadable("a folder: name a .safetensors file in it")
     if not path.is_file():
         raise Unreadable("No such file")
     try:

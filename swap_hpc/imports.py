@@ -18,11 +18,16 @@ def imported(path: str, what: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        home = importlib.import_module(module)
     except Exception as error:  # whatever a user's module raises
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{what} {path} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?") from None
         raise UserError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}{_place(error)}") from None
+    if not hasattr(home, name):
+        own = (each for each, value in vars(home).items() if callable(value) and getattr(value, "__module__", None) == module)
+        there = [each for each in own if not each.startswith("_")]
+        raise UserError(f"{what} {path}: {module} has no {name}; it has {', '.join(there) or 'no function'}")
+    found = getattr(home, name)
     if not callable(found):
         raise UserError(f"{what} {path} is a {type(found).__name__}: a function is needed")
     return found

@@ -42,7 +42,7 @@ class Job:
     @cached_property
     def objective(self) -> Objective:
         """Raises UserError where the recipe's cannot be imported."""
-        return objective(self.recipe)
+        return objective(self.recipe, len(self.dataset.classes))
 
     def steps(self, phase: LargeBatch | Refine) -> int:
         """Of an epoch."""

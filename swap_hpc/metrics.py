@@ -175,6 +175,8 @@ class Display:
             if name not in self.tasks:
                 self.tasks[name] = self.live.add_task(name, total=total, says="")
             self.live.update(self.tasks[name], completed=epoch.epoch, says=says)
+        if epoch.epoch < total and phase.stop_accuracy is not None and epoch.train.accuracy >= phase.stop_accuracy:
+            self.say(f"{name} ends here: large_batch.stop_accuracy = {phase.stop_accuracy} is reached")
 
 
 def _name(group: int | None) -> str:

@@ -31,12 +31,18 @@ def is_right(outputs: Tensor, targets: Tensor) -> Tensor:
 CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="sum"), is_right)
 
 
-def objective(recipe: Recipe) -> Objective:
+def objective(recipe: Recipe, classes: int) -> Objective:
     """The one that a recipe names. Raises UserError for a loss or a metric that cannot be imported, and, when called, for one that
-    returns anything else than `Objective` says."""
+    returns anything else than `Objective` says, and for outputs of a model that are no logits of `classes`."""
     score = CLASSIFICATION.score if recipe.metric == "accuracy" else _own_score(recipe.metric)
     if recipe.loss == "cross_entropy":
-        return Objective(partial(F.cross_entropy, label_smoothing=recipe.label_smoothing), CLASSIFICATION.total_loss, score)
+
+        def loss(outputs: Any, targets: Tensor) -> Tensor:
+            if targets.ndim == 1 and (not isinstance(outputs, Tensor) or outputs.shape != (len(targets), classes)):
+                raise UserError(f"the model {recipe.model.name} returned {_told(outputs)}: logits [{len(targets)}, {classes}] are needed")
+            return F.cross_entropy(outputs, targets, label_smoothing=recipe.label_smoothing)
+
+        return Objective(loss, CLASSIFICATION.total_loss, score)
     own = _own_loss(recipe.loss)
     return Objective(own, lambda outputs, targets: own(outputs, targets) * len(targets), score)
 

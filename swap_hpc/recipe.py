@@ -53,7 +53,19 @@ def _checked_sizes(sizes: Sizes) -> Sizes:
 
 
 def _constant_as_knots(value: Any) -> Any:
-    return [[0, value]] if isinstance(value, int | float) else value
+    if isinstance(value, int | float):
+        return [[0, value]]
+    if not isinstance(value, list | tuple) or any(not isinstance(knot, list | tuple) or len(knot) != 2 for knot in value):
+        raise ValueError("needs a number, or pairs from an epoch on: [[0, 0.1], [8, 0.0]]")
+    return value
+
+
+def _only_finite(arguments: Any) -> None:
+    """Raises ValueError for a number that is none: a recipe is written back, and JSON has neither NaN nor infinity."""
+    if isinstance(arguments, float) and not math.isfinite(arguments):
+        raise ValueError(f"{arguments} is no finite number")
+    for each in arguments.values() if isinstance(arguments, dict) else arguments if isinstance(arguments, list) else ():
+        _only_finite(each)
 
 
 Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
@@ -90,6 +102,11 @@ class Model(_Section):
     weights: Path | None = None
     """A .safetensors file to start from."""
 
+    @model_validator(mode="after")
+    def _finite_arguments(self) -> "Model":
+        _only_finite(self.arguments)
+        return self
+
     @property
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -124,6 +141,7 @@ class Data(_Section):
     def _arguments_of_its_own(self) -> "Data":
         if self.arguments and ":" not in self.name:
             raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
+        _only_finite(self.arguments)
         return self
 
     def size_at(self, epoch: int) -> int | None:

@@ -67,7 +67,7 @@ def train(
             adopt_large_batch(phase_1_of, recipe, model, checkpoints, world)
         world.agree(lambda: check_tensorboard(recipe))
         world.first(lambda: _claim(recipe, out, part))
-        facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "data": _facts(job)}
         write_json(out / _environment_name(part), facts, world)
         for line in _introduction(job, ranks, out):
             display.say(line)
@@ -117,6 +117,12 @@ def _ranks(world: Team, recipe: Recipe, part: Part) -> AbstractContextManager[Ra
     if part.phase == "large_batch":
         return single_row(world, ())
     return grid(world, recipe.groups) if part.group is None else single_row(world, (part.group,))
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What one has to know of the training images to use the model: the classes' names, and the channels' mean and deviation."""
+    dataset = job.dataset
+    return {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "image_size": dataset.image_size}
 
 
 def _environment_name(part: Part) -> str:

@@ -1,4 +1,4 @@
-"""A model that fails on one rank, in the middle of training."""
+"""Models that fail: on one rank, in the middle of training; everywhere, with an output of another shape; by leaving."""
 
 import time
 
@@ -22,6 +22,14 @@ class _Failing(nn.Module):
 
 def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
     return _Failing(classes)
+
+
+def has_two_classes(classes: int, channels: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+
+def leaves(classes: int, channels: int, width: int) -> nn.Module:
+    raise SystemExit(0)
 
 
 def refuses_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:

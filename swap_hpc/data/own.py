@@ -57,6 +57,8 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
         raise UserError(f"the data {name} returned what is no array ({error}): images have to be (N, H, W, C) uint8") from None
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         raise UserError(f"the data {name} returned images {list(images.shape)} {images.dtype}: they have to be (N, H, W, C) uint8")
+    if images.shape[3] > 4 and images.shape[1] in (1, 3, 4):
+        raise UserError(f"the data {name} returned images {list(images.shape)}, which look like (N, C, H, W): images.transpose(0, 2, 3, 1)")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise UserError(f"the data {name} returned labels {list(labels.shape)} {labels.dtype}: they have to be (N,) integers from 0")
     return Arrays(np.ascontiguousarray(images), labels.astype(np.int64))

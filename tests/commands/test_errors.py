@@ -41,6 +41,17 @@ CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
     "fewer samples than a batch": (("digits", "--set", "large_batch.batch_size=2048"), None, "but there are 1198 training samples"),
     "missing folder": (("digits", *FOLDER, "--data", "/nowhere"), 2, "no folder /nowhere/train: point --data at a folder"),
     "unknown model": (("digits", "--set", "model.name=resnet10"), 2, "unknown model 'resnet10'"),
+    "a rate that is no schedule": (
+        ("digits", "--set", "refine.learning_rate=[0.1, 0.0]"),
+        2,
+        "refine.learning_rate: needs a number, or pairs",
+    ),
+    "a bracket too few": (
+        ("digits", "--set", "refine.learning_rate=[[0, 0.1], [4, 0.0]"),
+        2,
+        "needs a number, or pairs from an epoch on: [[0, 0.1]",
+    ),
+    "an argument that is no number": (("digits", "--set", "model.width=nan"), 2, "model: nan is no finite number"),
     "no GPU": (("digits", "--set", "device=cuda"), 2, 'device = "cuda", but torch sees no GPU on this host'),
 }
 
@@ -120,7 +131,7 @@ def test_a_rank_that_raises_ends_all_ranks_with_its_traceback_once(tmp_path: Pat
     raising = ("--set", "model.name=failing:raises_on_rank_1", "--set", "groups=3", "--set", "large_batch.batch_size=240")
     done = swap_hpc("train", "digits", *raising, "--out", tmp_path / "out", ranks=3, variables={"PYTHONPATH": str(TESTS)})
     assert done.code == 3
-    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1 and "/typer/" not in done.stderr
     assert done.stderr.count("ArithmeticError: rank 1 cannot go on") == 1
     raised = float(next(line for line in done.stdout.splitlines() if line.startswith("raising at")).split()[-1])
     assert done.seconds < 60 and _now() - raised < 10
@@ -146,6 +157,21 @@ def test_wrong_input_that_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
     failing = ("--set", "model.name=failing:refuses_on_rank_1")
     done = swap_hpc("train", "digits", *failing, "--out", tmp_path / "out", ranks=2, variables={"PYTHONPATH": str(TESTS)})
     assert done.code == 2 and done.ours == ["swap-hpc: model failing:refuses_on_rank_1 refuses its arguments: not on this rank"]
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("has_two_classes", 2, "the model failing:has_two_classes returned a tensor [128, 2] float32: logits [128, 10] are needed"),
+        ("missing", 2, "the model failing:missing: failing has no missing; it has raises_on_rank_1, has_two_classes, leaves, refuses_on_rank_1"),
+        ("leaves", 3, "SystemExit: 0"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_named(model: str, code: int, message: str, tmp_path: Path) -> None:
+    fields = ("--set", f"model.name=failing:{model}")
+    done = swap_hpc("train", "digits", *fields, "--out", tmp_path / "out", ranks=2, variables={"PYTHONPATH": str(TESTS)})
+    assert done.code == code and message in done.stderr, done.stderr
+    assert code == 3 or (len(done.ours) == 1 and "Traceback" not in done.stderr)
 
 
 def test_a_file_for_a_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,11 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
     assert done.code == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
     assert result["groups"] == 2 and result["test_accuracy"]["averaged"] > 0.9
+    (block,) = re.findall(r"`use.py`:\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    for name in ("dark", "bright"):
+        shutil.copy(tmp_path / "images" / "test" / name / "0.jpg", tmp_path / "picture.jpg")
+        used = command(sys.executable, "-c", block, cwd=tmp_path)
+        assert used.stdout == f"{name}\n", used.stderr
 
 
 def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:

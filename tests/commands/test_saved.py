@@ -71,6 +71,8 @@ def test_every_model_is_evaluated_as_the_run_did(run: Path) -> None:
 
 def test_a_file_that_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "half.safetensors").write_bytes((run / "swap.safetensors").read_bytes()[:5000])
+    done = swap_hpc("evaluate", run)
+    assert done.code == 2 and done.ours == [f"swap-hpc: cannot read {run}: a folder: name a .safetensors file in it"]
     done = swap_hpc("evaluate", tmp_path / "half.safetensors", ranks=2)
     assert done.code == 2 and len(done.ours) == 1 and done.ours[0].startswith(f"swap-hpc: cannot read {tmp_path}/half.safetensors: ")
 

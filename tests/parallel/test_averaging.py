@@ -21,6 +21,13 @@ def random_model(seed: int) -> nn.Sequential:
     return model
 
 
+@pytest.mark.ranks(3)
+def test_another_model_on_a_rank_is_refused_on_all(world: Team) -> None:
+    model = nn.Linear(3, 2 + (world.rank == 1))
+    with pytest.raises(ValueError, match="the model of rank 1 has other weights than that of rank 0"):
+        average_weights_(model, world)
+
+
 @pytest.mark.ranks(1, 2, 3, 4, 8)
 @pytest.mark.parametrize("chunk", [10, averaging.CHUNK])
 def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

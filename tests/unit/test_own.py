@@ -46,6 +46,7 @@ def test_arrays_become_a_data_set(own: ModuleType) -> None:
 WRONG = [
     (None, "returned a NoneType: a Dataset, or ((images, labels), (images, labels)), is needed"),
     (((IMAGES[0], LABELS), (IMAGES, LABELS)), "returned images [8, 8, 3] uint8: they have to be (N, H, W, C) uint8"),
+    (((IMAGES.transpose(0, 3, 1, 2), LABELS), (IMAGES, LABELS)), "returned images [6, 3, 8, 8], which look like (N, C, H, W)"),
     (((IMAGES / 255, LABELS), (IMAGES, LABELS)), "returned images [6, 8, 8, 3] float64: they have to be (N, H, W, C) uint8"),
     (((IMAGES, LABELS[:5]), (IMAGES, LABELS)), "returned labels [5] int64: they have to be (N,) integers from 0"),
     (((IMAGES, LABELS - 1), (IMAGES, LABELS)), "they have to be (N,) integers from 0"),
@@ -65,7 +66,7 @@ def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
         loaded(None, own, colour=3)
     with pytest.raises(UserError, match=r"the data nowhere:load cannot be imported \(No module named 'nowhere'\): is it in this folder"):
         load(tiny.recipe(data={"name": "nowhere:load"}).data, Team.alone(), 1)
-    with pytest.raises(UserError, match="the loss own_parts:mse cannot be imported: AttributeError"):
+    with pytest.raises(UserError, match="the loss own_parts:mse: own_parts has no mse; it has "):
         _ = tiny.job(loss="own_parts:mse").objective
     own.number = 3  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="the loss own_parts:number is a int: a function is needed"):
