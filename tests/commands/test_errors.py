@@ -163,7 +163,7 @@ def test_wrong_input_that_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
     ("model", "code", "message"),
     [
         ("has_two_classes", 2, "the model failing:has_two_classes returned a tensor [128, 2] float32: logits [128, 10] are needed"),
-        ("missing", 2, "the model failing:missing: failing has no missing; it has raises_on_rank_1, has_two_classes, leaves, refuses_on_rank_1"),
+        ("missing", 2, "the model failing:missing: failing has no missing; it has raises_on_rank_1, has_two_classes, leaves, refuses"),
         ("leaves", 3, "SystemExit: 0"),
     ],
 )
