@@ -44,10 +44,9 @@ def test_a_study_is_stopped_goes_on_and_is_not_run_twice(tmp_path: Path) -> None
     file, out = tmp_path / "small.toml", tmp_path / "out"
     file.write_text(STUDY)
     process = launch(BIN / "swap-hpc", "study", file, "--out", out)
-    while not (out / "search" / "swap" / "rate-0.05-seed-5" / "result.json").is_file():
+    while not (out / "search" / "swap" / "rate-0.1-seed-5" / "recipe.toml").is_file():  # the last trial begins
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.1)
-    time.sleep(4)  # into the next trial
     process.send_signal(signal.SIGINT)  # as a terminal's Ctrl-C
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr

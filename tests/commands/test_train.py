@@ -57,8 +57,9 @@ def test_the_main_job_leaves_what_the_design_says(digits: tuple[Path, str]) -> N
 
 def test_the_main_job_learns(digits: tuple[Path, str]) -> None:
     result = result_of(digits[0])
-    accuracy = result["test_accuracy"]
-    assert accuracy["averaged"] >= 0.975 and accuracy["averaged"] >= accuracy["mean_of_groups"]
+    accuracy, loss = result["test_accuracy"], result["test_loss"]
+    # of 599 images one is 0.17 points, and which side of it an accuracy falls depends on a processor's rounding; the loss is finer
+    assert accuracy["averaged"] >= 0.975 and loss["averaged"] < loss["mean_of_groups"]
     assert len(accuracy["groups"]) == 4 and accuracy["mean_of_groups"] == pytest.approx(sum(accuracy["groups"]) / 4)
     assert 0 < result["seconds"]["refine"] < result["seconds"]["total"] and result["images_per_second"]["refine"] > 0
 
