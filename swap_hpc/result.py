@@ -14,7 +14,8 @@ def result_of(
     """Alike on all ranks of `world`; the keys are those of the design.
 
     `lines`: of the parts that this rank tells of, "world" and its groups'. `mine`: this rank's seconds by name; the slowest
-    rank's count. `ranks`: their number in phase 1, and in phase 2 (None: a job for each group). `digest`: of the final weights.
+    rank's count. `ranks`: their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on other numbers of
+    ranks). `digest`: of the final weights.
     """
     seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))
     first = [line for line in lines["world"] if line["phase"] == "large_batch"]

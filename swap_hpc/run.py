@@ -169,7 +169,7 @@ class _Consumer:
         self.ranks, self.out, self.checkpoints, self.display, self.control = ranks, out, checkpoints, display, control
         self.part = part
         self.trained_on = ranks.world.size  # ranks
-        self.refined_on: int | None = ranks.world.size  # None: by a job for each group
+        self.refined_on: dict[str, int | None] = dict.fromkeys(map(part_name, ranks.groups), ranks.world.size)  # None: several numbers
         self.saved = False  # at the last save point
         self.snapshot_due = False  # at the next one
         shared = {"world": ranks.world} if part.phase != "refine" else {}  # what all groups share is other jobs' then
@@ -203,7 +203,8 @@ class _Consumer:
             raise
         self.journal.end()
         digest = check_equal(model, self.ranks.world)
-        ranks = (self.trained_on, self.refined_on)
+        refined_on = {ranks for mine in self.ranks.world.allgather(set(self.refined_on.values())) for ranks in mine}
+        ranks = (self.trained_on, refined_on.pop() if len(refined_on) == 1 and self.part.phase is None else None)
         return result_of(self.job.recipe, self.journal.lines, self.watch.seconds(), ranks, digest, self.ranks.world)
 
     def _consume(self, event: Event) -> None:
@@ -222,8 +223,9 @@ class _Consumer:
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
         if saved and saved.point.ended and part == part_name(None):
             self.trained_on = saved.notes["ranks"]
-        if saved and saved.point.ended and part != part_name(None):
-            self.refined_on = saved.notes["ranks"] if self.part.phase is None else None
+        if saved and part != part_name(None):
+            before = saved.notes["ranks"]
+            self.refined_on[part] = before if saved.point.ended or before == self.ranks.world.size else None
         name = "world" if part == part_name(None) else part
         if name in self.journal.lines:
             self.journal.begin(name, saved.notes["lines"] if saved else [])
@@ -262,7 +264,8 @@ class _Consumer:
         begin = perf_counter()
         self.control.beat(f"the start of a save of {point.name}")
         lines = self.journal.lines["world" if point.group is None else point.name]
-        notes = {"ranks": self.ranks.world.size, "lines": lines, "seconds": self.watch.seconds()}
+        ranks = self.refined_on.get(point.name, self.ranks.world.size)
+        notes = {"ranks": ranks, "lines": lines, "seconds": self.watch.seconds()}
         self.checkpoints.save(point, notes, team)
         self.control.saved()
         self.watch.own["save"] += perf_counter() - begin

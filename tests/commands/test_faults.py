@@ -64,7 +64,7 @@ def test_refinement_goes_on_on_fewer_ranks_to_the_bit(four: Path, tmp_path: Path
     assert done.code == 0 and "large_batch goes on at its end" in done.stdout, done.stderr
     assert weights(tmp_path / "out") == weights(four)
     result, whole = (json.loads((out / "result.json").read_text()) for out in (tmp_path / "out", four))
-    assert (result["ranks"], result["refine_ranks"]) == (4, 2)
+    assert (result["ranks"], result["refine_ranks"]) == (4, None)  # refined on 4 and on 2
     timeless = {"refine_ranks": 4, "seconds": 0, "images_per_second": 0}
     assert result | timeless == whole | timeless
 
@@ -93,7 +93,11 @@ def test_refinement_goes_on_on_more_ranks(tmp_path: Path) -> None:
     done = swap_hpc("train", "digits", *QUICK, "--set", "groups=2", "--out", tmp_path / "out", ranks=4)
     assert done.code == 0 and "large_batch goes on at its end" in done.stdout and "group 0 goes on after epoch" in done.stdout, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["ranks"] == 2 and result["epochs"]["refine"] == 2 and result["test_accuracy"]["averaged"] > 0.4
+    assert (
+        (result["ranks"], result["refine_ranks"]) == (2, None)
+        and result["epochs"]["refine"] == 2
+        and result["test_accuracy"]["averaged"] > 0.4
+    )
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics" / "group-001.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["images"]) for line in lines] == [(1, 1152), (2, 1152)]
 
