@@ -3,6 +3,7 @@
 0: done. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank speaks for all.
 """
 
+import os
 import re
 import sys
 import time
@@ -299,12 +300,17 @@ def main() -> None:
     try:
         try:
             code = app(standalone_mode=False)
-        except SystemExit:  # of a user's own module: nothing here leaves so
-            fail(3, _traceback())
+        except SystemExit as leaving:
+            if isinstance(leaving.__context__, BrokenPipeError):  # rich leaves so
+                raise leaving.__context__ from None
+            fail(3, _traceback())  # of a user's own module: nothing here leaves so
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         tell_launcher("done")
         sys.exit(code)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left, at exit
+        sys.exit(1)
     except Stopped as stopped:
         say(f"swap-hpc: {stopped}")
         tell_launcher("stopped")

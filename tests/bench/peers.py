@@ -1,6 +1,7 @@
 """What a careful user would write instead, with torch, torchvision and MPI alone."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -135,7 +136,9 @@ def process_group(rank: int, size: int, store: str, device: torch.device) -> Ite
 
 def ddp_steps(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: int, clock: Any) -> float:
     """Seconds of that many steps, after two that do not count."""
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what replaces broadcast_buffers is not in CUDA 12's torch yet
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     for number in range(-2, steps):
         if number == 0:
             clock.start()

@@ -1,12 +1,14 @@
 """Bad input: one line from our program, the mend in it, exit code 2, within seconds, before any training."""
 
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import swap_hpc
+from launch import BIN, swap_hpc
 from PIL import Image
 
 TESTS = Path(__file__).parents[1]
@@ -184,3 +186,13 @@ def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text((TESTS.parent / "swap_hpc" / "recipes" / "digits.toml").read_text() + "\n[evaluate]\nevery = 3\n")
     done = swap_hpc("train", "digits", "--out", tmp_path)
     assert done.code == 2 and "holds a run of another recipe (evaluate.every, name differ): choose another --out" in done.ours[0]
+
+
+@pytest.mark.parametrize("line", [("recipes",), ("bench",), ("train", "digits", "--set", "model.width=4", "--out", "{out}")], ids=str)
+def test_a_reader_that_goes_away_gets_no_traceback(line: tuple[str, ...], tmp_path: Path) -> None:
+    """As `| head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([BIN / "swap-hpc", *(word.format(out=tmp_path / "out") for word in line)], stdout=writing, stderr=-1, text=True)
+    os.close(writing)
+    assert done.returncode == 1 and "BrokenPipeError" not in done.stderr, done.stderr
