@@ -3,7 +3,6 @@
 0: done. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank speaks for all.
 """
 
-import os
 import re
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from swap_hpc import __version__
-from swap_hpc.ending import fail, say, tell_launcher
+from swap_hpc.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.part import WHOLE, Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.recipe import DataName, load_recipe
@@ -302,15 +301,12 @@ def main() -> None:
             code = app(standalone_mode=False)
         except SystemExit as leaving:
             if isinstance(leaving.__context__, BrokenPipeError):  # rich leaves so
-                raise leaving.__context__ from None
+                leave_unheard()
             fail(3, _traceback())  # of a user's own module: nothing here leaves so
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         tell_launcher("done")
         sys.exit(code)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left, at exit
-        sys.exit(1)
     except Stopped as stopped:
         say(f"swap-hpc: {stopped}")
         tell_launcher("stopped")
@@ -326,6 +322,8 @@ def main() -> None:
     except KeyboardInterrupt:
         fail(3, "swap-hpc: interrupted")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            leave_unheard()
         if hasattr(error, "format_message"):  # the command line itself is wrong
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
         fail(3, _traceback())

@@ -1,6 +1,7 @@
 """How a job speaks with one voice, and how all of it ends."""
 
 import os
+import select
 import sys
 import time
 from contextlib import suppress
@@ -47,9 +48,22 @@ def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
         from swap_hpc import ranks
 
         alone = ranks.Team.world().size == 1
-    if not said_elsewhere and (rank == 0 or not alone):
+    if text and not said_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
     if not alone:
         time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
         ranks.abort(code)
     sys.exit(code)
+
+
+def nobody_reads() -> bool:
+    """Whether what reads this process's output has gone away, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
+
+
+def leave_unheard() -> NoReturn:
+    """Ends the job without a word: nobody reads them."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left, at exit
+    fail(1, "")
