@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from swap_hpc import models
+from swap_hpc.averaging import batchnorm_layers
 from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.devices import choose_device
 from swap_hpc.errors import UserError
@@ -26,8 +27,8 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     if device.torch.type == "cuda":
         torch.cuda.set_device(device.torch)
     dataset = load(recipe.data, world, device.threads)
-    world.agree(lambda: _check_sizes(recipe, dataset))
     model = world.agree(lambda: _model(recipe, dataset))
+    world.agree(lambda: _check_sizes(recipe, dataset, bool(batchnorm_layers(model))))
     job = Job(recipe, dataset, device)
     world.agree(lambda: job.objective)  # may be a user's own
     return job, model.to(device.torch)
@@ -40,11 +41,12 @@ def _model(recipe: Recipe, dataset: Dataset) -> nn.Module:
     return model
 
 
-def _check_sizes(recipe: Recipe, dataset: Dataset) -> None:
+def _check_sizes(recipe: Recipe, dataset: Dataset, batchnorm: bool) -> None:
     samples = len(dataset.train)
     used = {"large_batch.batch_size": recipe.large_batch.batch_size if recipe.large_batch.epochs else 0}
     if recipe.refine.epochs:
         used["refine.batch_size"] = recipe.refine.batch_size
+    if recipe.refine.epochs and batchnorm:
         used["batchnorm.batch_size"] = recipe.batchnorm.batch_size
         used["batchnorm.samples"] = recipe.batchnorm.samples or 0
     for name, wanted in used.items():

@@ -72,6 +72,7 @@ Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(
 ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Place = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
@@ -99,7 +100,7 @@ class Model(_Section):
     name: str
     """`resnet9`, `torchvision:NAME`, `timm:NAME` (where timm is installed) or `package.module:function`; the section's further keys
     are the builder's arguments."""
-    weights: Path | None = None
+    weights: Place | None = None
     """A .safetensors file to start from."""
 
     @model_validator(mode="after")
@@ -119,8 +120,11 @@ class Data(_Section):
     """A data set that the package knows, a `folder` or `webdataset` shards of images, or `package.module:function`."""
     arguments: dict[str, Any] = {}
     """What a function of your own is called with, after `path`."""
-    path: Path = Path("data")
+    path: Place = Path("data")
     """The folder with the data, or to download it to; `--data`."""
+    test_every: Annotated[int, Field(ge=2)] | None = None
+    """Of a `folder` that holds a folder per class, and is not split: every so-many-th image of a class, by name, tests; none: the folder
+    has `train` and `test`."""
     validation: CountOrZero = 0
     """Training samples, always the same ones, that are set aside and evaluated on instead of the test split."""
     image_size: ImageSizes | None = None
@@ -141,6 +145,8 @@ class Data(_Section):
     def _arguments_of_its_own(self) -> "Data":
         if self.arguments and ":" not in self.name:
             raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
+        if self.test_every and self.name != "folder":
+            raise ValueError(f"test_every splits a folder of images: {self.name} comes split")
         _only_finite(self.arguments)
         return self
 

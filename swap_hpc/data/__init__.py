@@ -9,7 +9,10 @@ from swap_hpc.ranks import Team, first_then_rest
 from swap_hpc.recipe import Data
 
 # Data of the user's own, and what lies in their folder.
-LOCAL = {"folder": "train/<class>/ and test/<class>/", "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)"}
+LOCAL = {
+    "folder": "train/<class>/ and test/<class>/ (of <class>/ alone --set data.test_every=5 makes both)",
+    "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)",
+}
 
 __all__ = ["Arrays", "Batches", "Dataset", "Files", "Graph", "Picks", "download", "load"]
 
@@ -25,7 +28,8 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
 
     if ":" in data.name:
         return first_then_rest(team, lambda: with_validation(own(data), data.validation))  # it may download
-    first_then_rest(team, lambda: download(data.name, data.path))
+    if not data.test_every:
+        first_then_rest(team, lambda: download(data.name, data.path))
     return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
 
 

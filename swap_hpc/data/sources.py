@@ -63,7 +63,8 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 def folder(data: Data, threads: int) -> Dataset:
     """`train/<class>/*` and `test/<class>/*`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
-    return _encoded(data, *folder_files(data.path), threads)
+    files = _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
+    return _encoded(data, *files, threads)
 
 
 def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
@@ -74,6 +75,19 @@ def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
         differ = sorted(set(classes) ^ set(others))
         raise UserError(f"{path}: train and {held_out.name} have different classes ({', '.join(differ[:5])}): give both the same folders")
     return _files(path / "train", classes), _files(held_out, classes), classes
+
+
+def _split_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]:
+    """The same of a folder with one folder per class: of each class the first image tests, and every `every`-th after it."""
+    if (path / "train").is_dir():
+        raise UserError(f"{path} has a folder train, so it is split already: leave data.test_every out")
+    classes = _classes(path, "<class>/")
+    files = _files(path, classes)
+    counts = np.bincount(files.labels)
+    if counts.min() == 1:
+        raise UserError(f"{path / classes[int(counts.argmin())]} holds one image: it needs two, to train and to test on")
+    test = np.concatenate([np.arange(count) for count in counts]) % every == 0
+    return files.take(np.flatnonzero(~test)), files.take(np.flatnonzero(test)), classes
 
 
 def _test_split(path: Path) -> Path:
@@ -111,9 +125,9 @@ def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...]
     return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _classes(split: Path) -> tuple[str, ...]:
+def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:
     if not split.is_dir():
-        raise UserError(f"no folder {split}: point --data at a folder with train/<class>/ and test/<class>/")
+        raise UserError(f"no folder {split}: point --data at a folder with {wanted}")
     classes = tuple(sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")))
     if not classes:
         raise UserError(f"{split} is empty: it needs one folder of images per class")

@@ -125,6 +125,25 @@ def test_a_wrong_folder_is_answered_with_the_mend(harm: Callable[[Path], None], 
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_is_not_split_is_by_a_field(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, formats=("png", "jpg", "bmp"), sizes=((12, 10), (30, 20), (9, 21)))
+    whole, size = loaded(name="folder", path=folder / "train", memory_gib=0, image_size=8, test_every=2), 4
+    train, test = whole.train, whole.test
+    assert isinstance(train, Files) and isinstance(test, Files)
+    every = {label: sorted((folder / "train" / name).iterdir()) for label, name in enumerate(whole.classes)}
+    assert all(len(files) == size for files in every.values())
+    assert test.paths == tuple(str(path) for files in every.values() for path in files[::2]) and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.paths == tuple(str(path) for files in every.values() for path in files[1::2]) and train.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError, match=r"has a folder train, so it is split already: leave data.test_every out"):
+        loaded(name="folder", path=folder, test_every=5)
+    for path in every[1][1:]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"train/dog holds one image: it needs two, to train and to test on"):
+        loaded(name="folder", path=folder / "train", test_every=5)
+    with pytest.raises(UserError, match=r"no folder .*/nowhere: point --data at a folder with <class>/$"):
+        loaded(name="folder", path=folder / "nowhere", test_every=5)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*/nowhere/train: point --data at"):
         loaded(name="folder", path=tmp_path / "nowhere")

@@ -57,6 +57,7 @@ LAYERS = {
         "bench.__main__",
         "result",
         "adopt",
+        "consumer",
         "run",
         "cli",
         "__main__",

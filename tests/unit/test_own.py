@@ -19,6 +19,7 @@ from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.job import Job
 from swap_hpc.objective import as_float32
+from swap_hpc.prepare import prepare
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import parse
 
@@ -175,3 +176,13 @@ def test_modules_of_the_folder_that_a_job_starts_in_are_found(tmp_path: Path, mo
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(UserError, match="returned a NoneType"):
         load(tiny.recipe(data={"name": "here_it_is:load"}).data, Team.alone(), 1)
+
+
+def test_batch_norms_sizes_matter_to_models_that_have_it() -> None:
+    def prepared(model: str) -> None:
+        recipe = tiny.recipe(model={"name": model}, data={"samples": 100}, batchnorm={"batch_size": 200, "samples": 200})
+        prepare(recipe, Team.alone(), Team.alone())
+
+    prepared("tiny:plain")
+    with pytest.raises(UserError, match=r"batchnorm.batch_size = 200, but there are 100 training samples: --set batchnorm.batch_size=100"):
+        prepared("tiny:batch_normed")

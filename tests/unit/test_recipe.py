@@ -43,6 +43,7 @@ def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
 
 
 WRONG = [
+    ({"data": {"name": "digits", "test_every": 5}}, "data: test_every splits a folder of images: digits comes split"),
     ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles"),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
@@ -84,6 +85,11 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("groups = = 4")
     with pytest.raises(UserError, match="x.toml is not TOML"):
         load_recipe(str(tmp_path / "x.toml"))
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load_recipe("digits", ["data.path=~/images"]).data.path == Path("/home/someone/images")
 
 
 def test_recipes_are_frozen() -> None:
