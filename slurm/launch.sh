@@ -44,9 +44,9 @@ launch() {
   pid=$!
   # Both launchers hand USR1 and USR2 on to the ranks, which save and exit with 75. In the background, because a shell acts on
   # a signal only when no command runs in its foreground.
-  if [ -n "$told" ]; then kill -USR1 "$pid"; fi
   trap 'asked=1 told=1; kill -USR1 "$pid" 2>/dev/null' USR1 TERM
   trap 'asked=1 told=1; kill -USR2 "$pid" 2>/dev/null' USR2
+  if [ -n "$told" ]; then kill -USR1 "$pid"; fi  # told while it was being started
   while :; do
     asked=
     wait "$pid"; code=$?

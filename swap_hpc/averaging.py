@@ -138,10 +138,18 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def average_running_statistics_(model: nn.Module, team: Team) -> None:
-    """Replaces the running statistics of batch norm by their mean over `team`: each rank saw other shares of the batches."""
-    buffers = [b for _, layer in batchnorm_layers(model) for b in _statistics(layer)]
-    if team.size == 1 or not buffers:
+def average_buffers_(model: nn.Module, team: Team) -> None:
+    """Makes buffers alike on all ranks of `team`, each of which saw other shares of the batches.
+
+    Those of floating-point numbers, as batch norm's running statistics, become their mean, others the first rank's.
+    """
+    if team.size == 1:
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    others = [b for b in model.buffers() if not b.is_floating_point()]
+    for buffer, first in zip(others, broadcast_tensors(others, team), strict=True):
+        buffer.copy_(first)
+    if not buffers:
         return
     packed = torch.cat([b.flatten() for b in buffers]).to("cpu", torch.float64)
     mean = torch.from_numpy(team.sum_(packed.numpy())) / team.size

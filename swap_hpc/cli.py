@@ -15,7 +15,7 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
-from swap_hpc.part import WHOLE, Part, PhaseChoice, check_part, check_ranks
+from swap_hpc.part import Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.recipe import DataName, load_recipe
 
 app = typer.Typer(
@@ -48,10 +48,15 @@ def train(
     control = Control()
     control.listen()
     part = Part(phase, group)
-    world, parsed = _recipe(recipe, overrides, data, part)
+    # all that can be checked before torch, which takes seconds to import
+    world = _world()
+    parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
+    folder = out or Path("runs") / parsed.name
+    world.agree(lambda: check_part(part, parsed))
+    world.agree(lambda: check_ranks(parsed, world.size, part, phase_1_of is not None or (folder / "large_batch.safetensors").is_file()))
     from swap_hpc import report, run
 
-    result = run.train(parsed, out or Path("runs") / parsed.name, world, Console(), control, STARTED, part, phase_1_of)
+    result = run.train(parsed, folder, world, Console(), control, STARTED, part, phase_1_of)
     if result:
         say(f"\n{report.table(result)}")
 
@@ -64,15 +69,6 @@ def _world() -> Any:
     if mismatch := ranks.launcher_mismatch(world):
         raise UserError(mismatch)
     return world
-
-
-def _recipe(name: str, overrides: list[str] | None, data: Path | None, part: Part = WHOLE) -> tuple[Any, Any]:
-    """All ranks, and a recipe that they can run: checked before torch, which takes seconds to import."""
-    world = _world()
-    parsed = world.agree(lambda: load_recipe(name, overrides or (), data))
-    world.agree(lambda: check_part(part, parsed))
-    world.agree(lambda: check_ranks(parsed, world.size, part))
-    return world, parsed
 
 
 @app.command()
@@ -261,7 +257,9 @@ def bench(
     from swap_hpc import bench as benches
 
     if name == "checkpoint":
-        world, parsed = _recipe(recipe, overrides, data)
+        world = _world()
+        parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
+        world.agree(lambda: check_ranks(parsed, world.size))
         from swap_hpc.bench import checkpoint as saving
 
         say(saving.report(parsed, out, world))

@@ -18,7 +18,7 @@ from swap_hpc.events import Done, Epoch, Event, Meeting, SavePoint, part_name
 from swap_hpc.files import save_model, save_snapshot, save_sum, write_json
 from swap_hpc.job import Job
 from swap_hpc.metrics import Display, Journal, Line, Stopwatch
-from swap_hpc.part import Part
+from swap_hpc.part import Part, check_ranks
 from swap_hpc.ranks import Ranks, Team
 from swap_hpc.result import result_of
 from swap_hpc.swap import swap
@@ -71,7 +71,7 @@ class Consumer:
         digest = check_equal(model, self.ranks.world)
         refined_on = {ranks for mine in self.ranks.world.allgather(set(self.refined_on.values())) for ranks in mine}
         ranks = (self.trained_on, refined_on.pop() if len(refined_on) == 1 and self.part.phase is None else None)
-        return result_of(self.job.recipe, self.journal.lines, self.watch.seconds(), ranks, digest, self.ranks.world)
+        return result_of(self.job.recipe, self.journal.lines, self.watch.slowest(self.ranks.world), ranks, digest, self.ranks.world)
 
     def _consume(self, event: Event) -> None:
         if isinstance(event, Epoch):
@@ -87,8 +87,11 @@ class Consumer:
         if self.part.needs(part) and not (saved and saved.point.ended):
             phase = "large_batch" if part == part_name(None) else f"refine --group {int(part.removeprefix('group-'))}"
             raise UserError(f"{self.out}: {part} has not ended, and this job does not train it: first --phase {phase}")
-        if saved and saved.point.ended and part == part_name(None):
-            self.trained_on = saved.notes["ranks"]
+        if part == part_name(None):
+            if saved and saved.point.ended:
+                self.trained_on = saved.notes["ranks"]
+            else:
+                check_ranks(self.job.recipe, team.size, self.part)  # on other ranks its end may have been lost
         if saved and part != part_name(None):
             before = saved.notes["ranks"]
             self.refined_on[part] = before if saved.point.ended or before == self.ranks.world.size else None
@@ -130,7 +133,7 @@ class Consumer:
         begin = perf_counter()
         self.control.beat(f"the start of a save of {point.name}")
         lines = self.journal.lines["world" if point.group is None else point.name]
-        ranks = self.refined_on.get(point.name, self.ranks.world.size)
+        ranks = self.refined_on.get(point.name, self.ranks.world.size) if self.part.phase != "refine" else None
         notes = {"ranks": ranks, "lines": lines, "seconds": self.watch.seconds()}
         self.checkpoints.save(point, notes, team)
         self.control.saved()

@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from swap_hpc.averaging import WeightSum, average_running_statistics_, averaged_tensors, broadcast_weights_
+from swap_hpc.averaging import WeightSum, average_buffers_, averaged_tensors, broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import Diverged, RunError
 from swap_hpc.evaluation import evaluate_job
@@ -44,9 +44,9 @@ def fit(
     weights at each cycle's end of a refinement are added to `cycles`. Ends after all epochs, or with the first one whose training accuracy
     reaches `phase.stop_accuracy`. Raises RunError, on all ranks of the team, where a loss or a weight is not finite.
     """
+    broadcast_weights_(model, team)
     if phase.epochs == 0:
         return
-    broadcast_weights_(model, team)
     group = key.group if key.phase is Phase.REFINE else None
     start = job.load(part_name(group), team)
     cycles = cycles if cycles is not None else WeightSum()
@@ -121,7 +121,7 @@ class _Training:
             due = yield from self._steps(stream, rates)
             seconds = self.running.seconds
             train = _means(self.running, team)
-            average_running_statistics_(self.model, team)
+            average_buffers_(self.model, team)
             trained = perf_counter()
             self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
             reached = phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy
@@ -149,8 +149,10 @@ class _Training:
             yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), f"at a learning rate of {rates[-1]:.4g}")
 
     def _saves_epoch(self) -> bool:
-        every = self.job.recipe.checkpoint.epochs
-        return every > 0 and self.epoch % every == 0 and not self.phase.average_every_steps
+        """Where groups wait for each other they save, too: they may be asked to stop while they wait."""
+        looks = self.job.recipe.refine.evaluate_average if self.group is not None else 0
+        due = any(every > 0 and self.epoch % every == 0 for every in (self.job.recipe.checkpoint.epochs, looks))
+        return due and not self.phase.average_every_steps
 
     def _steps(self, stream: Iterator[Batch], rates: list[float]) -> Generator[SavePoint, None, bool]:
         """The rest of an epoch, one step per learning rate. Returns whether a save is due at its end."""

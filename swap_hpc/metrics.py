@@ -130,8 +130,18 @@ class Stopwatch:
         self.before = {name: max(value, self.before.get(name, 0.0)) for name, value in seconds.items()}
 
     def seconds(self) -> dict[str, float]:
+        own = self._own()
+        return {name: self.before.get(name, 0.0) + own[name] for name in SECONDS}
+
+    def slowest(self, world: Team) -> dict[str, float]:
+        """Of the ranks: in the starts before, and in this one, for which the slowest need not be the same."""
+        own = world.maximum(*self._own().values())
+        before = world.maximum(*(self.before.get(name, 0.0) for name in SECONDS))
+        return {name: a + b for name, a, b in zip(SECONDS, before, own, strict=True)}
+
+    def _own(self) -> dict[str, float]:
         own = {**self.own, "total": perf_counter() - self.started}
-        return {name: self.before.get(name, 0.0) + own.get(name, 0.0) for name in SECONDS}
+        return {name: own.get(name, 0.0) for name in SECONDS}
 
 
 class Display:

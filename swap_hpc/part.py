@@ -48,15 +48,15 @@ def check_part(part: Part, recipe: Recipe) -> None:
         raise UserError("--phase large_batch, but large_batch.epochs = 0: begin with --phase refine")
 
 
-def check_ranks(recipe: Recipe, ranks: int, part: Part = WHOLE) -> None:
-    """Raises UserError where that many ranks cannot do `part` of `recipe`."""
+def check_ranks(recipe: Recipe, ranks: int, part: Part = WHOLE, phase_1_is_over: bool = False) -> None:
+    """Raises UserError where that many ranks cannot do `part` of `recipe`, or what of it is left."""
     groups = recipe.groups
     if part.phase in (None, "average") and ranks % groups and groups % ranks:
         near = [n for n in range(1, 4 * groups + 1) if n % groups == 0 or groups % n == 0]
         raise UserError(
             f"{ranks} ranks cannot share {groups} groups: start a multiple or a divisor of the groups ({', '.join(map(str, near))})"
         )
-    if part.phase in (None, "large_batch") and recipe.large_batch.epochs:
+    if part.phase in (None, "large_batch") and recipe.large_batch.epochs and not phase_1_is_over:
         _check_large_batch(recipe, ranks)
     if part.phase in (None, "refine") and recipe.refine.epochs:
         _check_share("refine", recipe.refine, ranks if part.phase else max(1, ranks // groups))

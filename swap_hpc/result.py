@@ -9,15 +9,14 @@ from swap_hpc.recipe import Recipe
 
 
 def result_of(
-    recipe: Recipe, lines: Mapping[str, list[Line]], mine: Mapping[str, float], ranks: tuple[int, int | None], digest: str, world: Team
+    recipe: Recipe, lines: Mapping[str, list[Line]], seconds: Mapping[str, float], ranks: tuple[int, int | None], digest: str, world: Team
 ) -> dict[str, Any]:
     """Alike on all ranks of `world`; the keys are those of the design.
 
-    `lines`: of the parts that this rank tells of, "world" and its groups'. `mine`: this rank's seconds by name; the slowest
-    rank's count. `ranks`: their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on other numbers of
-    ranks). `digest`: of the final weights.
+    `lines`: of the parts that this rank tells of, "world" and its groups'. `seconds`: the slowest rank's, by name. `ranks`:
+    their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on other numbers of ranks). `digest`: of
+    the final weights.
     """
-    seconds = dict(zip(mine, world.maximum(*mine.values()), strict=True))
     first = [line for line in lines["world"] if line["phase"] == "large_batch"]
     finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
     ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
@@ -33,7 +32,7 @@ def result_of(
         "train_accuracy": {"large_batch": first[-1]["train_accuracy"] if first else None},
         "test_accuracy": _figures("test_accuracy", finals, ends),
         "test_loss": _figures("test_loss", finals, ends),
-        "seconds": seconds,
+        "seconds": dict(seconds),
         "images_per_second": {phase: count / seconds[phase] if seconds[phase] else None for phase, count in trained.items()},
         "weights_sha256": digest,
     }

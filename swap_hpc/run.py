@@ -67,7 +67,7 @@ def train(
             display.say(line)
         end_stalls(recipe.watchdog.minutes * 60)
         tell_launcher("training")
-        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out):
+        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
             result = Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
         if result is None:
             display.say(f"{part_name(part.group)} is done, for the run in {out}")
@@ -78,10 +78,11 @@ def train(
 
 
 @contextmanager
-def noting_divergence(out: Path) -> Iterator[None]:
+def noting_divergence(out: Path, part: Part) -> Iterator[None]:
     """Leaves `diverged.json` where training ends at a loss or a weight that is not finite; each rank that sees it writes the same."""
     file = out / Diverged.FILE
-    file.unlink(missing_ok=True)
+    if part.phase != "refine":  # else another group's job may have left it
+        file.unlink(missing_ok=True)
     try:
         yield
     except Diverged as error:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -112,10 +113,10 @@ class Trial:
             result = json.loads((self.folder / "result.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if (result.get("refine_ranks") or self.ranks) != self.ranks:
-            raise UserError(
-                f"{self.folder} holds a run on {result['refine_ranks']} ranks, not {self.ranks}: choose another --out, or remove it"
-            )
+        # phase 1 of a run that began with another's was trained there; refine_ranks may be none
+        told = result.get("refine_ranks") if self.recipe.refine.epochs or "--from" in self.line else result["ranks"]
+        if (told or self.ranks) != self.ranks:
+            raise UserError(f"{self.folder} holds a run on {told} ranks, not {self.ranks}: choose another --out, or remove it")
         return result
 
     @property
@@ -175,22 +176,33 @@ class Plan:
         rates = self.study.runs[name].rates
         if len(rates) < 2:
             return rates[0] if rates else None
-        return max(rates, key=lambda rate: mean(accuracy for _, accuracy in self.found(name, rate)))
+        best = max(rates, key=lambda rate: self.accuracy(name, rate))
+        if self.accuracy(name, best) == -math.inf:
+            raise UserError(f"{name}: every rate of the search diverged: give it lower ones")
+        return best
 
-    def found(self, name: str, rate: float) -> Iterator[tuple[int, float]]:
-        """Seed and accuracy on the validation samples of a run's trials at a rate; 0 of those that diverged."""
+    def accuracy(self, name: str, rate: float) -> float:
+        """Mean of a run's trials at a rate, on validation samples; minus infinity where one diverged. RunError before they are done."""
+        return mean(self._accuracies(name, rate))
+
+    def _accuracies(self, name: str, rate: float) -> Iterator[float]:
         for trial in self.trials():
             if (trial.name, trial.rate) == (name, rate):
                 result = trial.result
                 if result is None and not trial.diverged:
                     raise RunError(f"{trial.folder}: this trial of the search has not ended")
-                yield trial.recipe.seed, judged(result) if result else 0.0
+                yield judged(result) if result else -math.inf
 
     def check(self) -> None:
         """Raises UserError for whatever of the study cannot run, before anything does."""
         for name, run in self.study.runs.items():
             trial = self._trial(name, self.study.seeds[0], run.rates[0] if run.rates else None, None)
             check_ranks(trial.recipe, trial.ranks)
+            for row in self.study.rows:
+                if row.run == name and row.model != "large_batch" and not trial.recipe.refine.epochs:
+                    raise UserError(
+                        f'the row "{row.method}" shows the {row.model} model of {name}, which refines none: model = "large_batch"'
+                    )
         for trial in self.trials():
             check_ranks(trial.recipe, trial.ranks)
             if not trial.recipe.data.validation:
@@ -261,6 +273,8 @@ def carry_out(trials: Sequence[Trial], launcher: str, what: str) -> Iterator[Tri
                 if code and not (what == "search" and trial.rate is not None and trial.diverged):
                     error = UserError if code == 2 else RunError
                     raise error(f"the study ends at {trial.folder} (exit code {code}, see above): start it again to go on")
+                if not code and trial.result is None:  # a launcher that lost a node may not say so
+                    raise RunError(f"the study ends at {trial.folder}, which ended without a result: start it again to go on")
             yield trial
             if stop.asked:
                 raise Stopped("the study was stopped on request, all is saved: start it again to go on")
@@ -278,6 +292,8 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
         stop.process = subprocess.Popen(line, start_new_session=True, preexec_fn=_end_with_the_study)
     except FileNotFoundError:
         raise UserError(f"no {start[0]} on the PATH: activate the environment, or say --launcher") from None
+    if stop.asked:  # while it was being started
+        stop.ask()
     code = stop.process.wait()
     stop.process = None
     if code == 75 or (code and stop.asked):

@@ -1,5 +1,6 @@
 """A study's folder -> its table and figure. Imports neither torch nor MPI."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -155,9 +156,9 @@ def _search(plan: Plan) -> str:
     for name, run in plan.study.runs.items():
         if len(run.rates) < 2:
             continue
-        found = [(rate, mean(accuracy for _, accuracy in plan.found(name, rate))) for rate in run.rates]
+        found = [(rate, plan.accuracy(name, rate)) for rate in run.rates]
         best = plan.rate(name)
-        said = [(rate, f"{100 * a:.2f}" if a else "diverged") for rate, a in found]
+        said = [(rate, f"{100 * a:.2f}" if math.isfinite(a) else "diverged") for rate, a in found]
         cells = [f"{rate:g}: **{text}**" if rate == best else f"{rate:g}: {text}" for rate, text in said]
         edge = "yes" if best in (min(run.rates), max(run.rates)) else "no"
         rows.append((name, ", ".join(cells), edge))

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from swap_hpc import cli, control, files, fit, launcher, run, swap
+from swap_hpc import cli, consumer, control, files, fit, launcher, swap
 
 KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
@@ -108,7 +108,7 @@ def install(fault: Fault) -> None:
 
     control.Control.beat = watched_beat  # type: ignore[method-assign]
     swap.average_weights_ = watched_average  # type: ignore[assignment]
-    run.swap = watched_events  # type: ignore[assignment]
+    consumer.swap = watched_events  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,21 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     """The data set that a recipe names, on every rank of `team`; one of them downloads what is missing.
 
     Raises UserError: a folder that is missing, empty, or has other classes in test than in train; a download that
-    fails; an image that cannot be read; a validation split that leaves nothing to train on.
+    fails; an image that cannot be read; a validation split that leaves nothing to train on; ranks whose data differ.
     """
+    dataset = _loaded(data, team, threads)
+    mine = (dataset.classes, len(dataset.train), len(dataset.test), dataset.train.contents, dataset.test.contents)
+    every = team.allgather(mine)
+    if other := next((rank for rank, each in enumerate(every) if each != every[0]), None):
+        counts = [f"{train} training and {test} test images" for _, train, test, *_ in (every[other], every[0])]
+        raise UserError(
+            f"rank {other} has other data than rank 0 ({counts[0]}, rank 0 {counts[1]}; in another order, maybe): "
+            "give all nodes the same files, and what is random in a function of your own a seed"
+        )
+    return dataset
+
+
+def _loaded(data: Data, team: Team, threads: int) -> Dataset:
     from swap_hpc.data import sources
     from swap_hpc.data.own import own
 

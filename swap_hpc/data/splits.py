@@ -1,5 +1,6 @@
 """What a data set is: images in memory, or files to read in every epoch, with labels."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,11 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What a rank tells the others of it; here as in the other splits."""
+        return (str(self.images.shape), _hash(self.labels))
 
     def take(self, which: np.ndarray) -> "Arrays":
         return Arrays(self.images[which], self.labels[which])
@@ -51,6 +57,11 @@ class Files:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def contents(self) -> tuple[str, ...]:
+        names = ["/".join(path.split("/")[-2:]) for path in self.paths]  # nodes may have the folder at places of their own
+        return (_hash("\n".join(names).encode()), _hash(self.labels))
+
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
 
@@ -75,6 +86,10 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        return tuple(_hash(array) for array in (self.tar, self.offset, self.size, self.labels))
 
     def take(self, which: np.ndarray) -> "Shards":
         return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])
@@ -115,6 +130,10 @@ class Batches:
     def __len__(self) -> int:
         return self.samples if self.which is None else len(self.which)
 
+    @property
+    def contents(self) -> tuple[str, ...]:
+        return ()
+
     def take(self, which: np.ndarray) -> "Batches":
         return replace(self, which=which if self.which is None else self.which[which])
 
@@ -137,6 +156,10 @@ class Graph(Batches):
 
 
 Split: TypeAlias = Arrays | Files | Shards | Batches
+
+
+def _hash(values: np.ndarray | bytes) -> str:
+    return hashlib.sha256(values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def _opened(name: str) -> int:

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-from swap_hpc import cli, run, swap
+from swap_hpc import cli, consumer, swap
 
 calls = ctypes.CDLL(None).counted_mpi_calls
 calls.restype = ctypes.c_long
@@ -25,5 +25,5 @@ def watched(*arguments: Any) -> Iterator[swap.Event]:
             yield event
 
 
-run.swap = watched  # type: ignore[assignment]
+consumer.swap = watched  # type: ignore[assignment]
 cli.main()

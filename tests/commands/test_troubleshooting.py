@@ -49,6 +49,14 @@ def other_mpirun(tmp: Path) -> Finished:
     return train(cwd=tmp, variables={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"})
 
 
+def split_by_chance(tmp: Path) -> Finished:
+    (tmp / "mine.py").write_text(
+        "import numpy as np\n\n\ndef load(path):\n    labels = np.random.default_rng().permutation(2000) % 10\n"
+        "    return (np.zeros((2000, 8, 8, 1), np.uint8), labels), (np.zeros((50, 8, 8, 1), np.uint8), labels[:50])\n"
+    )
+    return train("data.name=mine:load", ranks=2, cwd=tmp)
+
+
 PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "ranks cannot share": lambda tmp: train(ranks=3, cwd=tmp),
     "does not divide": lambda tmp: train("large_batch.batch_size=255", ranks=2, cwd=tmp),
@@ -59,6 +67,7 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "attempt to run as root": lambda tmp: command(BIN / "mpirun", "-n", "1", "true", variables={"OMPI_ALLOW_RUN_AS_ROOT": ""}),
     "another recipe": another_recipe,
     "the loss is": lambda tmp: train("large_batch.learning_rate=1e30", cwd=tmp),
+    "other data": split_by_chance,
     "cannot decode": decoding,
     "sees no GPU": lambda tmp: train("device=cuda", cwd=tmp, variables={"CUDA_VISIBLE_DEVICES": ""}),
     "cannot be imported": lambda tmp: train("model.name=nets:build", cwd=tmp),

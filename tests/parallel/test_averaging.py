@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_hpc import averaging
-from swap_hpc.averaging import WeightSum, average_running_statistics_, average_weights_, refresh_batchnorm_
+from swap_hpc.averaging import WeightSum, average_buffers_, average_weights_, refresh_batchnorm_
 from swap_hpc.ranks import Team
 
 
@@ -139,8 +139,17 @@ def test_refresh_leaves_all_else_alone(world: Team) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
+def test_buffers_of_other_layers_are_alike_after_an_epoch(world: Team) -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True))
+    model.register_buffer("seen", torch.tensor([world.rank + 5]))
+    model.get_buffer("0.running_mean").fill_(world.rank)
+    average_buffers_(model, world)
+    assert model.get_buffer("0.running_mean").tolist() == [(world.size - 1) / 2] * 3
+    assert model.get_buffer("0.running_var").tolist() == [1.0] * 3 and model.get_buffer("seen").tolist() == [5]
+
+
 def test_running_statistics_are_averaged(world: Team) -> None:
     model = random_model(world.rank)
     expected = np.mean([random_model(r).state_dict()["1.running_mean"].double().numpy() for r in range(world.size)], axis=0)
-    average_running_statistics_(model, world)
+    average_buffers_(model, world)
     torch.testing.assert_close(model.state_dict()["1.running_mean"].double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)

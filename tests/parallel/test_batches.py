@@ -1,9 +1,17 @@
 """Through DALI: the samples of a step do not depend on the ranks, and an epoch sees each at most once."""
 
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
 import tiny
 import torch
 
+from swap_hpc.data import load
 from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.splits import Files
+from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team
 
 
@@ -35,3 +43,27 @@ def test_batchnorm_batches_are_dealt_out(world: Team) -> None:
     assert [len(images) for images in alone] == [20] * 4
     for batch, images in enumerate(alone):
         assert torch.equal(parts[batch % world.size][batch // world.size], images)
+
+
+def test_ranks_whose_data_differ_are_refused(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ModuleType("own_split")
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    monkeypatch.setitem(sys.modules, "own_split", own)
+    data = tiny.recipe(data={"name": "own_split:load"}).data
+    own.load = lambda path: ((images, labels), (images, labels))  # type: ignore[attr-defined]
+    assert len(load(data, world, 1).train) == 6
+    other = np.roll(labels, world.rank)  # an order of each rank's own
+    own.load = lambda path: ((images, other), (images, labels))  # type: ignore[attr-defined]
+    if world.size > 1:
+        with pytest.raises(
+            UserError, match=r"rank 1 has other data than rank 0 \(6 training and 6 test images, rank 0 6 .* give all nodes"
+        ):
+            load(data, world, 1)
+
+
+def test_files_are_the_same_wherever_a_node_keeps_them() -> None:
+    def files(*paths: str) -> Files:
+        return Files(paths, np.zeros(len(paths), np.int64))
+
+    assert files("/a/x/1.png", "/a/x/2.png").contents == files("/b/c/x/1.png", "/b/c/x/2.png").contents
+    assert files("/a/x/1.png", "/a/x/2.png").contents != files("/a/x/1.png", "/a/x/3.png").contents

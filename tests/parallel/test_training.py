@@ -57,6 +57,21 @@ def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
     assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
 
 
+def test_a_model_from_a_file_is_the_first_ranks_too(world: Team) -> None:
+    job = tiny.job(model={"name": "tiny:normed", "weights": "on a disk of each node's own"}, large_batch={"epochs": 0})
+    model = tiny.model(job)
+    with torch.no_grad():
+        model.get_parameter("0.weight").add_(world.rank)
+    list(fit(model, job, job.recipe.large_batch, KEY, world))
+    assert torch.equal(tiny.weights(model), tiny.weights(tiny.model(job)))
+
+
+def test_groups_that_wait_for_each_other_have_saved() -> None:
+    job = tiny.job(refine={"epochs": 4, "evaluate_average": 2}, checkpoint={"epochs": 0})
+    events = fit(tiny.model(job), job, job.recipe.refine, Key(3, Phase.REFINE, 0), Team.alone())
+    assert [(e.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [(0, False), (1, False), (2, True), (3, False), (4, True)]
+
+
 def test_ranks_give_one_ranks_weights(world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 3})
     together, alone = tiny.model(job), tiny.model(job)

@@ -48,7 +48,7 @@ def complete(trial: study.Trial, averaged: float | None, groups: tuple[float, ..
     trial.folder.mkdir(parents=True)
     (trial.folder / "recipe.toml").write_text(trial.recipe.to_toml())
     result: dict[str, Any] = {
-        "ranks": 1,
+        "ranks": 1 if "--from" in trial.line else trial.ranks,
         "refine_ranks": trial.ranks,
         "epochs": {"large_batch": 7},
         "test_accuracy": {"large_batch": 0.5, "averaged": averaged, "mean_of_groups": None},
@@ -168,6 +168,10 @@ def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -
     (fast.folder / "diverged.json").write_text("{}")
     assert [trial.rate for trial in study.carry_out(made.trials(), "false", "search")] == [None, 0.05, 0.1]
     assert made.rate("swap") == 0.05 and "0.1: diverged" in study_report.text(made)
+    (slow.folder / "result.json").rename(slow.folder / "diverged.json")
+    with pytest.raises(UserError, match="swap: every rate of the search diverged"):
+        made.rate("swap")
+    (slow.folder / "diverged.json").rename(slow.folder / "result.json")
     with pytest.raises(RunError, match=r"the study ends at .*first/seed-0 \(exit code 1"):
         list(study.carry_out(made.reported(), "false", "run"))
 
@@ -179,6 +183,27 @@ def test_a_run_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) -> None:
     (made.trials()[1].folder / "result.json").write_text(json.dumps(result | {"refine_ranks": 4}))
     with pytest.raises(UserError, match="holds a run on 4 ranks, not 2"):
         _ = made.trials()[1].result
+
+
+def test_a_first_phase_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) -> None:
+    first = plan(tmp_path).trials()[0]
+    complete(first, None)
+    assert first.result
+    result = json.loads((first.folder / "result.json").read_text())
+    (first.folder / "result.json").write_text(json.dumps(result | {"ranks": 1, "refine_ranks": None}))
+    with pytest.raises(UserError, match="holds a run on 1 ranks, not 2"):
+        _ = first.result
+
+
+def test_a_launcher_that_hides_an_end_ends_the_study(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"the study ends at .*first/.*, which ended without a result: start it again to go on"):
+        list(study.carry_out(plan(tmp_path).trials(), "true", "search"))
+
+
+def test_a_row_of_a_model_that_its_run_does_not_make_is_refused(tmp_path: Path) -> None:
+    made = plan(tmp_path, TINY.replace('model = "large_batch"', ""))
+    with pytest.raises(UserError, match='the row "phase 1" shows the averaged model of first, which refines none: model = "large_batch"'):
+        made.check()
 
 
 def test_a_folder_of_another_recipe_is_not_taken_for_complete(tmp_path: Path) -> None:
