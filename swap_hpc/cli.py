@@ -1,6 +1,7 @@
 """The commands; errors to one clear line; exit codes.
 
-0: done. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank speaks for all.
+0: done. 1: nobody reads what is said. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank
+speaks for all.
 """
 
 import re
@@ -41,8 +42,6 @@ def train(
     phase_1_of: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="Begin with this complete run's phase 1.")] = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
-    from rich.console import Console
-
     from swap_hpc.control import Control
 
     control = Control()
@@ -53,10 +52,11 @@ def train(
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
     folder = out or Path("runs") / parsed.name
     world.agree(lambda: check_part(part, parsed))
-    world.agree(lambda: check_ranks(parsed, world.size, part, phase_1_of is not None or (folder / "large_batch.safetensors").is_file()))
-    from swap_hpc import report, run
+    over = phase_1_of is not None or world.broadcast(world.first(lambda: (folder / "large_batch.safetensors").is_file()))
+    world.agree(lambda: check_ranks(parsed, world.size, part, bool(over)))
+    from swap_hpc import metrics, report, run
 
-    result = run.train(parsed, folder, world, Console(), control, STARTED, part, phase_1_of)
+    result = run.train(parsed, folder, world, metrics.Screen(), control, STARTED, part, phase_1_of)
     if result:
         say(f"\n{report.table(result)}")
 
@@ -283,10 +283,8 @@ def _options(context: typer.Context, version: Annotated[bool, typer.Option("--ve
 STARTED = time.perf_counter()
 
 
-def _traceback() -> str:
-    """Of the exception at hand, without the frames of the command line's library."""
-    error = sys.exc_info()[1]
-    assert error is not None
+def _traceback(error: BaseException) -> str:
+    """Without the frames of the command line's library."""
     told = traceback.TracebackException.from_exception(error)
     told.stack = traceback.StackSummary.from_list(frame for frame in told.stack if not re.search(r"/(typer|click)/", frame.filename))
     return "".join(told.format()).rstrip()
@@ -298,9 +296,11 @@ def main() -> None:
         try:
             code = app(standalone_mode=False)
         except SystemExit as leaving:
-            if isinstance(leaving.__context__, BrokenPipeError):  # rich leaves so
+            if not isinstance(leaving.__context__, BrokenPipeError):  # of a user's own module: nothing here leaves so
+                fail(3, _traceback(leaving))
+            if nobody_reads():  # so typer leaves, whatever pipe it was
                 leave_unheard()
-            fail(3, _traceback())  # of a user's own module: nothing here leaves so
+            fail(3, _traceback(leaving.__context__))
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         tell_launcher("done")
@@ -315,13 +315,11 @@ def main() -> None:
         fail(3, f"swap-hpc: {error}", error.said_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
-            fail(3, _traceback())
+            fail(3, _traceback(error))
         fail(2, f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed")
     except KeyboardInterrupt:
         fail(3, "swap-hpc: interrupted")
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
-            leave_unheard()
         if hasattr(error, "format_message"):  # the command line itself is wrong
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
-        fail(3, _traceback())
+        fail(3, _traceback(error))

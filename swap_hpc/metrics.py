@@ -144,6 +144,15 @@ class Stopwatch:
         return {name: own.get(name, 0.0) for name in SECONDS}
 
 
+class Screen(Console):
+    """A console that leaves it to its caller what to do where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
+
+
 class Display:
     """Shows epochs to a person: a live bar per phase on a terminal, else one line each. Silent on all ranks but the first."""
 

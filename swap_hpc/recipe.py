@@ -68,11 +68,18 @@ def _only_finite(arguments: Any) -> None:
         _only_finite(each)
 
 
+def _from_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("needs a path that begins at a home that there is") from None
+
+
 Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
 ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-Place = Annotated[Path, AfterValidator(Path.expanduser)]
+Place = Annotated[Path, AfterValidator(_from_home)]
 
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
@@ -260,7 +267,7 @@ class Checkpoint(_Section):
     """Saves to continue from. A stop on request saves, too."""
 
     epochs: CountOrZero = 1
-    """Epochs between saves at epochs' ends; 0: only where `minutes` have passed, and at a phase's end."""
+    """Epochs between saves at epochs' ends; 0: only where `minutes` have passed, where groups wait for each other, and at a phase's end."""
     minutes: Annotated[float, Field(ge=0)] = 10.0
     """At most so many between saves inside an epoch; 0: none there."""
     snapshots: CountOrZero = 0

@@ -197,14 +197,14 @@ class Plan:
         """Raises UserError for whatever of the study cannot run, before anything does."""
         for name, run in self.study.runs.items():
             trial = self._trial(name, self.study.seeds[0], run.rates[0] if run.rates else None, None)
-            check_ranks(trial.recipe, trial.ranks)
+            check_ranks(trial.recipe, trial.ranks, phase_1_is_over="--from" in trial.line)
             for row in self.study.rows:
                 if row.run == name and row.model != "large_batch" and not trial.recipe.refine.epochs:
                     raise UserError(
                         f'the row "{row.method}" shows the {row.model} model of {name}, which refines none: model = "large_batch"'
                     )
         for trial in self.trials():
-            check_ranks(trial.recipe, trial.ranks)
+            check_ranks(trial.recipe, trial.ranks, phase_1_is_over="--from" in trial.line)
             if not trial.recipe.data.validation:
                 raise UserError("the search would choose rates on test images: put data.validation=5000, say, into search.set")
 

@@ -1,5 +1,6 @@
-"""Models that fail: on one rank, in the middle of training; everywhere, with an output of another shape; by leaving."""
+"""Models that fail: on one rank, in the middle of training; everywhere, with an output of another shape; by leaving; at a pipe."""
 
+import errno
 import time
 
 from mpi4py import MPI
@@ -36,3 +37,16 @@ def refuses_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
     if MPI.COMM_WORLD.rank == 1:
         raise ValueError("not on this rank")
     return nn.Linear(64, classes)
+
+
+class _Piping(nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise BrokenPipeError(errno.EPIPE, "a pipe of the model's own")
+
+
+def writes_into_a_broken_pipe(classes: int, channels: int, width: int) -> nn.Module:
+    return _Piping(classes)

@@ -10,7 +10,7 @@ from swap_hpc.recipe import Data
 
 # Data of the user's own, and what lies in their folder.
 LOCAL = {
-    "folder": "train/<class>/ and test/<class>/ (of <class>/ alone --set data.test_every=5 makes both)",
+    "folder": "train/<class>/ and test/<class>/ (or set data.test_every, which splits <class>/)",
     "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)",
 }
 
@@ -21,13 +21,14 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     """The data set that a recipe names, on every rank of `team`; one of them downloads what is missing.
 
     Raises UserError: a folder that is missing, empty, or has other classes in test than in train; a download that
-    fails; an image that cannot be read; a validation split that leaves nothing to train on; ranks whose data differ.
+    fails; an image that cannot be read; a validation split that leaves nothing to train on; ranks whose data differ
+    (of a user's own `Batches`, whose number or classes do).
     """
     dataset = _loaded(data, team, threads)
-    mine = (dataset.classes, len(dataset.train), len(dataset.test), dataset.train.contents, dataset.test.contents)
+    mine = (dataset.classes, dataset.channels, len(dataset.train), len(dataset.test), dataset.train.contents, dataset.test.contents)
     every = team.allgather(mine)
     if other := next((rank for rank, each in enumerate(every) if each != every[0]), None):
-        counts = [f"{train} training and {test} test images" for _, train, test, *_ in (every[other], every[0])]
+        counts = [f"{train} training and {test} test images" for _, _, train, test, *_ in (every[other], every[0])]
         raise UserError(
             f"rank {other} has other data than rank 0 ({counts[0]}, rank 0 {counts[1]}; in another order, maybe): "
             "give all nodes the same files, and what is random in a function of your own a seed"

@@ -79,8 +79,8 @@ def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
 
 def _split_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]:
     """The same of a folder with one folder per class: of each class the first image tests, and every `every`-th after it."""
-    if (path / "train").is_dir():
-        raise UserError(f"{path} has a folder train, so it is split already: leave data.test_every out")
+    if (path / "train").is_dir() and _test_split(path).is_dir():
+        raise UserError(f"{path} has train and test, so it is split already: leave data.test_every out")
     classes = _classes(path, "<class>/")
     files = _files(path, classes)
     counts = np.bincount(files.labels)
@@ -115,7 +115,7 @@ def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...]
         if size is None:
             for split in (train, test):
                 _own_size(split, threads, (height, width))
-        in_memory = [Arrays(decode(split, size, threads), split.labels) for split in (train, test)]
+        in_memory = [Arrays(decode(split, size, threads), split.labels, "".join(split.contents)) for split in (train, test)]
         return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
         raise UserError(

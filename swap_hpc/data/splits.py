@@ -21,17 +21,18 @@ class Arrays:
 
     images: np.ndarray  # (N, H, W, C) uint8
     labels: np.ndarray  # (N,) int64; of a user's own data, targets (N, ...)
+    files: str = ""  # of what they were decoded from, a hash: the last bits of decoded pixels may be a processor's own
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """What a rank tells the others of it; here as in the other splits."""
-        return (str(self.images.shape), _hash(self.labels))
+        """What the ranks have to hold alike of it, briefly; here as in the other splits."""
+        return (str(self.images.shape), self.files or _hash(self.images), _hash(self.labels))
 
     def take(self, which: np.ndarray) -> "Arrays":
-        return Arrays(self.images[which], self.labels[which])
+        return replace(self, images=self.images[which], labels=self.labels[which])
 
     @lru_cache(maxsize=2)  # noqa: B019  (splits live as long as the run)
     def padded(self, pad: int) -> np.ndarray:
@@ -60,7 +61,7 @@ class Files:
     @property
     def contents(self) -> tuple[str, ...]:
         names = ["/".join(path.split("/")[-2:]) for path in self.paths]  # nodes may have the folder at places of their own
-        return (_hash("\n".join(names).encode()), _hash(self.labels))
+        return (_hash(np.frombuffer("\n".join(names).encode(), np.uint8)), _hash(self.labels))
 
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
@@ -158,8 +159,8 @@ class Graph(Batches):
 Split: TypeAlias = Arrays | Files | Shards | Batches
 
 
-def _hash(values: np.ndarray | bytes) -> str:
-    return hashlib.sha256(values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()).hexdigest()
+def _hash(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).data).hexdigest()
 
 
 def _opened(name: str) -> int:

@@ -134,7 +134,7 @@ def test_a_folder_that_is_not_split_is_by_a_field(tmp_path: Path) -> None:
     assert all(len(files) == size for files in every.values())
     assert test.paths == tuple(str(path) for files in every.values() for path in files[::2]) and test.labels.tolist() == [0, 0, 1, 1]
     assert train.paths == tuple(str(path) for files in every.values() for path in files[1::2]) and train.labels.tolist() == [0, 0, 1, 1]
-    with pytest.raises(UserError, match=r"has a folder train, so it is split already: leave data.test_every out"):
+    with pytest.raises(UserError, match=r"has train and test, so it is split already: leave data.test_every out"):
         loaded(name="folder", path=folder, test_every=5)
     for path in every[1][1:]:
         path.unlink()

@@ -44,6 +44,7 @@ def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
 
 WRONG = [
     ({"data": {"name": "digits", "test_every": 5}}, "data: test_every splits a folder of images: digits comes split"),
+    ({"data": {"path": "~nobody_here/images"}}, r"data.path: needs a path that begins at a home that there is \(given: '~nobody_here"),
     ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles"),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
