@@ -21,7 +21,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test test-slurm test-image test-bundle bench soak lint doctor image bundle clean
+.PHONY: help setup run test test-slurm test-image test-bundle test-mpi bench soak lint doctor image bundle clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ test-image: setup  ## build the CPU image, and train inside it (root, buildah, d
 
 test-bundle: setup  ## make a bundle, install it and train in a network namespace with no way out (root; 5 minutes)
 	@$(activate) && python -m pytest tests/bundle $(ARGS)
+
+test-mpi: setup  ## on the MPI that make setup took: two ranks' tests, signals and exit codes, a chain of faults, srun (root; 5 minutes)
+	@$(activate) && python -m pytest -m mpi tests/parallel tests/commands tests/cluster $(ARGS)
 
 bench: setup  ## what each part costs beside what one would use instead, and which bars are missed (20 minutes, an idle machine)
 	@$(activate) && swap-hpc bench all $(ARGS)

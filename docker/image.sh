@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image with whichever of docker, podman and buildah is there. `make image`, `make image BASE=debian:bookworm ...`
+# Builds the image with whichever of docker, podman and buildah is there. `make image`, `make image BASE=debian:trixie ...`
 #
 #   IMAGE=swap_hpc  TOOL=docker|podman|buildah  BASE=  RUNTIME=  CUDA=13|12  HOROVOD_BUILD=nccl|cpu  MPI_PACKAGES=   image.sh [options of the tool's build]
 #

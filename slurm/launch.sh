@@ -28,8 +28,10 @@ case ${SWAP_LAUNCHER:-srun} in
   *) say "SWAP_LAUNCHER=$SWAP_LAUNCHER is not known: choose srun or mpirun"; exit 2 ;;
 esac
 read -ra more <<<"${SWAP_LAUNCHER_ARGS:-}"
+ask=${SWAP_SIGNAL:-USR1}
 
-# The first rank says here how far it came ("training", "stopped", "done"), where it can reach the file; and how often ranks were lost.
+# Here the first rank says how far it came ("training", "stopped", "done"), and the one that fails adds a line ("failed with 3"), where they
+# can reach the file. The other file counts how often ranks were lost.
 export SWAP_HPC_STATE=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.state
 losses=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.losses
 
@@ -42,11 +44,10 @@ launch() {
   echo started >"$SWAP_HPC_STATE"
   "${launcher[@]}" "${more[@]}" "$@" &
   pid=$!
-  # Both launchers hand USR1 and USR2 on to the ranks, which save and exit with 75. In the background, because a shell acts on
-  # a signal only when no command runs in its foreground.
-  trap 'asked=1 told=1; kill -USR1 "$pid" 2>/dev/null' USR1 TERM
-  trap 'asked=1 told=1; kill -USR2 "$pid" 2>/dev/null' USR2
-  if [ -n "$told" ]; then kill -USR1 "$pid"; fi  # told while it was being started
+  # Whatever the job is sent, the ranks get USR1, which every launcher hands on: they save and exit with 75. (MPICH's mpirun ends without a
+  # save at USR2, and says 0 after TERM.) In the background, because a shell acts on a signal only when no command runs in its foreground.
+  trap 'asked=1 told=1; kill -"$ask" "$pid" 2>/dev/null' USR1 USR2 TERM
+  if [ -n "$told" ]; then kill -"$ask" "$pid"; fi  # told while it was being started
   while :; do
     asked=
     wait "$pid"; code=$?
@@ -68,10 +69,13 @@ job_state() {
 # finish CODE STATE. Wrong input (2) is not mended by a restart, nor a first start that never came to train. Where somebody asked for a stop all is
 # saved (75). All else is a loss: a rank, a step, a node, or a run that failed (3), since a lost neighbour can look like that; it is tried again a few times.
 finish() {
-  local code=$1 state=$2 restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID now lost
+  local code=$1 state=${2%%$'\n'*} restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID now lost
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # its number may stand for the whole array
-  if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # Open MPI's mpirun may say 0 where it lost a node
-  if [ "$state" = stopped ]; then code=75; fi  # srun ends a rank that is slower to leave than the others, and says 143
+  if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # mpirun may say 0 where it lost a node
+  case $2 in
+    stopped) code=75 ;;  # srun ends a rank that is slower to leave than the others, and says 143
+    *"failed with "*) code=${2##*failed with } ;;  # srun --mpi=pmi2 says 137 where a rank ends the others
+  esac
   if [ "$code" = 75 ]; then told=1; fi
   lost=$(cat "$losses" 2>/dev/null || echo 0)
   rm -f "$SWAP_HPC_STATE" "$losses"

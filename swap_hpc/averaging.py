@@ -179,16 +179,24 @@ def refresh_batchnorm_(
     if not layers:
         return
     moments = {layer: _Moments.of(layer) for layer in layers}
-    with _only_batchnorm_trains(model, layers):
-        hooks = [layer.register_forward_hook(moments[layer].add_) for layer in layers]
+    with _only_batchnorm_trains(model, layers), _hooked({layer: moments[layer].add_ for layer in layers}):
         for batch in batches:
             forward(model, batch) if forward else model(batch)
-        for hook in hooks:
-            hook.remove()
     packed = torch.cat([moments[layer].packed() for layer in layers]).cpu()
     team.sum_(packed.numpy())
     for layer, sums in zip(layers, packed.split([len(moments[layer].packed()) for layer in layers]), strict=True):
         _set_statistics_(layer, sums)
+
+
+@contextmanager
+def _hooked(after_forward: Mapping[_BatchNorm, Callable[..., None]]) -> Iterator[None]:
+    """Calls functions after their layers' forward passes, until the block ends or raises."""
+    hooks = [layer.register_forward_hook(function) for layer, function in after_forward.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

@@ -251,7 +251,7 @@ def bench(
     data: DataDir = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the JSON goes; for checkpoint, the saves.")] = Path("runs/bench"),
     overrides: Overrides = None,
-    launcher: Launcher = "mpirun --oversubscribe --bind-to none -n {ranks}",
+    launcher: Launcher = "mpirun -n {ranks}",
 ) -> None:
     """Measure a part beside what a user would pick instead, alternating, in one run."""
     from swap_hpc import bench as benches

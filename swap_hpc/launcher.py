@@ -1,7 +1,7 @@
-"""What the launcher says of this process: its rank and the number of ranks, from environment variables.
+"""Launchers of ranks: what they say of this process in environment variables, and what differs between them.
 
-Only to let one process speak before MPI is started (not at all on a login node), and to compare with what MPI says: where
-an MPI library does not know its launcher, each process is a world of one.
+A rank and the number of ranks are read only to let one process speak before MPI is started (not at all on a login node), and to compare
+with what MPI says: where an MPI library does not know its launcher, each process is a world of one.
 """
 
 import os
@@ -13,7 +13,31 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 
+# Lets ranks outnumber cores, unbound, under the mpirun of Open MPI 4 and 5, which refuses that otherwise. MPICH's allows it and binds
+# nothing; these names mean nothing to it, while it refuses Open MPI's options.
+CROWDED = {
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "I_MPI_PIN": "off",
+}
+
 PARENT = os.getppid()  # when this process began
+
+
+class Advice(NamedTuple):
+    """What to tell the launchers of one family of MPI libraries."""
+
+    srun: str  # Slurm's option that this library understands
+    neighbours: str  # how mpirun places consecutive ranks on one node
+
+
+def advice(library: str) -> Advice:
+    """The launcher options for an MPI library, given its name and version, for example "MPICH 4.0.2"."""
+    if library.startswith("Open MPI"):
+        return Advice("--mpi=pmix", "mpirun --map-by slot")
+    return Advice("--mpi=pmi2", "mpirun -ppn RANKS_OF_A_NODE")
 
 
 class Launched(NamedTuple):

@@ -26,7 +26,7 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 from mpi4py import MPI
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.launcher import launched
+from swap_hpc.launcher import advice, launched
 
 T = TypeVar("T")
 
@@ -219,13 +219,15 @@ def launcher_mismatch(world: Team) -> str | None:
         return None
     return (
         f"{told.by} started {told.size} ranks, but MPI sees a world of {world.size}: launcher and MPI library do not match; "
-        f"use the mpirun that belongs to {mpi_library()} (with srun: --mpi=pmix, or the type that this library was built for)"
+        f"use the mpirun that belongs to {mpi_library()} "
+        f"(with srun: {advice(mpi_library()).srun}, or the type that this library was built for)"
     )
 
 
 def mpi_library() -> str:
-    """The MPI library in one line, for example "Open MPI v5.0.11"."""
-    return MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
+    """The MPI library in one line, for example "Open MPI v5.0.11" or "MPICH 4.0.2"."""
+    first = MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
+    return re.sub(r" Version:\s*", " ", first)  # MPICH's "MPICH Version:      4.0.2"
 
 
 def mpi_library_file() -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from launch import BIN
+from launch import BIN, hydra
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 NODES = ("swap-n1", "swap-n2")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge libpmix-dev"  # the last one for srun --mpi=pmix
+MPI_TYPE = "pmi2" if hydra() else "pmix"  # of srun, for this environment's MPI
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 # Nodes as the batch scripts expect them, with 64 CPUs and 8 GPUs: Slurm hands out what it is told, and a "GPU" is a device file.
@@ -74,8 +75,13 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Of a user's shell on the cluster's login node."""
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_"))}
-        ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{BIN}:{keep['PATH']}:/usr/sbin", "VIRTUAL_ENV": str(BIN.parent)}
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_", "PMI_"))}
+        ours = {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{BIN}:{keep['PATH']}:/usr/sbin",
+            "VIRTUAL_ENV": str(BIN.parent),
+            "SWAP_MPI": MPI_TYPE,
+        }
         # all ranks of both nodes share this host's cores: one that waits must let others work
         crowded = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
         return keep | ours | crowded | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

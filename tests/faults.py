@@ -51,7 +51,7 @@ class Fault:
     def _kill_all(self) -> None:
         siblings = self._siblings()
         if launcher.launched():
-            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(_launcher(), signal.SIGKILL)
         for pid in siblings:
             os.kill(pid, signal.SIGKILL)
         self._kill()
@@ -61,7 +61,7 @@ class Fault:
             os.kill(pid, signal.SIGTERM)
 
     def _sigusr1(self) -> None:
-        os.kill(os.getppid() if launcher.launched() else os.getpid(), signal.SIGUSR1)
+        os.kill(_launcher() if launcher.launched() else os.getpid(), signal.SIGUSR1)
 
     def _siblings(self) -> list[int]:
         if not launcher.launched():
@@ -85,6 +85,14 @@ class Fault:
             self._kill()
 
         files._flush = flush
+
+
+def _launcher() -> int:
+    """The process that a user started: this one's parent, or, of MPICH, that one's parent."""
+    parent = os.getppid()
+    if Path(f"/proc/{parent}/comm").read_text().startswith("hydra"):
+        return int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    return parent
 
 
 def install(fault: Fault) -> None:

@@ -1,6 +1,7 @@
 """Starting real jobs: `mpirun` and the console command as a user does, with a time-out, leaving nothing behind."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +80,41 @@ def processes_of(out: Path, within: float) -> list[int]:
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.2)
+
+
+def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
+    """The processes of a job's ranks: those below its launcher that Python runs, in ascending order."""
+    found, below = [], [job.pid]
+    while below:
+        pid = below.pop()
+        try:
+            children = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+            below += children
+            if pid != job.pid and Path(f"/proc/{pid}/exe").readlink().name.startswith("python"):
+                found.append(pid)
+        except OSError:
+            continue  # it has just ended
+    return sorted(found)
+
+
+def exit_codes(launcher: str) -> dict[str, str]:
+    """A launcher's column of the README's table of exit codes: what happens -> the cell."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    head, _, *rows = re.findall(r"^\|(.*)\|$", readme.partition("\n## Nothing is lost\n")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    column = [name.strip() for name in head.split("|")].index(launcher)
+    return {row.split("|")[0].strip(): row.split("|")[column].strip() for row in rows}
+
+
+def codes(cell: str) -> set[int]:
+    """The codes of a cell: those before what it says of them."""
+    return {int(code) for code in re.findall(r"\d+", re.split("[:,]", cell)[0])}
+
+
+@cache
+def hydra() -> bool:
+    """Whether `mpirun` is Hydra, of MPICH and its descendants, whose exit codes are not those of Open MPI's."""
+    said = subprocess.run([_mpirun(), "--version"], capture_output=True, text=True, env=_environment(), check=False)
+    return "HYDRA" in said.stdout
 
 
 def _mpirun() -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import KINDS, PLACES
-from launch import BIN, Finished, command, processes_of
+from launch import BIN, Finished, command, hydra, processes_of
 
 HERE = Path(__file__).parent
 HANG_SECONDS = 10  # watchdog.minutes of these runs: longer than a first step takes on a busy machine
@@ -49,10 +49,11 @@ class Layout:
 LAYOUTS = (Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2), Layout(2, 4))
 
 # Exit codes: of mpirun, and of a rank that was started alone. A rank killed by a signal has no say.
+LOST = 9 if hydra() else 137
 CODES = {
-    "kill": (137, -9),
+    "kill": (LOST, -9),
     "kill_all": (-9, -9),
-    "kill_in_save": (137, -9),
+    "kill_in_save": (LOST, -9),
     "sigterm": (75, 75),
     "sigusr1": (75, 75),
     "exception": (3, 3),

@@ -15,6 +15,7 @@ from typing import Any
 
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.figures import put
+from swap_hpc.launcher import CROWDED
 
 PEERS = Path("tests/bench/peers.py")
 
@@ -74,7 +75,7 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
         said = Path(folder) / "said.json"
         line = [*(part.format(ranks=ranks) for part in shlex.split(launcher)), sys.executable, "-m", "swap_hpc.bench", name, str(said)]
         try:
-            code = subprocess.run(line, check=False).returncode
+            code = subprocess.run(line, env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher}, check=False).returncode
         except FileNotFoundError:
             raise UserError(f"no {line[0]} on the PATH: activate the environment, or say --launcher") from None
         if code or not said.is_file():

@@ -1,6 +1,7 @@
 """`start`: from launch to the first step, beside `import torch` on as many ranks."""
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ ONE_STEP = ("large_batch.epochs=1", "large_batch.batch_size=1196", "refine.epoch
 
 def start(world: Team, peers: ModuleType) -> list[Comparison]:
     """Ours goes on to the line of an epoch of one step, its evaluation and the first save included."""
-    mpirun = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(RANKS)]
+    mpirun = [part.format(ranks=RANKS) for part in shlex.split(os.environ["SWAP_HPC_BENCH_LAUNCHER"])]
 
     def ours() -> float:
         with tempfile.TemporaryDirectory() as out:
@@ -37,7 +38,7 @@ def start(world: Team, peers: ModuleType) -> list[Comparison]:
 
 def _seconds_until(command: Sequence[str], text: str) -> float:
     """From the launch to the first line that holds `text`; then to the end, uncounted."""
-    launcher = ("OMPI_", "PMIX_", "PRTE_", "SLURM_")
+    launcher = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", *(() if command[0] == "srun" else ("SLURM_",)))
     settings = ("OMPI_MCA_", "PRTE_MCA_", "OMPI_ALLOW_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(launcher) or k.startswith(settings)}
     begin = time.perf_counter()

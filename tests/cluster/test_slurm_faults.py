@@ -155,7 +155,7 @@ def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(cluster: Cluster, h
 
 UNKNOWN = f"swap-hpc: {SHIPPED}/digits.toml: unknown field grups; valid here: "
 WRONG = [
-    ({}, ("digits", "--set", "grups=3"), "2:0", UNKNOWN),
+    pytest.param({}, ("digits", "--set", "grups=3"), "2:0", UNKNOWN, marks=pytest.mark.mpi),
     (
         {"SWAP_LAUNCHER": "mpirun"},
         ("digits", "--set", "grups=3"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "LOG.md", ROOT / "swap_hpc" / "recipes" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "swap_hpc" / name / "README.md" for name in ("install", "recipes"))]
 
 # Lines that another test runs, or whose parts it does, and where
 ELSEWHERE = {

@@ -1,4 +1,4 @@
-"""The CPU image, built for real from docker/Dockerfile, and what runs inside it. `make test-image`."""
+"""The CPU image, built for real from docker/Dockerfile, and what runs inside it. `make test-image`, or `make test-image SUITE=bookworm`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from launch import BIN
 from slurm_jobs import TESTS, commands, complete, places, submit, user_folder
 
 ROOT = Path(__file__).parents[2]
-SUITE = "bookworm"
+SUITE = os.environ.get("SUITE", "trixie")  # of Debian: another compiler, Python and C library than those of the host that CI runs on
 INSTALL = "apt-get install --no-install-recommends buildah debootstrap"
 
 
@@ -84,9 +84,9 @@ def base(buildah: Buildah) -> str:
     shutil.rmtree(root)
     container = buildah("from", "scratch").strip()
     buildah("add", container, tar, "/", seconds=120)
-    buildah("commit", "--rm", container, "swap-hpc-test-base", seconds=120)
+    buildah("commit", "--rm", container, f"debian:{SUITE}", seconds=120)
     tar.unlink()
-    return "localhost/swap-hpc-test-base"
+    return f"localhost/debian:{SUITE}"
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,9 @@ MINUTES = 5  # for one mpirun
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "world" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("ranks")
-        metafunc.parametrize("world", marker.args if marker else (1, 2, 3, 4), indirect=True, ids=lambda n: f"{n} ranks")
+        counts = marker.args if marker else (1, 2, 3, 4)
+        values = [pytest.param(n, id=f"{n} ranks", marks=[pytest.mark.mpi] if n == 2 else []) for n in counts]
+        metafunc.parametrize("world", values, indirect=True)
 
 
 @pytest.fixture

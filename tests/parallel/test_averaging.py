@@ -1,5 +1,7 @@
 """Averaging and batch-norm refresh against references computed by hand."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import tiny
@@ -126,6 +128,24 @@ def test_refresh_on_ranks_equals_one_ranks(world: Team) -> None:
     refresh_batchnorm_(here, batches(5)[world.rank :: world.size], world)
     refresh_batchnorm_(there, batches(5), Team.alone())
     torch.testing.assert_close(tiny.weights(here), tiny.weights(there), rtol=1e-6, atol=1e-7)
+
+
+def test_a_refresh_that_fails_leaves_the_model_as_it_was(world: Team) -> None:
+    """A forward pass that raises leaves no hook on a layer, its statistics and momentum, and the mode of every layer."""
+    model = tiny.normed(3, 3).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def damaged() -> Iterator[torch.Tensor]:
+        yield from batches(2)
+        raise OSError("a damaged image")
+
+    for inputs, error in (([*batches(2), torch.zeros(2, 5, 4, 4)], RuntimeError), (damaged(), OSError)):
+        with pytest.raises(error):
+            refresh_batchnorm_(model, inputs, Team.alone())
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert layers and not any(m._forward_hooks for m in model.modules()) and all(m.training for m in model.modules())
+        assert {layer.momentum for layer in layers} == {nn.BatchNorm2d(1).momentum}
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_refresh_leaves_all_else_alone(world: Team) -> None:

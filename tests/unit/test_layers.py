@@ -73,7 +73,9 @@ MAY_BRANCH = {"metrics", "checkpoint", "cli", "ranks.first_then_rest", "ranks.Te
 
 
 def modules() -> dict[str, ast.Module]:
-    files = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    """Those of the package; install/ holds programs, which nothing imports."""
+    paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent.name != "install"]
+    files = {PACKAGE / path: ".".join(path.with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): ast.parse(path.read_text()) for path, name in files.items() if name != "__init__"}
 
 

@@ -1,0 +1,103 @@
+"""The edits of Horovod's source: they take hold once, and every newer compiler on this host accepts what they make of it."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from launch import BIN, command
+
+INSTALL = Path(__file__).parents[2] / "swap_hpc" / "install"
+SETTINGS = {
+    "HOROVOD_WITH_PYTORCH": "1", "HOROVOD_WITHOUT_TENSORFLOW": "1", "HOROVOD_WITHOUT_MXNET": "1", "HOROVOD_WITH_MPI": "1",
+    "HOROVOD_WITHOUT_GLOO": "1", "HOROVOD_WITHOUT_NVTX": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source as it was published."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swap_hpc"
+    source = cache / "horovod-0.28.1.tar.gz"
+    if not source.exists():
+        pytest.skip(f"no {source}: this environment was not made by make setup")
+    folder = tmp_path_factory.mktemp("source")
+    subprocess.run(["tar", "xzf", source, "-C", folder], check=True)
+    return folder / "horovod-0.28.1"
+
+
+@pytest.fixture(scope="session")
+def configured(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build for CPUs of the edited source, as far as CMake brings it; with the toolkit of this host, where it has one, on the PATH."""
+    source = shutil.copytree(published, tmp_path_factory.mktemp("edited") / "horovod")
+    done = command(sys.executable, INSTALL / "horovod_source.py", source)
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    toolkit = {"CUDA_HOME": "/usr/local/cuda", "PATH": f"{BIN}:/usr/local/cuda/bin:{os.environ['PATH']}"} if _toolkit() else {}
+    site = re.search(r"^MPI=(/.*)$", (BIN.parent / "swap_hpc.made_with").read_text(), flags=re.MULTILINE)
+    home = {"MPI_HOME": str(Path(site[1]).parents[1] if site else BIN.parent)}
+    line = ("cmake", "-S", source, "-B", source / "build", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-DPYTHON_EXECUTABLE={sys.executable}")
+    output = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY_RELWITHDEBINFO={source}/build/lib"  # as Horovod's setup.py says
+    done = command(*line, output, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", variables=SETTINGS | toolkit | home, timeout=300)
+    assert done.code == 0, done.stdout + done.stderr
+    return source / "build"
+
+
+def _toolkit() -> bool:
+    return Path("/usr/local/cuda/bin/nvcc").exists()
+
+
+def test_another_source_is_refused_and_left_alone(published: Path, tmp_path: Path) -> None:
+    """Also one that is edited already: no edit happens twice."""
+    source = shutil.copytree(published, tmp_path / "horovod")
+    table = source / "horovod" / "common" / "group_table.h"
+    table.write_text(table.read_text().replace("#include <queue>", "#include <deque>"))
+    before = (source / "CMakeLists.txt").read_text()
+    done = command(sys.executable, INSTALL / "horovod_source.py", source)
+    says = "horovod/common/group_table.h has '#include <queue>' 0 times, not once: this is not Horovod 0.28.1 as published"
+    assert (done.code, done.stderr) == (1, f"swap_hpc setup: {says}\n") and (source / "CMakeLists.txt").read_text() == before
+    table.write_text(table.read_text().replace("#include <deque>", "#include <queue>"))
+    assert command(sys.executable, INSTALL / "horovod_source.py", source).code == 0
+    again = command(sys.executable, INSTALL / "horovod_source.py", source)
+    assert again.code == 1 and "CMakeLists.txt has 'set(CMAKE_CXX_STANDARD 14)' 0 times" in again.stderr
+
+
+def test_a_build_for_cpus_takes_no_toolkit(configured: Path) -> None:
+    if not _toolkit():
+        pytest.skip("no CUDA toolkit in /usr/local/cuda that could be taken")
+    libraries = [word for word in next(configured.rglob("link.txt")).read_text().split() if re.search(r"^-l|\.so$|\.a$", word)]
+    flags = "".join(path.read_text() for path in configured.rglob("flags.make"))
+    assert any("libtorch_cpu" in name for name in libraries) and not [name for name in libraries if re.search("cuda|nccl", name)]
+    assert "HAVE_MPI=1" in flags and "HAVE_CUDA" not in flags and "HAVE_GPU" not in flags
+    assert "CMAKE_CUDA_COMPILER" not in (configured / "CMakeCache.txt").read_text()
+
+
+def newer_compilers() -> list[str]:
+    """Those on the PATH that refuse the published source: of gcc from 13 on, of clang from 16 on."""
+    names = {path.name for part in os.environ["PATH"].split(":") for path in Path(part).glob("*++*") if Path(part).is_dir()}
+    found = [re.fullmatch(r"(clang\+\+|g\+\+)-(\d+)", name) for name in names]
+    return sorted(match[0] for match in found if match and int(match[2]) >= {"g++": 13, "clang++": 16}[match[1]])
+
+
+@pytest.mark.parametrize("compiler", newer_compilers() or [None])
+def test_newer_compilers_accept_the_source(compiler: str | None, configured: Path) -> None:
+    """Every file that the build compiles, with its own options; nothing is generated."""
+    if compiler is None:
+        pytest.skip("no g++ of 13 or newer and no clang++ of 16 or newer beside the default: apt-get install clang-19")
+    commands = json.loads((configured / "compile_commands.json").read_text())
+    assert len(commands) >= 28
+
+    def check(entry: dict[str, str]) -> str:
+        line = shlex.split(entry["command"])
+        at = line.index("-o")
+        only = [compiler, *line[1:at], *line[at + 2 :], "-fsyntax-only", "-w"]
+        done = subprocess.run(only, cwd=entry["directory"], capture_output=True, text=True, check=False)
+        return "" if done.returncode == 0 else f"{entry['file']}: {done.stderr[:1000]}"
+
+    with ThreadPoolExecutor(2) as both:
+        assert [said for said in both.map(check, commands) if said] == []
