@@ -45,7 +45,7 @@ launch() {
   "${launcher[@]}" "${more[@]}" "$@" &
   pid=$!
   # Whatever the job is sent, the ranks get USR1, which every launcher hands on: they save and exit with 75. (MPICH's mpirun ends without a
-  # save at USR2, and says 0 after TERM.) In the background, because a shell acts on a signal only when no command runs in its foreground.
+  # save at USR2, and may say 0 after a stop.) In the background, because a shell acts on a signal only when no command runs in its foreground.
   trap 'asked=1 told=1; kill -"$ask" "$pid" 2>/dev/null' USR1 USR2 TERM
   if [ -n "$told" ]; then kill -"$ask" "$pid"; fi  # told while it was being started
   while :; do

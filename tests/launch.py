@@ -107,7 +107,7 @@ def exit_codes(launcher: str) -> dict[str, str]:
 
 def codes(cell: str) -> set[int]:
     """The codes of a cell: those before what it says of them."""
-    return {int(code) for code in re.findall(r"\d+", re.split("[:,]", cell)[0])}
+    return {int(code) for code in re.findall(r"\d+", re.split(":|, one|, its", cell)[0])}
 
 
 @cache

@@ -46,7 +46,6 @@ CASES: list[tuple[str, Sending, int]] = [
 def test_the_launchers_code_is_that_of_the_table(row: str, send: Sending, number: int, tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / "state"
     cell = exit_codes(LAUNCHER)[row]
-    (code,) = codes(cell)
     job = launch(BIN / "swap-hpc", "train", "digits", *ENDLESS, "--out", out, ranks=2, variables={"SWAP_HPC_STATE": str(state)})
     try:
         _wait(lambda: len({path.name[:9] for path in (out / "checkpoints").glob("group-*.safetensors")}) == 2)
@@ -55,7 +54,8 @@ def test_the_launchers_code_is_that_of_the_table(row: str, send: Sending, number
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode % 256 == code if job.returncode >= 0 else 128 - job.returncode == code, errors
+    code = job.returncode if job.returncode >= 0 else 128 - job.returncode  # as a shell tells it
+    assert code in codes(cell), errors
     assert processes_of(out, within=10) == []
     # what tells the truth where the code does not
     assert not (out / "result.json").exists() and list((out / "checkpoints").glob("group-*.safetensors"))
