@@ -296,7 +296,7 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
         stop.ask()
     code = stop.process.wait()
     stop.process = None
-    if code == 75 or (code and stop.asked):
+    if code == 75 or (stop.asked and (code or trial.result is None)):  # MPICH's mpirun may say 0 after a stop
         raise Stopped("the study was stopped on request, all is saved: start it again to go on")
     return code
 

@@ -63,6 +63,22 @@ def test_a_study_is_stopped_goes_on_and_is_not_run_twice(tmp_path: Path) -> None
     assert again.code == 0 and "run 1 of 6" not in again.stdout and "| SWAP " in again.stdout
 
 
+def test_a_stop_counts_where_the_launcher_says_0(tmp_path: Path) -> None:
+    """As MPICH's mpirun may: the run that was stopped has no result."""
+    says_0 = tmp_path / "launcher"
+    says_0.write_text('#!/bin/bash\nmpirun "$@" &\ntrap "kill -USR1 $!" USR1\nwait $!; wait $!\nexit 0\n')
+    says_0.chmod(0o755)
+    (tmp_path / "small.toml").write_text(STUDY.replace("large_batch.epochs=2", "large_batch.epochs=10000"))
+    out = tmp_path / "out"
+    process = launch(BIN / "swap-hpc", "study", tmp_path / "small.toml", "--out", out, "--launcher", f"{says_0} -n {{ranks}}")
+    while not list(out.glob("search/*/*/metrics/world.jsonl")):  # the first trial trains
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the study was stopped on request, all is saved" in stdout + stderr, stderr
+
+
 def test_another_runs_phase_1_gives_what_ones_own_gives(tmp_path: Path) -> None:
     fields = ("--set", "groups=2", "--set", "model.width=2", "--set", "large_batch.epochs=2", "--set", "evaluate.every=0")
     first, whole, second = (tmp_path / name for name in ("first", "whole", "second"))
