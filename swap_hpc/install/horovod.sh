@@ -13,36 +13,39 @@ log=${SWAP_HPC_LOG:-$SWAP_HPC_CACHE/horovod.log}
 read -r tag torch cuda < <(python -c 'import sys, torch
 print(sys.implementation.cache_tag, torch.__version__.split("+")[0], (torch.version.cuda or "none").split(".")[0])')
 mpicc=$(command -v mpicc) || fail "no mpicc: Horovod is built for an MPI"
-mpi=$(mpi_version "$mpicc") || fail "$mpicc finds no mpi.h: load the compiler and the modules that belong to this MPI"
+mpi=$(mpi_identity "$mpicc") || fail "$mpicc finds no mpi.h: load the compiler and the modules that belong to this MPI"
 cuda_home=
 if [ "$cuda" != none ]; then cuda_home=$(cuda_toolkit "$cuda"); fi
 kind=$(horovod_kind "$build" "$cuda_home")
 if [ "$kind" = nccl ] && [ -z "$cuda_home" ]; then
   fail "HOROVOD_BUILD=nccl needs the CUDA $cuda toolkit (nvcc): load its module, or set CUDA_HOME; HOROVOD_BUILD=cpu does without"
 fi
+horovod_without_nccl "$build" "$kind" "$cuda" "$cuda_home" >&2
 depends=$(horovod_depends "$tag" "$torch" "$cuda" "$mpi" "$kind")
 if kept_horovod "$depends"; then exit 0; fi
 
 # --- building ------------------------------------------------------------------------------------------------------
 . "$here/preflight.sh"
-problems=$(build_problems python "$mpicc")
+problems=$(header_problems python; compiler_problems; mpi_problems "$mpicc")
 if [ -n "$problems" ]; then echo "$problems" >&2; exit 1; fi
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 mkdir -p "$SWAP_HPC_CACHE"
 
 with="$mpi$([ "$kind" = cpu ] || echo ", NCCL and the toolkit $cuda_home")"
 echo "        building Horovod with $with: 1 to 8 minutes, once (log: $log)" >&2
-if [ "$build" = auto ] && [ "$kind" = cpu ]; then
-  if ! gpu_here; then [ -z "$cuda_home" ] || echo "        without NCCL, there being no GPU here; for nodes that have some: HOROVOD_BUILD=nccl" >&2
-  else echo "        without NCCL, there being no CUDA $cuda toolkit (nvcc) here: several ranks cannot train one model on GPUs" >&2; fi
-fi
 
 # The source is kept, so that a second build asks for no network.
 source=$SWAP_HPC_CACHE/horovod-$HOROVOD_VERSION.tar.gz
-if [ ! -f "$source" ]; then
+published=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+sound() { sha256sum --check --status <<<"$published  $1" 2>/dev/null; }
+: >"$log"
+if ! sound "$source"; then
   python -m pip download --no-deps --no-binary :all: --no-build-isolation -d "$work" "horovod==$HOROVOD_VERSION" >>"$log" 2>&1 \
     || fail "Horovod's source could not be fetched; log: $log"
-  mv "$work/horovod-$HOROVOD_VERSION.tar.gz" "$source"
+  sound "$work/horovod-$HOROVOD_VERSION.tar.gz" || fail "Horovod's source is not the one that was published: what does pip's index serve?"
+  aside=$(mktemp "$SWAP_HPC_CACHE/tmp.XXXXXX")
+  cp "$work/horovod-$HOROVOD_VERSION.tar.gz" "$aside"
+  mv "$aside" "$source"
 fi
 tar xzf "$source" -C "$work"
 cd "$work/horovod-$HOROVOD_VERSION"
@@ -63,10 +66,12 @@ if [ "$kind" = nccl ]; then
   export HOROVOD_BUILD_CUDA_CC_LIST=$gpu_architectures CUDA_HOME=$cuda_home HOROVOD_CUDA_HOME=$cuda_home PATH=$cuda_home/bin:$PATH
 fi
 # nproc takes OMP_NUM_THREADS for the number of cores
+export CXX=${CXX:-g++}
 jobs=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 if ! MAKEFLAGS="-j$jobs" python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" . >>"$log" 2>&1; then
-  grep -m 1 -E '(error|Error):|: fatal error|CMake Error' "$log" | cut -c 1-300 >&2 || true
-  fail "Horovod could not be built with $("${CXX:-c++}" --version | head -n 1); the first error is above, the log in $log"
+  grep -m 1 -E ': (fatal )?error: |CMake Error|: undefined reference' "$log" | cut -c 1-300 >&2 || true  # not pip's own "error: ..."
+  # shellcheck disable=SC2086  # CXX may hold options
+  fail "Horovod could not be built with $($CXX --version | head -n 1); the first error is above, the log in $log"
 fi
 
 # a half-copied wheel must never be found: copy aside, then rename

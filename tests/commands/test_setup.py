@@ -79,17 +79,22 @@ def test_a_python_without_venv_or_headers_gets_a_line_for_each(tmp_path: Path) -
     )
 
 
-def test_a_missing_make_gets_one_line(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    needed = "awk bash cat cksum cut df dirname find g++ getconf grep head mktemp realpath rm sed sort uname"
-    for name in needed.split():
+NEEDED = "awk bash cat cksum cut df diff dirname du find getconf grep head mktemp readlink realpath rm sed sort tail uname"
+
+
+def path_of(folder: Path, names: str) -> str:
+    """A PATH of these programs alone."""
+    folder.mkdir()
+    for name in names.split():
         found = shutil.which(name)
         assert found, name
-        (tools / name).symlink_to(found)
-    for part in ("as", "ld"):  # of the compiler
-        (tools / part).symlink_to(shutil.which(part) or f"/usr/bin/{part}")
-    refused(set_up(tmp_path, PATH=str(tools)), "no make: install it (Debian: apt-get install make)")
+        (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def test_a_missing_make_gets_one_line(tmp_path: Path) -> None:
+    done = set_up(tmp_path, PATH=path_of(tmp_path / "bin", f"{NEEDED} g++ as"))
+    refused(done, "no make: install it (Debian: apt-get install make)")
 
 
 def test_an_mpi_without_its_header_gets_one_line(tmp_path: Path) -> None:
@@ -141,27 +146,42 @@ def _mpicc() -> str:
     return str(BIN / "mpicc") if site is None or site[1] == "wheel" else site[1]
 
 
-def test_another_mpi_behind_the_same_wrapper_is_noticed(tmp_path: Path) -> None:
-    """As `update-alternatives --config mpi` does. The header is another's: only what it says is made up."""
+def test_the_mpi_is_told_by_what_its_header_says(tmp_path: Path) -> None:
+    """Of descendants that cannot be installed here, too: only what the header says is made up."""
     header = tmp_path / "include" / "mpi.h"
-    header.parent.mkdir()
     program(tmp_path / "bin" / "mpicc", f'exec gcc -I "{header.parent}" "$@"')
-
-    def base() -> str:
-        """What decides whether an environment is made anew."""
-        return shell(f'echo "MPI=x ($(mpi_version "{tmp_path}/bin/mpicc"))"')
-
-    texts = (
-        "#define OMPI_MAJOR_VERSION 4\n#define OMPI_MINOR_VERSION 1\n#define OMPI_RELEASE_VERSION 4\n",
-        '#define MPICH_VERSION "4.0.2"\n',
-        '#define MPICH_VERSION "3.4a2"\n#define I_MPI_VERSION "2021.9.0"\n',
-        "",
-    )
-    seen = []
-    for text in texts:
+    header.parent.mkdir()
+    for text, name in (
+        ("#define OMPI_MAJOR_VERSION 4\n#define OMPI_MINOR_VERSION 1\n#define OMPI_RELEASE_VERSION 4\n", "Open MPI 4.1.4"),
+        ('#define MPICH_VERSION "4.0.2"\n', "MPICH 4.0.2"),
+        ('#define MPICH_VERSION "3.4a2"\n#define I_MPI_VERSION "2021.9.0"\n', "Intel MPI 2021.9.0"),
+        ("", "an MPI of version 3.1"),
+    ):
         header.write_text(f"#define MPI_VERSION 3\n#define MPI_SUBVERSION 1\n{text}")
-        seen.append(base())
-    assert seen == ["MPI=x (Open MPI 4.1.4)", "MPI=x (MPICH 4.0.2)", "MPI=x (Intel MPI 2021.9.0)", "MPI=x (an MPI of version 3.1)"]
+        assert shell(f'mpi_version "{tmp_path}/bin/mpicc"') == name
+        assert shell(f'mpi_identity "{tmp_path}/bin/mpicc"') == f"{name} ({tmp_path}/bin/mpicc)"
+
+
+def test_another_mpi_behind_the_same_wrapper_is_noticed(tmp_path: Path) -> None:
+    """As after `update-alternatives --config mpi`, or an update. A complete environment is left alone until then."""
+    header, venv = tmp_path / "include" / "mpi.h", tmp_path / "venv"
+    program(tmp_path / "bin" / "mpicc", f'exec gcc -I "{header.parent}" "$@"')
+    program(tmp_path / "bin" / "mpicxx", 'exec g++ "$@"')
+    header.parent.mkdir()
+    says = "#define MPI_VERSION 3\n#define MPI_SUBVERSION 1\n#define MPICH_VERSION"
+    header.write_text(f'{says} "4.0.2"\n')
+    base: str = sys._base_executable  # type: ignore[attr-defined]
+    variables = {"PYTHON": base, "VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": "/nowhere/g++"}
+    variables["PATH"] = f"{tmp_path}/bin:{outside()}"
+    first = command("bash", "-x", INSTALL / "setup.sh", variables=variables)  # ends for want of a compiler, and tells what it would write
+    (wanted,) = re.findall(r"^\+ wanted='(.*?)'$", first.stderr, flags=re.MULTILINE | re.DOTALL)
+    program(venv / "bin" / "swap-hpc", "exit 1")
+    (venv / "swap_hpc.stamp").write_text(wanted)
+    (venv / "swap_hpc.made_with").write_text(f"{wanted}\nbase: {wanted.splitlines()[6].rpartition(' ')[0]}\n")
+    same = command(INSTALL / "setup.sh", variables=variables)
+    assert (same.code, same.stdout, same.stderr) == (0, "", "")
+    header.write_text(f'{says} "4.0.3"\n')
+    refused(command(INSTALL / "setup.sh", variables=variables), "no C++ compiler (/nowhere/g++)")  # it was going to make it anew
 
 
 def test_the_environments_packages_fit_together() -> None:
@@ -195,7 +215,18 @@ def test_a_built_horovod_is_found_again_without_a_compiler() -> None:
     wheel = kept_wheel()
     assert wheel.suffix == ".whl" and f"cp{sys.version_info[0]}{sys.version_info[1]}" in wheel.name
     depends = (wheel.parent / "depends.txt").read_text()
-    assert all(word in depends for word in ("horovod 0.28.1 ", f"torch {_version('torch')} ", shell(f'mpi_version "{_mpicc()}"')))
+    assert all(word in depends for word in ("horovod 0.28.1 ", f"torch {_version('torch')} ", shell(f'mpi_identity "{_mpicc()}"')))
+
+
+def test_a_built_horovod_is_found_again_without_any_compiler(tmp_path: Path) -> None:
+    """As on a node without gcc, where a bundle brings the wheel: the wrapper cannot ask its compiler what its header says."""
+    if _mpicc() != str(BIN / "mpicc"):
+        pytest.skip("a site's mpi.h lies where only its wrapper knows")
+    path = path_of(tmp_path / "bin", NEEDED)
+    wheel = kept_wheel()
+    tried = command("env", f"PATH={BIN}:{path}", INSTALL / "horovod.sh", variables={"SWAP_HPC_CACHE": str(wheel.parents[1])})
+    assert (tried.code, tried.stdout.strip()) == (0, str(wheel)), tried.stderr
+    assert not shutil.which("gcc", path=f"{BIN}:{path}") and not shutil.which("cc", path=f"{BIN}:{path}")
 
 
 def _version(package: str) -> str:

@@ -71,8 +71,9 @@ def test_a_stop_counts_where_the_launcher_says_0(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(STUDY.replace("large_batch.epochs=2", "large_batch.epochs=10000"))
     out = tmp_path / "out"
     process = launch(BIN / "swap-hpc", "study", tmp_path / "small.toml", "--out", out, "--launcher", f"{says_0} -n {{ranks}}")
+    deadline = time.monotonic() + 120
     while not list(out.glob("search/*/*/metrics/world.jsonl")):  # the first trial trains
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
