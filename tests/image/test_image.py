@@ -68,6 +68,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
 @pytest.fixture(scope="session")
 def base(buildah: Buildah) -> str:
     """A Debian image made here, from packages, because no registry may be reachable; it trusts and asks whom this host does."""
+    name = f"docker.io/library/debian:{SUITE}"  # what `make image BASE=debian:trixie` asks for
     root = buildah.folder / "base"
     sources = Path("/etc/apt/sources.list.d/debian.sources")
     lines = sources.read_text().splitlines() if sources.exists() else []
@@ -84,9 +85,9 @@ def base(buildah: Buildah) -> str:
     shutil.rmtree(root)
     container = buildah("from", "scratch").strip()
     buildah("add", container, tar, "/", seconds=120)
-    buildah("commit", "--rm", container, f"debian:{SUITE}", seconds=120)
+    buildah("commit", "--rm", container, name, seconds=120)
     tar.unlink()
-    return f"localhost/debian:{SUITE}"
+    return name
 
 
 @pytest.fixture(scope="session")
