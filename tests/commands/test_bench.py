@@ -1,5 +1,6 @@
 """Benches that run in seconds: what they count, and how they end."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from launch import command, swap_hpc
 
+from swap_hpc import cli
 from swap_hpc.bench.traffic import SETTINGS
+from swap_hpc.launcher import CROWDED
 
 ROOT = Path(__file__).parents[2]
 CASE = {"ranks": 2, "width": 4, "samples": 2048}
@@ -27,13 +30,21 @@ def test_bytes_are_counted_and_phase_2_sends_none(tmp_path: Path) -> None:
     assert 0 < phases["batchnorm"]["bytes"] < 20_000 and case["peak_memory_mib"] > 100
 
 
-@pytest.mark.mpi
 def test_a_bench_prints_its_table_and_leaves_its_json(tmp_path: Path) -> None:
     done = swap_hpc("bench", "batchnorm", "--out", tmp_path, cwd=ROOT, timeout=300)
     assert done.code == 0, done.stderr
     assert "torch's update_bn on one rank" in done.stdout and "at least 1.8" in done.stdout
     (found,) = json.loads((tmp_path / "batchnorm.json").read_text())["comparisons"]
     assert len(found["ours"]) == len(found["peers"]) == 5 and min(found["ours"] + found["peers"]) > 0
+
+
+@pytest.mark.mpi
+def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
+    """MPICH's refuses Open MPI's options; Open MPI is told by its environment that ranks may outnumber cores."""
+    for command_of in (cli.bench, cli.study):
+        assert inspect.signature(command_of).parameters["launcher"].default == "mpirun -n {ranks}"
+    started = command(sys.executable, "-c", "print('started')", ranks=5, variables=CROWDED)
+    assert (started.code, started.stdout.split()) == (0, ["started"] * 5), started.stderr
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
