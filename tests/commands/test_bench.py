@@ -43,7 +43,8 @@ def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
     """MPICH's refuses Open MPI's options; Open MPI is told by its environment that ranks may outnumber cores."""
     for command_of in (cli.bench, cli.study):
         assert inspect.signature(command_of).parameters["launcher"].default == "mpirun -n {ranks}"
-    started = command(sys.executable, "-c", "print('started')", ranks=5, variables=CROWDED)
+    refusing = {"PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "0"}
+    started = command(sys.executable, "-c", "print('started')", ranks=5, variables=refusing | CROWDED)
     assert (started.code, started.stdout.split()) == (0, ["started"] * 5), started.stderr
 
 
