@@ -7,7 +7,7 @@ from torch import nn
 
 from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.errors import UserError
-from swap_hpc.events import SavePoint
+from swap_hpc.events import SavePoint, parts_of
 from swap_hpc.figures import load_result
 from swap_hpc.files import Unreadable, read_tensors
 from swap_hpc.metrics import Line
@@ -27,7 +27,7 @@ def adopt_large_batch(run: Path, recipe: Recipe, model: nn.Module, checkpoints: 
     if world.any(checkpoints.holds("large_batch")):
         return
     state, lines, ranks, seconds = world.agree(lambda: _read(run, recipe))
-    own = {name for name, _ in model.named_buffers()}
+    weights, buffers = parts_of(state, model)
     point = SavePoint(
         phase="large_batch",
         group=None,
@@ -35,9 +35,9 @@ def adopt_large_batch(run: Path, recipe: Recipe, model: nn.Module, checkpoints: 
         step=0,
         ended=True,
         due=True,
-        weights={name: t for name, t in state.items() if name not in own},
-        buffers={name: t for name, t in state.items() if name in own},
         momentum={},
+        weights=weights,
+        buffers=buffers,
     )
     checkpoints.save(point, {"ranks": ranks, "lines": lines, "seconds": {"large_batch": seconds, "total": seconds}}, world)
 

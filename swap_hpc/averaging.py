@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,42 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swap_hpc.errors import RunError
+from swap_hpc.kinds import (
+    averaged_tensors,
+    batchnorm_layers,
+    extra_states,
+    kept_tensors,
+    set_extra_states_,
+    state_of,
+    team_means,
+    training_modules,
+)
 from swap_hpc.models import evaluating
+from swap_hpc.power import iterate_power_methods_
 from swap_hpc.ranks import Team
+from swap_hpc.tensors import assign_, from_bytes, once, real, tensor_bytes
 
 CHUNK = 8 * 2**20 // 8  # float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding
 
 
 @dataclass
 class WeightSum:
-    """A sum of weights: float64, on the host."""
+    """A sum of weights: float64, on the host; of complex ones their parts, (..., 2)."""
 
     count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)  # of what is averaged
-    kept: dict[str, Tensor] = field(default_factory=dict)  # of what is not (integer buffers, batch-norm statistics): the first one's
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of what is not (other buffers, extra states): the first one's
 
     @torch.no_grad()
     def add_(self, model: nn.Module) -> None:
-        averaged = averaged_tensors(model)
-        kept = {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in averaged}
-        self.merge_(WeightSum(1, {name: t.detach().to("cpu", torch.float64) for name, t in averaged.items()}, kept))
+        kept = kept_tensors(model) | extra_states(model) if self.count == 0 else {}
+        self.merge_(
+            WeightSum(
+                1,
+                {name: real(t).detach().to("cpu", torch.float64) for name, t in averaged_tensors(model).items()},
+                {name: t.detach().cpu().clone() for name, t in kept.items()},
+            )
+        )
 
     def merge_(self, other: "WeightSum") -> None:
         if self.count == 0:
@@ -42,39 +60,41 @@ class WeightSum:
         self.count += other.count
 
 
-def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of what is averaged: the parameters, and floating-point buffers other than batch-norm statistics."""
-    statistics = {
-        f"{name}.{buffer}".lstrip(".") for name, layer in batchnorm_layers(model) for buffer, _ in layer.named_buffers(recurse=False)
-    }
-    return {name: t for name, t in model.state_dict().items() if t.is_floating_point() and name not in statistics}
-
-
-def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Name and module of the batch-norm layers that keep running statistics."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
 @torch.no_grad()
 def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = None) -> None:
     """Replaces the weights of `model` by their mean over `peers`, on every rank.
 
     Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing where nothing was, but
-    not so on the first rank). Parameters and floating-point buffers are summed in float64 by MPI_Allreduce, in chunks of
-    a few MiB, divided, and rounded once to their own type: the result does not depend on the number or the layout of
-    the ranks. Everything else (integer buffers, batch-norm statistics, which `refresh_batchnorm_` estimates anew) comes
-    from the first rank's first contribution.
+    not so on the first rank). Parameters (frozen, complex and 16-bit ones, too) and running means of layers other than
+    batch norm are summed in float64 by MPI_Allreduce, in chunks of a few MiB, divided, and rounded once to their own
+    type: the result does not depend on the number or the layout of the ranks. Everything else comes from the first
+    rank's first contribution: other buffers, batch-norm statistics and vectors of power iterations, which
+    `refresh_batchnorm_` estimates anew, and what `get_extra_state` returns. `kinds.py` has the table.
 
-    `model`: the plain module, alike on all ranks but for its values. Raises ValueError, on all ranks, where names or shapes differ,
-    and where a parameter is not contiguous.
+    `model`: the plain module, alike on all ranks but for its values; what its state dict hands out does not matter. Its
+    tensors may lie in memory in any order (channels_last). Raises ValueError, on all ranks, where names, shapes or types
+    differ.
     """
-    targets = averaged_tensors(model)
-    layouts = peers.allgather([(name, tuple(t.shape)) for name, t in model.state_dict().items()])
-    if other := next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None):
+    targets, others = averaged_tensors(model), kept_tensors(model)
+    _check_alike(targets | others, peers)
+    _set_means_(targets, peers, total)
+    kept = total.kept if total else {}
+    first = broadcast_tensors([kept.get(name, tensor) for name, tensor in others.items()], peers)
+    for tensor, value in zip(others.values(), first, strict=True):
+        assign_(tensor, value)
+    _share_extra_states_(model, peers, kept)
+
+
+def _check_alike(tensors: Mapping[str, Tensor], peers: Team) -> None:
+    layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
+    digests = peers.allgather(hashlib.sha256(repr(layout).encode()).digest())
+    if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
         raise ValueError(f"the model of rank {other} has other weights than that of rank 0: build it alike on all ranks")
-    for name, tensor in targets.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: model.to(memory_format=torch.contiguous_format); its inputs may be channels_last")
+
+
+def _set_means_(tensors: Mapping[str, Tensor], peers: Team, total: WeightSum | None) -> None:
+    # Real numbers in C order: what lies in memory in another order is averaged in a copy, and copied back.
+    targets = {name: real(once(t)).contiguous() for name, t in tensors.items()}
     zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()} if total and not total.count else {}
     sources = (total.sums or zeros) if total else targets
     count = peers.sums(total.count if total else 1)[0]
@@ -91,18 +111,26 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
         packed /= count
         for (name, a, b), values in zip(pieces, packed.to(device).split(sizes), strict=True):
             targets[name].view(-1)[a:b].copy_(values)
-    others = {name: tensor for name, tensor in model.state_dict().items() if name not in targets}
-    first = broadcast_tensors([total.kept.get(name, tensor) if total else tensor for name, tensor in others.items()], peers)
-    for tensor, value in zip(others.values(), first, strict=True):
-        tensor.copy_(value)
+    for name, tensor in tensors.items():
+        if targets[name].data_ptr() != tensor.data_ptr():
+            real(once(tensor)).copy_(targets[name])
+
+
+def _share_extra_states_(model: nn.Module, team: Team, mine: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Gives every rank of `team` the first one's extra states: those of `mine`, or those that the model has."""
+    states = extra_states(model)
+    if states:
+        shared = team.broadcast({name: tensor_bytes(mine.get(name, state)) for name, state in states.items()})
+        set_extra_states_(model, {name: torch.from_numpy(state) for name, state in shared.items()})
 
 
 @torch.no_grad()
 def broadcast_weights_(model: nn.Module, team: Team) -> None:
-    """Gives every rank of `team` the first one's parameters and buffers, whatever their types."""
+    """Gives every rank of `team` the first one's parameters, buffers and extra states, whatever their types."""
     if team.size > 1:
-        for tensor in model.state_dict().values():
-            tensor.copy_(broadcast_tensors([tensor], team)[0])
+        for tensor in (*model.parameters(), *model.buffers()):
+            assign_(tensor, broadcast_tensors([tensor], team)[0])
+        _share_extra_states_(model, team)
 
 
 def broadcast_tensors(tensors: list[Tensor], team: Team) -> list[Tensor]:
@@ -110,8 +138,8 @@ def broadcast_tensors(tensors: list[Tensor], team: Team) -> list[Tensor]:
     mine = [tensor_bytes(tensor) for tensor in tensors]
     packed = team.broadcast_(np.concatenate([np.empty(0, np.uint8), *mine]))
     ends = np.cumsum([len(each) for each in mine])
-    parts = [packed[end - len(each) : end].copy() for each, end in zip(mine, ends, strict=True)]  # a copy lies where its type may
-    return [torch.from_numpy(part).view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    parts = [torch.from_numpy(packed[end - len(each) : end]) for each, end in zip(mine, ends, strict=True)]
+    return [from_bytes(part, t.dtype, t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
@@ -132,29 +160,32 @@ def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
         yield pieces
 
 
-def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a CPU tensor, (nbytes,) uint8."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
 @torch.no_grad()
 def average_buffers_(model: nn.Module, team: Team) -> None:
     """Makes buffers alike on all ranks of `team`, each of which saw other shares of the batches.
 
-    Those of floating-point numbers, as batch norm's running statistics, become their mean, others the first rank's.
+    Running statistics of the layers that are in training mode become their mean over the ranks, all other buffers the
+    first rank's.
     """
     if team.size == 1:
         return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    others = [b for b in model.buffers() if not b.is_floating_point()]
+    means = {name: once(buffer) for name, buffer in team_means(model).items()}
+    places = {buffer.data_ptr() for buffer in means.values()}
+    others = [b for b in model.buffers() if b.data_ptr() not in places]
     for buffer, first in zip(others, broadcast_tensors(others, team), strict=True):
-        buffer.copy_(first)
-    if not buffers:
+        assign_(buffer, first)
+    if not means:
         return
-    packed = torch.cat([b.flatten() for b in buffers]).to("cpu", torch.float64)
+    packed = torch.cat([real(b).reshape(-1) for b in means.values()]).to("cpu", torch.float64)
     mean = torch.from_numpy(team.sum_(packed.numpy())) / team.size
-    for buffer, values in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(values)
+    for buffer, values in zip(means.values(), mean.split([real(b).numel() for b in means.values()]), strict=True):
+        real(buffer).copy_(values.view(real(buffer).shape))
+
+
+def share_extra_states_(model: nn.Module, team: Team) -> None:
+    """Gives every rank of `team` the first one's extra states (`get_extra_state`)."""
+    if team.size > 1:
+        _share_extra_states_(model, team)
 
 
 @torch.no_grad()
@@ -162,6 +193,10 @@ def refresh_batchnorm_(
     model: nn.Module, batches: Iterable[Any], team: Team, forward: Callable[[nn.Module, Any], object] | None = None
 ) -> None:
     """Sets the running statistics of batch norm to those of all batches of all ranks of `team`.
+
+    Before that, the vectors of power iterations (spectral norm, old and new style) are iterated anew for the weights as
+    they are; without batch norm this is all, and no batch is asked for. Layers that keep their statistics while the
+    model trains (frozen batch norm: in evaluation mode now, or after `model.train()`) keep them here.
 
     Args:
         model: its batch-norm layers are changed, in place, alike on all ranks. The plain module, not a DistributedDataParallel
@@ -175,7 +210,9 @@ def refresh_batchnorm_(
     accumulated in float64: unlike the mean of batch variances it does not depend on how samples were cut into batches,
     but for what normalisation of earlier layers did. A layer that no batch reached keeps its statistics.
     """
-    layers = [layer for _, layer in batchnorm_layers(model)]
+    training = training_modules(model)
+    iterate_power_methods_(model, training, team)
+    layers = [layer for _, layer in batchnorm_layers(model) if layer in training]
     if not layers:
         return
     moments = {layer: _Moments.of(layer) for layer in layers}
@@ -264,7 +301,7 @@ def _only_batchnorm_trains(model: nn.Module, layers: list[_BatchNorm]) -> Iterat
 
 def weights_sha256(model: nn.Module) -> str:
     """A hash of the state dict: sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
-    return hashed(model.state_dict()).hexdigest()
+    return hashed(state_of(model)).hexdigest()
 
 
 def hashed(tensors: Mapping[str, Tensor]) -> "hashlib._Hash":

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swap_hpc.averaging import WeightSum, broadcast_tensors, tensor_bytes
+from swap_hpc.averaging import WeightSum, broadcast_tensors
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.events import Running, SavePoint
 from swap_hpc.files import Tensors, Unreadable, read_tensors, write_tensors
+from swap_hpc.kinds import is_extra
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe, differing_fields, recipe_of
+from swap_hpc.tensors import from_bytes, real, tensor_bytes
 
-FORMAT = "1"  # of the files; what another version wrote is refused
+FORMAT = "2"  # of the files; what another version wrote is refused
 KEPT = 2  # files of each part
 
 
@@ -49,7 +51,9 @@ class Checkpoints:
 
         Raises RunError, on all ranks, where it cannot be written; the files before it stay.
         """
-        rows = team.gather(_packed(point.buffers))
+        packed = _packed(point.buffers)
+        longest = int(team.maximum(len(packed))[0])  # extra states need not be of one length
+        rows = team.gather(np.pad(packed, (0, longest - len(packed))))
         running = team.allgather(astuple(point.running))
         team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
 
@@ -60,7 +64,7 @@ class Checkpoints:
         if rows is not None and (rows != rows[0]).any():
             tensors["ranks"] = torch.from_numpy(rows)
         position = {name: getattr(point, name) for name in ("phase", "group", "epoch", "step", "ended")}
-        state = {**state, **position, "cycles": point.cycles.count}
+        state = {**state, **position, "cycles": point.cycles.count, "means": point.means}
         header = {"checkpoint": FORMAT, "recipe": self.recipe.to_toml(), "state": json.dumps(state)}
         write_tensors(self.folder / f"{point.name}-{point.epoch:05d}-{point.step:07d}.safetensors", tensors, header)
         for old in self._files(point.name)[KEPT:]:
@@ -90,7 +94,8 @@ class Checkpoints:
 
         `at`: the one at this position.
 
-        A team of another size than the saving one shares the sums of the epoch so far, and the mean of the ranks' buffers.
+        A team of another size than the saving one shares the sums of the epoch so far, the mean of the ranks' running
+        statistics, and the first rank's other buffers.
         Raises, on all ranks: RunError where files are there but none can be read; UserError for another recipe or format.
         """
         found = team.first(lambda: next((each for each in self._usable(part) if at in (None, _position(each[1]))), None))
@@ -103,7 +108,7 @@ class Checkpoints:
         buffers = _of(tensors, "buffers")
         if "ranks" in tensors:
             rows = [_unpacked(row, buffers) for row in tensors["ranks"]]
-            buffers = rows[team.rank] if len(rows) == team.size else _mean(rows)
+            buffers = rows[team.rank] if len(rows) == team.size else _mean(rows, state["means"])
         point = SavePoint(
             **{name: state[name] for name in ("phase", "group", "epoch", "step", "ended")},
             due=False,
@@ -112,6 +117,7 @@ class Checkpoints:
             momentum=_of(tensors, "momentum"),
             cycles=sum_of(tensors, state["cycles"]),
             running=_share([Running(*each) for each in state["running"]], team),
+            means=tuple(state["means"]),
         )
         return Saved(point, state["notes"])
 
@@ -172,11 +178,11 @@ def sum_of(tensors: Tensors, count: int) -> WeightSum:
     return WeightSum(count, _of(tensors, "sums"), _of(tensors, "kept"))
 
 
-def model_state(tensors: Tensors) -> Tensors:
-    """The state dict in a checkpoint's tensors; of buffers that differ between ranks the mean."""
+def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
+    """The state dict in a checkpoint; of running statistics that differ between ranks the mean."""
     buffers = _of(tensors, "buffers")
     if "ranks" in tensors:
-        buffers = _mean([_unpacked(row, buffers) for row in tensors["ranks"]])
+        buffers = _mean([_unpacked(row, buffers) for row in tensors["ranks"]], json.loads(header["state"])["means"])
     return _of(tensors, "weights") | buffers
 
 
@@ -189,19 +195,39 @@ def _of(tensors: Tensors, part: str) -> Tensors:
 
 
 def _packed(buffers: Tensors) -> np.ndarray:
-    """All buffers' bytes, in the order of their names, (n,) uint8."""
-    return np.concatenate([np.empty(0, np.uint8), *(tensor_bytes(t) for _, t in sorted(buffers.items()))])
+    """All buffers' bytes, in the order of their names, (n,) uint8; before those of an extra state their number."""
+    parts: list[np.ndarray] = [np.empty(0, np.uint8)]
+    for name, tensor in sorted(buffers.items()):
+        bytes_of = tensor_bytes(tensor)
+        if is_extra(name):
+            parts.append(np.array([len(bytes_of)], np.int64).view(np.uint8))
+        parts.append(bytes_of)
+    return np.concatenate(parts)
 
 
 def _unpacked(row: Tensor, like: Tensors) -> Tensors:
-    parts = row.split([t.numel() * t.element_size() for _, t in sorted(like.items())])
-    return {name: part.clone().view(t.dtype).view(t.shape) for (name, t), part in zip(sorted(like.items()), parts, strict=True)}
+    found: Tensors = {}
+    start = 0
+    for name, tensor in sorted(like.items()):
+        size = tensor.numel() * tensor.element_size()
+        if is_extra(name):
+            size = int(row[start : start + 8].clone().view(torch.int64))
+            start += 8
+        part = row[start : start + size]
+        found[name] = part.clone() if is_extra(name) else from_bytes(part, tensor.dtype, tensor.shape)
+        start += size
+    return found
 
 
-def _mean(rows: list[Tensors]) -> Tensors:
-    """Floating-point tensors' mean over the ranks, rounded once; the others are the first rank's."""
-    stacks = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return {name: s.double().mean(0).to(s.dtype) if s.is_floating_point() else s[0] for name, s in stacks.items()}
+def _mean(rows: list[Tensors], means: Collection[str]) -> Tensors:
+    """The mean over the ranks, rounded once, of the buffers named in `means`; the others are the first rank's."""
+    mean = {name: real(torch.stack([row[name] for row in rows])).double().mean(0) for name in means}
+    return {name: _as(mean[name], t) if name in means else t for name, t in rows[0].items()}
+
+
+def _as(values: Tensor, like: Tensor) -> Tensor:
+    """Real numbers, (..., 2) of complex ones, rounded to a tensor's type."""
+    return (torch.view_as_complex(values) if like.is_complex() else values).to(like.dtype)
 
 
 def _share(running: list[Running], team: Team) -> Running:

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from swap_hpc.averaging import WeightSum
+from swap_hpc.kinds import is_extra
 
 PhaseName = Literal["large_batch", "refine"]
 
@@ -50,6 +51,13 @@ class Running:
         return Running(self.loss + loss, self.correct + correct, self.samples + samples, self.seconds)
 
 
+def parts_of(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights and the buffers in a state dict of `model`, as a `SavePoint` takes them."""
+    own = {name for name, _ in model.named_buffers()}
+    buffers = {name: t for name, t in state.items() if name in own or is_extra(name)}
+    return {name: t for name, t in state.items() if name not in buffers}, buffers
+
+
 @dataclass(frozen=True)
 class SavePoint:
     """A step boundary, and all that a phase goes on from there, to the bit. Its tensors are the live ones: save them at once."""
@@ -61,10 +69,11 @@ class SavePoint:
     ended: bool  # the phase is over
     due: bool  # to be saved; else it only says where the phase stands
     weights: dict[str, Tensor]  # of the state dict, alike on all ranks of the team
-    buffers: dict[str, Tensor]  # of the state dict, this rank's own: batch norm has seen its share of the batches
+    buffers: dict[str, Tensor]  # of the state dict, and extra states; this rank's own: batch norm has seen its share of the batches
     momentum: dict[str, Tensor]  # by parameter, where it has been stepped
     cycles: WeightSum = field(default_factory=WeightSum)  # the weights at the ends of the cycles so far
     running: Running = field(default_factory=Running)  # of the epoch begun, this rank's
+    means: tuple[str, ...] = ()  # the buffers of which another number of ranks goes on from the mean; of others, from the first rank's
 
     @property
     def name(self) -> str:

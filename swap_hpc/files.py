@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from swap_hpc.averaging import WeightSum, hashed
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.events import SavePoint
+from swap_hpc.kinds import state_of
 from swap_hpc.models import fill_
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe
@@ -68,7 +69,7 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any], team: Team) -> 
 
 def save_model(model: nn.Module, path: Path, recipe: Recipe, team: Team) -> None:
     """Writes the state dict of `model`, alike on all ranks of `team`, once, the recipe in its header. Raises RunError on all."""
-    team.first(lambda: write_tensors(path, model.state_dict(), {"recipe": recipe.to_toml()}))
+    team.first(lambda: write_tensors(path, state_of(model), {"recipe": recipe.to_toml()}))
 
 
 def save_sum(total: WeightSum, path: Path, recipe: Recipe, team: Team) -> None:

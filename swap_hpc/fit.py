@@ -3,26 +3,28 @@
 import math
 import resource
 from collections.abc import Callable, Generator, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
-from swap_hpc.averaging import WeightSum, average_buffers_, averaged_tensors, broadcast_weights_
+from swap_hpc.averaging import WeightSum, average_buffers_, broadcast_weights_, share_extra_states_
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import Diverged, RunError
 from swap_hpc.evaluation import evaluate_job
-from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name
+from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name, parts_of
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
+from swap_hpc.kinds import averaged_tensors, state_of, team_means
 from swap_hpc.models import fill_
 from swap_hpc.objective import as_float32
 from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Refine
 from swap_hpc.schedule import interpolate
+from swap_hpc.seeding import seed_all
+from swap_hpc.tensors import assign_
 
 # Looking at the losses makes the host wait for the device, and agreeing on a save or a stop makes the ranks wait for each other.
 LOOK_STEPS = 50  # at most, between looks
@@ -91,11 +93,10 @@ class _Training:
         self.epoch, self.step, self.running = start.epoch, start.step, start.running
         parameters = dict(self.model.named_parameters())
         for name, momentum in start.momentum.items():
-            self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum.to(parameters[name].device)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = torch.empty_like(parameters[name]).copy_(momentum)
 
     def savepoint(self, due: bool) -> SavePoint:
-        state = self.model.state_dict()
-        own = {name for name, _ in self.model.named_buffers()}
+        weights, buffers = parts_of(state_of(self.model), self.model)
         momenta = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.model.named_parameters()}
         return SavePoint(
             phase=self.phase_name,
@@ -104,11 +105,12 @@ class _Training:
             step=self.step,
             ended=self.ended,
             due=due,
-            weights={name: t for name, t in state.items() if name not in own},
-            buffers={name: t for name, t in state.items() if name in own},
             momentum={name: t for name, t in momenta.items() if t is not None},
             cycles=self.cycles,
             running=self.running,
+            weights=weights,
+            buffers=buffers,
+            means=tuple(sorted(buffers.keys() & team_means(self.model).keys())),
         )
 
     def epochs(self) -> Iterator[Epoch | SavePoint]:
@@ -126,6 +128,8 @@ class _Training:
             self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
             reached = phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy
             self.ended = reached or self.epoch == phase.epochs * phase.cycles
+            if self.ended:
+                share_extra_states_(self.model, team)
             ends_cycle = reached or self.epoch % phase.epochs == 0
             every = job.recipe.evaluate.every
             test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None
@@ -161,12 +165,12 @@ class _Training:
         due, started = False, perf_counter()
         while self.step < len(rates):
             batch = next(stream)
-            torch.manual_seed(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
+            seed_all(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
             rate = rates[self.step]
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
             self.optimizer.zero_grad()
-            loss, hits = self._backward(batch)
+            loss, hits = backward(self.forward, batch, self.job, self.phase.accumulate)
             self.optimizer.step()
             self.step += 1
             seen.append(_Step(loss, hits, len(batch[1]), rate, self.where))
@@ -180,20 +184,6 @@ class _Training:
                     yield self._checked(self.savepoint(due), f"at a learning rate of {rate:.4g}")
                     started = perf_counter()
         return due
-
-    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of this rank's share of a step. Returns its mean loss and its hits, scalars on the device."""
-        objective, parts = self.job.objective, self.phase.accumulate
-        losses, hits = [], []
-        for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
-            with self.job.autocast():
-                outputs = self.forward(images)
-            outputs = as_float32(outputs)
-            loss = objective.loss(outputs, labels)
-            (loss / parts if parts > 1 else loss).backward()
-            losses.append(loss.detach())
-            hits.append(objective.score(outputs, labels).detach().sum())
-        return (losses[0], hits[0]) if parts == 1 else (torch.stack(losses).mean(), torch.stack(hits).sum())
 
     @property
     def phase_name(self) -> PhaseName:
@@ -224,6 +214,24 @@ class _Training:
         if point.due:
             self.team.agree(lambda: _check_finite(point, f"{self.where}, {rate}"))
         return point
+
+
+def backward(forward: Callable[[Tensor], Tensor], batch: Batch, job: Job, parts: int) -> tuple[Tensor, Tensor]:
+    """Adds the gradients of this rank's share of a step, computed in `parts`, to those of the model behind `forward`.
+
+    Returns its mean loss and its hits, scalars on the device.
+    """
+    objective = job.objective
+    losses, hits = [], []
+    for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
+        with job.autocast():
+            outputs = forward(images)
+        outputs = as_float32(outputs)
+        loss = objective.loss(outputs, labels)
+        (loss / parts if parts > 1 else loss).backward()
+        losses.append(loss.detach())
+        hits.append(objective.score(outputs, labels).detach().sum())
+    return (losses[0], hits[0]) if parts == 1 else (torch.stack(losses).mean(), torch.stack(hits).sum())
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,7 @@ class Refinement:
         refine = self.job.recipe.refine
         steps = self.job.steps(refine)
         if self._events is None:
-            self.model = deepcopy(self.model)
+            self.model = self.job.copy_of(self.model)
             self._events = fit(self.model, self.job, refine, Key(self.job.recipe.seed, Phase.REFINE, self.group), self.team, self.cycles)
         try:
             for event in self._events if self.at < step else ():
@@ -300,7 +308,7 @@ class Refinement:
         assert self._stands is not None
         weights = averaged_tensors(self.model)
         for name, tensor in averaged_tensors(model).items():
-            weights[name].copy_(tensor)
+            assign_(weights[name], tensor)
         if due:
             _check_finite(self._stands, f"the groups' average after step {self.at} of the refinement")
         return replace(self._stands, due=due)

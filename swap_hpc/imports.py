@@ -9,6 +9,8 @@ from typing import Any
 
 from swap_hpc.errors import UserError
 
+PACKAGE = os.path.dirname(__file__)
+
 
 def imported(path: str, what: str) -> Callable[..., Any]:
     """The function at "package.module:name"; modules of the folder that the job was started in are found, too. Raises UserError."""
@@ -22,7 +24,7 @@ def imported(path: str, what: str) -> Callable[..., Any]:
     except Exception as error:  # whatever a user's module raises
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{what} {path} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?") from None
-        raise UserError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}{_place(error)}") from None
+        raise UserError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}{place_of(error)}") from None
     if not hasattr(home, name):
         own = (each for each, value in vars(home).items() if callable(value) and getattr(value, "__module__", None) == module)
         there = [each for each in own if not each.startswith("_")]
@@ -33,14 +35,16 @@ def imported(path: str, what: str) -> Callable[..., Any]:
     return found
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """Where a user's own module failed, as far as that is known: " (nets.py, line 3)"."""
     if isinstance(error, SyntaxError):
         return ""  # its text says it
-    trace, place = error.__traceback__, ""
+    trace, places = error.__traceback__, []
     while trace:
         file = trace.tb_frame.f_code.co_filename
-        if file != __file__ and "importlib" not in file:
-            place = f" ({os.path.basename(file)}, line {trace.tb_lineno})"
+        if not file.startswith(PACKAGE) and "importlib" not in file:
+            places.append((file, trace.tb_lineno))
         trace = trace.tb_next
-    return place
+    # where the user's code called a library rather than inside the library
+    own = [place for place in places if "site-packages" not in place[0]] or places
+    return f" ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else ""

@@ -3,20 +3,24 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import cycle, groupby, islice
+from itertools import chain, cycle, groupby, islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from swap_hpc import models
 from swap_hpc.control import Control
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device
 from swap_hpc.events import Meeting, SavePoint
+from swap_hpc.kinds import state_of
 from swap_hpc.objective import Objective, objective
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import LargeBatch, Recipe, Refine
+from swap_hpc.seeding import seed_all
+from swap_hpc.tensors import assign_
 
 Batch = tuple[Tensor, Tensor]  # images (n, C, H, W) float32, labels (n,) int64; of a user's own data, inputs and targets (n, ...)
 
@@ -38,6 +42,25 @@ class Job:
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
     met: int = 0  # meetings of the groups that are over
     _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)  # endless; by rank and size of a team
+
+    def build(self) -> nn.Module:
+        """The recipe's model as its builder makes it, on this rank's device. Raises UserError."""
+        built = models.build(self.recipe.model, len(self.dataset.classes), self.dataset.channels, self.recipe.seed)
+        return built.to(self.device.torch)
+
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """A model built as `model` was, with its weights, buffers and extra states.
+
+        Unlike a deep copy it has the hooks that the builder registers, on its own parameters, and needs no module that
+        can be copied. Raises UserError where the state dict does not fit what the builder makes.
+        """
+        copy = self.build()
+        models.fill_(copy, state_of(model), "of the model itself")
+        theirs = dict(chain(model.named_parameters(), model.named_buffers()))
+        for name, tensor in chain(copy.named_parameters(), copy.named_buffers()):
+            if name in theirs:  # also what the state dict leaves out
+                assign_(tensor, theirs[name].detach())
+        return copy
 
     @cached_property
     def objective(self) -> Objective:
@@ -88,8 +111,9 @@ class Job:
         stream = self._evaluations.pop(place, None)  # an evaluation that is broken off leaves none
         if stream is None:  # a user's function is asked anew each time, for what it may hold in a list
             stream = loader.batches(self.dataset, self.dataset.test, cycle(picks) if keeps else iter(picks), view, size, self.device)
-        for batch in islice(stream, len(picks)) if keeps else stream:
+        for number, batch in enumerate(islice(stream, len(picks)) if keeps else stream):
             self.control.beat("an evaluation")
+            seed_all(Key(self.recipe.seed, Phase.EVALUATION).torch_seed(team.rank + number * team.size, 0))
             yield batch
         if keeps:
             self._evaluations[place] = stream
@@ -98,10 +122,12 @@ class Job:
         """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""
         size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
         picks = sampling.batchnorm_picks(self.recipe.seed, samples, self.recipe.batchnorm.samples or samples, size, team.rank, team.size)
-        for images, _ in loader.batches(self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device):
+        batches = loader.batches(self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device)
+        for number, (images, _) in enumerate(batches):
             self.control.beat("the batch-norm refresh")
             if self.control.stop:
                 return
+            seed_all(Key(self.recipe.seed, Phase.BATCHNORM).torch_seed(team.rank + number * team.size, 0))
             yield images
 
     def autocast(self) -> torch.autocast:

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from swap_hpc.errors import UserError
 from swap_hpc.imports import imported
+from swap_hpc.kinds import decoded, is_extra, restored_modes
 from swap_hpc.recipe import Model
+from swap_hpc.seeding import seed_all
+from swap_hpc.tensors import is_dense
 
 
 def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
@@ -19,7 +22,7 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
     `resnet9` and functions of a user's own get `classes` and `channels`, torchvision's get `num_classes`, timm's `in_chans`,
     too; all get the recipe's further keys. Raises UserError for a name that does not exist and for arguments that the builder refuses.
     """
-    torch.manual_seed(seed)
+    seed_all(seed)
     package, colon, name = model.name.partition(":")
     builder: Callable[..., Any]
     if model.name == "resnet9":
@@ -38,7 +41,30 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
         raise UserError(f"model {model.name} refuses its arguments: {' '.join(str(error).split())}") from None
     if not isinstance(built, nn.Module):
         raise UserError(f"the model {model.name} returned a {type(built).__name__}: a torch.nn.Module is needed")
+    _check_kind(built, model.name)
+    _own_memory_(built)
     return built
+
+
+def _check_kind(model: nn.Module, name: str) -> None:
+    """Raises UserError for modules whose weights cannot be averaged, or not be seen."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"the model {name} is TorchScript ({path or 'all of it'}), whose layers cannot be seen: build the plain module")
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise UserError(f"{path} of the model {name} is lazy, without a shape yet: call the model once on an image in its builder")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "on the meta device" if tensor.is_meta else f"of layout {str(tensor.layout).removeprefix('torch.')}"
+            raise UserError(f"{path} of the model {name} is {kind}: dense tensors are needed")
+
+
+def _own_memory_(model: nn.Module) -> None:
+    """Gives each buffer that was made by `expand()` memory for all of its elements: such a tensor cannot be loaded."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.numel() and not is_dense(buffer):
+                module._buffers[name] = buffer.contiguous()
 
 
 def size(model: Model, classes: int, channels: int, pixels: int) -> tuple[int, int]:
@@ -61,23 +87,36 @@ def size(model: Model, classes: int, channels: int, pixels: int) -> tuple[int, i
 
 
 def fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Gives `model` the state dict that was read from `source`. Raises UserError where it does not fit."""
+    """Gives `model` a state dict as `state_of` returns it, read from `source`.
+
+    The second name of tied weights may be missing, as in files of safetensors' `save_model`. Raises UserError where
+    the state dict does not fit.
+    """
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        whole = {name: decoded(value) if is_extra(name) else value for name, value in state.items()}
+        model.load_state_dict(_with_tied(model, whole))
+    except Exception as error:  # whatever a user's `set_extra_state` raises
         raise UserError(f"the weights {source} are not of this model: {' '.join(str(error).split())[:300]}") from None
+
+
+def _with_tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict, each missing name of a tensor that it has under another name filled in."""
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.numel()}
+    known = {_place(tensor): name for name, tensor in own.items() if name in state}
+    missing = {name: known[_place(t)] for name, t in own.items() if name not in state and _place(t) in known}
+    return state | {name: state[other] for name, other in missing.items()}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode; afterwards every module has the mode again that it had, which need not be the model's."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with restored_modes(model):
+        model.eval()
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _torchvision(name: str) -> Any:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swap_hpc.averaging import batchnorm_layers
 from swap_hpc.data.splits import Split
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
 from swap_hpc.job import Batch, Job
+from swap_hpc.kinds import batchnorm_layers, training_modules
 from swap_hpc.objective import as_float32
 from swap_hpc.ranks import Team
+from swap_hpc.tensors import real
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Plane:
 
 
 def vector(model: nn.Module) -> Tensor:
-    """All parameters, (P,) float64, on the CPU."""
-    return torch.cat([p.detach().flatten().to("cpu", torch.float64) for p in model.parameters()])
+    """All parameters, (P,) float64, on the CPU; of complex ones both parts."""
+    return torch.cat([real(p.detach()).flatten().to("cpu", torch.float64) for p in model.parameters()])
 
 
 def vector_of(file: Path, model: nn.Module) -> Tensor:
@@ -57,7 +58,7 @@ def vector_of(file: Path, model: nn.Module) -> Tensor:
 @torch.no_grad()
 def fill_parameters_(model: nn.Module, values: Tensor) -> None:
     """The reverse of `vector`."""
-    parameters = list(model.parameters())
+    parameters = [real(p) for p in model.parameters()]
     for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
         parameter.copy_(part.view(parameter.shape))
 
@@ -65,9 +66,10 @@ def fill_parameters_(model: nn.Module, values: Tensor) -> None:
 def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
     """Of the mean loss over all samples of `batches`, (P,) float64. Batch norm sees each batch's own statistics, as in training; there
     is no dropout."""
+    training = training_modules(model)
     model.eval()
     for _, layer in batchnorm_layers(model):
-        layer.train()
+        layer.train(layer in training)
     model.zero_grad()
     samples = 0
     for images, labels in batches:
@@ -77,7 +79,7 @@ def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
         samples += len(labels)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad()
-    return torch.cat([part.flatten().to("cpu", torch.float64) for part in parts]) / samples
+    return torch.cat([real(part).flatten().to("cpu", torch.float64) for part in parts]) / samples
 
 
 def seen_as_tests(job: Job, split: Split, samples: int) -> Job:

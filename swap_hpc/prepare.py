@@ -3,14 +3,13 @@
 import torch
 from torch import nn
 
-from swap_hpc import models
-from swap_hpc.averaging import batchnorm_layers
 from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.devices import choose_device
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
 from swap_hpc.gradients import check_horovod
 from swap_hpc.job import Job
+from swap_hpc.kinds import batchnorm_layers
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe
 
@@ -27,17 +26,17 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     if device.torch.type == "cuda":
         torch.cuda.set_device(device.torch)
     dataset = load(recipe.data, world, device.threads)
-    model = world.agree(lambda: _model(recipe, dataset))
-    world.agree(lambda: _check_sizes(recipe, dataset, bool(batchnorm_layers(model))))
     job = Job(recipe, dataset, device)
+    model = world.agree(lambda: _model(job))
+    world.agree(lambda: _check_sizes(recipe, dataset, bool(batchnorm_layers(model))))
     world.agree(lambda: job.objective)  # may be a user's own
-    return job, model.to(device.torch)
+    return job, model
 
 
-def _model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    model = models.build(recipe.model, len(dataset.classes), dataset.channels, recipe.seed)
-    if recipe.model.weights:
-        load_weights_(model, recipe.model.weights)
+def _model(job: Job) -> nn.Module:
+    model = job.build()
+    if job.recipe.model.weights:
+        load_weights_(model, job.recipe.model.weights)
     return model
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from swap_hpc.adopt import adopt_large_batch
 from swap_hpc.board import check_tensorboard
@@ -15,7 +16,9 @@ from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.consumer import Consumer
 from swap_hpc.control import Control
 from swap_hpc.data import Arrays
+from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.doctor import environment
+from swap_hpc.dry_step import dry_step
 from swap_hpc.ending import tell_launcher
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.events import part_name
@@ -68,6 +71,8 @@ def train(
         end_stalls(recipe.watchdog.minutes * 60)
         tell_launcher("training")
         with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
+            for line in _dry_step(model, job, ranks, control, part):
+                display.say(line)
             result = Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
         if result is None:
             display.say(f"{part_name(part.group)} is done, for the run in {out}")
@@ -75,6 +80,19 @@ def train(
         write_json(out / "result.json", result, world)
         checkpoints.remove(world)
     return result
+
+
+def _dry_step(model: nn.Module, job: Job, ranks: Ranks, control: Control, part: Part) -> list[str]:
+    """Tries the first step that this job may have to train, on all ranks. Returns warnings; raises UserError on all."""
+    recipe = job.recipe
+    if part.phase == "average":
+        return []
+    control.beat("the dry step before training")
+    if recipe.large_batch.epochs and part.phase != "refine":
+        key = Key(recipe.seed, Phase.LARGE_BATCH)
+        return ranks.world.agree(lambda: dry_step(model, job, recipe.large_batch, key, ranks.world))
+    key = Key(recipe.seed, Phase.REFINE, ranks.groups[0])
+    return ranks.world.agree(lambda: dry_step(model, job, recipe.refine, key, ranks.group))
 
 
 @contextmanager

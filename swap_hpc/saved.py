@@ -55,7 +55,7 @@ def evaluate(file: Path, data: Path | None, world: Team) -> Result:
     if "count" in header:
         _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
     else:
-        state = model_state(tensors) if "checkpoint" in header else tensors
+        state = model_state(tensors, header) if "checkpoint" in header else tensors
         world.agree(lambda: fill_(model, state, str(file)))
     return Result(file, evaluate_job(model, job, world), check_equal(model, world))
 

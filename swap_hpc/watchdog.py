@@ -10,6 +10,7 @@ from time import monotonic
 
 from swap_hpc.control import Control
 from swap_hpc.ending import fail
+from swap_hpc.errors import Stopped, UserError
 from swap_hpc.launcher import PARENT, launched
 from swap_hpc.ranks import Ranks
 
@@ -30,7 +31,11 @@ def watching(control: Control, minutes: float, folder: Path, ranks: Ranks) -> It
     else:
         dog = _Watchdog(control, minutes * 60, None, None)
     dog.start()
-    yield
+    try:
+        yield
+    except (Stopped, UserError):  # all ranks leave together; after any other error of one, the others may wait for it
+        dog.end()
+        raise
     dog.end()
 
 

@@ -11,6 +11,7 @@ from swap_hpc.data.splits import Arrays, Dataset, with_statistics
 from swap_hpc.devices import Device
 from swap_hpc.job import Job
 from swap_hpc.recipe import Recipe, parse
+from swap_hpc.tensors import real
 
 CPU = Device(torch.device("cpu"), threads=1)
 
@@ -79,5 +80,5 @@ def normed(classes: int, channels: int) -> nn.Module:
 
 
 def weights(model: nn.Module) -> Tensor:
-    """All of the state dict in one float64 vector."""
-    return torch.cat([t.detach().flatten().double() for t in model.state_dict().values()])
+    """All of the state dict in one float64 vector, of complex tensors both parts."""
+    return torch.cat([real(t.detach()).flatten().double() for t in model.state_dict().values()])

@@ -7,6 +7,7 @@ from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, with_va
 from swap_hpc.errors import UserError
 from swap_hpc.ranks import Team, first_then_rest
 from swap_hpc.recipe import Data
+from swap_hpc.seeding import seed_all
 
 # Data of the user's own, and what lies in their folder.
 LOCAL = {
@@ -38,13 +39,19 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
 
 def _loaded(data: Data, team: Team, threads: int) -> Dataset:
     from swap_hpc.data import sources
-    from swap_hpc.data.own import own
 
     if ":" in data.name:
-        return first_then_rest(team, lambda: with_validation(own(data), data.validation))  # it may download
+        return first_then_rest(team, lambda: with_validation(_seeded(data), data.validation))  # it may download
     if not data.test_every:
         first_then_rest(team, lambda: download(data.name, data.path))
     return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
+
+
+def _seeded(data: Data) -> Dataset:
+    from swap_hpc.data.own import own
+
+    seed_all(0)  # what it splits or makes by chance is the same on all ranks, and at the next start
+    return own(data)
 
 
 def download(name: str, path: Path) -> str:

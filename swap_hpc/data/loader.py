@@ -21,6 +21,7 @@ from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, Split
 from swap_hpc.devices import Device
 from swap_hpc.errors import UserError
 from swap_hpc.recipe import Augment
+from swap_hpc.seeding import seed_all
 
 BATCHES_AHEAD = 2  # that are read before DALI asks for them
 
@@ -91,6 +92,7 @@ def _own_batches(
     def noted() -> Iterator[Picks]:
         for pick in picks:
             asked.append(len(pick.indices))
+            seed_all(pick.seed)  # for what the function draws from them, whenever it is asked
             yield pick
 
     wanted, name = noted(), f"the function that makes {'training' if training else 'test'} batches"

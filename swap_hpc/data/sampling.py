@@ -4,6 +4,7 @@ Everything random is drawn by a counter-based generator keyed by (seed, phase, g
 So the samples of a step do not depend on how many ranks share them, and resuming needs no generator state.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,6 +20,7 @@ class Phase(IntEnum):
     LARGE_BATCH = 1
     REFINE = 2
     BATCHNORM = 3
+    EVALUATION = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Key:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters))))
 
     def torch_seed(self, step: int, rank: int) -> int:
-        """What torch's generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
+        """What the global generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
         return int(np.random.SeedSequence((self.seed, self.phase, self.group, step, rank, 0x70726368)).generate_state(1, np.uint64)[0])
 
 
@@ -41,6 +43,12 @@ class Picks:
 
     indices: np.ndarray  # (n,) int64, into the training or test split
     draws: np.ndarray | None  # (n, DRAWS) float32 in [0, 1): the samples' augmentation; None: no augmentation
+
+    @property
+    def seed(self) -> int:
+        """What the global generators are seeded with for code that makes this batch: a hash of its samples and draws."""
+        told = self.indices.tobytes() + (b"" if self.draws is None else self.draws.tobytes())
+        return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
 
 
 def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:

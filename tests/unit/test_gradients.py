@@ -33,5 +33,5 @@ def test_a_gpu_needs_a_horovod_with_nccl() -> None:
 def test_buckets_hold_every_trained_parameter_once_in_backwards_order() -> None:
     model = tiny.normed(3, 3)
     next(model.parameters()).requires_grad = False
-    bucketed = [p for bucket in _buckets(model) for p in bucket]
+    bucketed = [p for bucket, _ in _buckets(model) for p in bucket]
     assert [id(p) for p in bucketed] == [id(p) for p in reversed(list(model.parameters())) if p.requires_grad]

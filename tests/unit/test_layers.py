@@ -13,7 +13,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 
 # Lowest first: a module imports only those before it.
 LAYERS = {
-    0: ["errors", "launcher", "schedule", "imports", "recipe", "part", "control"],
+    0: ["errors", "launcher", "schedule", "imports", "recipe", "part", "control", "seeding", "tensors", "kinds"],
     1: [
         "ranks",
         "devices",
@@ -28,7 +28,7 @@ LAYERS = {
         "data",
         "models",
     ],
-    2: ["averaging", "events", "objective", "job", "evaluation", "optimizers", "fit"],
+    2: ["power", "averaging", "events", "objective", "job", "evaluation", "optimizers", "fit", "dry_step"],
     3: ["swap"],
     4: ["files", "board", "metrics", "checkpoint", "ending", "watchdog"],
     5: [

@@ -1,0 +1,63 @@
+"""Vectors of power iterations, as spectral norm keeps them, brought to the weights as they are.
+
+A mean of two groups' vectors is no singular vector, and one group's vectors are not the average's:
+the norm that a layer divides by would be wrong by any factor. Both styles of torch are known, and
+parametrizations of a user's own that keep buffers and update them while they train.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from swap_hpc.kinds import restored_modes
+from swap_hpc.ranks import Team
+from swap_hpc.tensors import assign_, from_bytes, has_numbers, tensor_bytes
+
+ROUNDS = 300  # at most
+SETTLED = 1e-5  # change of a vector's elements in a round; the norm's error is of the order of its square
+
+
+@torch.no_grad()
+def iterate_power_methods_(model: nn.Module, training: set[nn.Module], team: Team) -> None:
+    """Iterates the vectors of the modules that are among `training` until they settle; alike on all ranks of `team`."""
+    for iterate, vectors in _power_methods(model, training):
+        for _ in range(ROUNDS):
+            before = [vector.clone() for vector in vectors]
+            iterate()
+            if all(torch.allclose(old, new, rtol=0, atol=SETTLED) for old, new in zip(before, vectors, strict=True)):
+                break
+        if team.size > 1:  # processors of other kinds may round in another way
+            for vector in vectors:
+                first = team.broadcast_(tensor_bytes(vector).copy())
+                assign_(vector, from_bytes(torch.from_numpy(first), vector.dtype, vector.shape))
+
+
+def _power_methods(model: nn.Module, training: set[nn.Module]) -> Iterator[tuple[Callable[[], object], list[Tensor]]]:
+    """What iterates once, and the vectors that it changes."""
+    for module in model.modules():
+        if module not in training:
+            continue
+        if isinstance(module, ParametrizationList):
+            vectors = [b for b in module.buffers() if has_numbers(b)]
+            if vectors:
+                yield _forward_in_training(module), vectors
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                vectors = [module.get_buffer(f"{hook.name}_u"), module.get_buffer(f"{hook.name}_v")]
+                yield _old_style(hook, module), vectors
+
+
+def _forward_in_training(module: ParametrizationList) -> Callable[[], object]:
+    def iterate() -> None:
+        with restored_modes(module):
+            module.train()
+            module()
+
+    return iterate
+
+
+def _old_style(hook: SpectralNorm, module: nn.Module) -> Callable[[], object]:
+    return lambda: hook.compute_weight(module, do_power_iteration=True)

@@ -1,0 +1,13 @@
+"""The generators that a user's code may draw from, seeded all at once."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the global generators of torch (on all devices), numpy.random and random. `seed`: of 64 bits, not negative."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # all that it takes
+    random.seed(seed)
