@@ -43,8 +43,9 @@ class Checkpoints:
     cycles' weights.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, data: str | None = None):
+        """`data`: the data's identity as JSON, which stands in every file."""
+        self.folder, self.recipe, self.data = folder, recipe, data
 
     def save(self, point: SavePoint, notes: Mapping[str, Any], team: Team) -> None:
         """Writes `point`, collectively over the part's team, then removes all but the part's newest two files.
@@ -66,6 +67,8 @@ class Checkpoints:
         position = {name: getattr(point, name) for name in ("phase", "group", "epoch", "step", "ended")}
         state = {**state, **position, "cycles": point.cycles.count, "means": point.means}
         header = {"checkpoint": FORMAT, "recipe": self.recipe.to_toml(), "state": json.dumps(state)}
+        if self.data:
+            header["data"] = self.data
         write_tensors(self.folder / f"{point.name}-{point.epoch:05d}-{point.step:07d}.safetensors", tensors, header)
         for old in self._files(point.name)[KEPT:]:
             old.unlink()

@@ -105,6 +105,8 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _say_result(result: Any) -> None:
+    for note in result.notes:
+        say(note)
     say(f"{result.file}: test accuracy {100 * result.test.accuracy:.2f} %, test loss {result.test.loss:.4f}")
     say(f"weights_sha256 {result.weights_sha256}")
 

@@ -122,9 +122,9 @@ class Consumer:
     def _savepoint(self, point: SavePoint) -> None:
         team = self.ranks.world if point.group is None else self.ranks.group
         if point.ended and point.cycles.count > 1:
-            save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.recipe, team)
+            save_sum(point.cycles, self.out / f"{point.name}-cycles.safetensors", self.job.header, team)
         if self.snapshot_due:  # the epoch has just ended; where groups go on from their average, they are at it after that
-            save_snapshot(point, self.out / "snapshots", self.job.recipe, team)
+            save_snapshot(point, self.out / "snapshots", self.job.header, team)
             self.snapshot_due = False
         self.saved = point.due
         if not point.due:
@@ -154,10 +154,10 @@ class Consumer:
         if meeting is None:
             self._large_batch(model)
             return
-        recipe, world = self.job.recipe, self.ranks.world
+        world = self.ranks.world
         stops = self.control.stop and meeting.then != "go_on"  # where the groups save first
         if what.startswith("group-") and meeting.then == "end":
-            save_model(model, self.out / f"{what}.safetensors", recipe, self.ranks.group)
+            save_model(model, self.out / f"{what}.safetensors", self.job.header, self.ranks.group)
         elif what == "refine":
             self._meet(stops)
             # waiting for the slowest group is part of neither phase, but where it has to be done again and again
@@ -175,7 +175,7 @@ class Consumer:
             self.watch.lap("evaluate")
             if meeting.then == "end":
                 self.journal.evaluation("swap", averaged)
-                save_model(model, self.out / "swap.safetensors", recipe, world)
+                save_model(model, self.out / "swap.safetensors", self.job.header, world)
             else:
                 self.display.average(meeting.epoch, averaged)
                 self.averages.append(self.journal.evaluation("average", averaged, epoch=meeting.epoch))
@@ -192,7 +192,7 @@ class Consumer:
         self.journal.evaluation("large_batch", test)
         for line in self.averages:
             self.journal.add("world", line)
-        save_model(model, self.out / "large_batch.safetensors", self.job.recipe, self.ranks.world)
+        save_model(model, self.out / "large_batch.safetensors", self.job.header, self.ranks.world)
         self._meet(self.control.stop)
 
     @property

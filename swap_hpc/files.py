@@ -19,7 +19,6 @@ from swap_hpc.events import SavePoint
 from swap_hpc.kinds import state_of
 from swap_hpc.models import fill_
 from swap_hpc.ranks import Team
-from swap_hpc.recipe import Recipe
 
 Tensors = dict[str, Tensor]
 
@@ -67,21 +66,21 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any], team: Team) -> 
     team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text)))
 
 
-def save_model(model: nn.Module, path: Path, recipe: Recipe, team: Team) -> None:
-    """Writes the state dict of `model`, alike on all ranks of `team`, once, the recipe in its header. Raises RunError on all."""
-    team.first(lambda: write_tensors(path, state_of(model), {"recipe": recipe.to_toml()}))
+def save_model(model: nn.Module, path: Path, header: Mapping[str, str], team: Team) -> None:
+    """Writes the state dict of `model`, alike on all ranks of `team`, once. `header`: see `Job.header`. Raises RunError on all."""
+    team.first(lambda: write_tensors(path, state_of(model), header))
 
 
-def save_sum(total: WeightSum, path: Path, recipe: Recipe, team: Team) -> None:
+def save_sum(total: WeightSum, path: Path, header: Mapping[str, str], team: Team) -> None:
     """Writes a sum of weights, alike on all ranks of `team`, once. Raises RunError on all of them."""
     tensors = {f"sums/{name}": t for name, t in total.sums.items()} | {f"kept/{name}": t for name, t in total.kept.items()}
-    team.first(lambda: write_tensors(path, tensors, {"recipe": recipe.to_toml(), "count": str(total.count)}))
+    team.first(lambda: write_tensors(path, tensors, {**header, "count": str(total.count)}))
 
 
-def save_snapshot(point: SavePoint, folder: Path, recipe: Recipe, team: Team) -> None:
+def save_snapshot(point: SavePoint, folder: Path, header: Mapping[str, str], team: Team) -> None:
     """Writes the model as it is at an epoch's end, once, its part of the run and the epoch in the name. Raises RunError on all."""
     path = folder / f"{point.name}-{point.epoch:05d}.safetensors"
-    team.first(lambda: write_tensors(path, point.weights | point.buffers, {"recipe": recipe.to_toml()}))
+    team.first(lambda: write_tensors(path, point.weights | point.buffers, header))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
@@ -113,6 +112,15 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     if "sha256" in header and header["sha256"] != _checksum(tensors, header):
         raise Unreadable("damaged: its checksum does not match")
     return tensors, header
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a .safetensors file, not checked; empty where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

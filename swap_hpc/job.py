@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from swap_hpc import models
 from swap_hpc.control import Control
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
+from swap_hpc.data.identity import Identity
 from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.devices import Device
@@ -42,6 +43,16 @@ class Job:
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
     met: int = 0  # meetings of the groups that are over
     _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)  # endless; by rank and size of a team
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the data are known by."""
+        return Identity.of(self.dataset)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What stands in every file of weights: the recipe as TOML, and the data's identity as JSON."""
+        return {"recipe": self.recipe.to_toml(), "data": self.identity.to_json()}
 
     def build(self) -> nn.Module:
         """The recipe's model as its builder makes it, on this rank's device. Raises UserError."""

@@ -16,13 +16,14 @@ from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.consumer import Consumer
 from swap_hpc.control import Control
 from swap_hpc.data import Arrays
+from swap_hpc.data.identity import Identity
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.doctor import environment
 from swap_hpc.dry_step import dry_step
 from swap_hpc.ending import tell_launcher
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.events import part_name
-from swap_hpc.files import write_json, write_whole
+from swap_hpc.files import read_header, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
 from swap_hpc.metrics import Display
@@ -54,14 +55,15 @@ def train(
     finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
     with node_of(world) as node, _ranks(world, recipe, part) as ranks:
         display = Display(recipe, ranks, console)
-        checkpoints = Checkpoints(out / "checkpoints", recipe)
         if finished:
-            checkpoints.remove(world)
+            Checkpoints(out / "checkpoints", recipe).remove(world)
             display.say(f"{out} holds this run, complete: nothing to do")
             return finished
         job, model = prepare(recipe, world, node)
+        world.first(lambda: _check_data(job, out))
+        checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
         if phase_1_of:
-            adopt_large_batch(phase_1_of, recipe, model, checkpoints, world)
+            adopt_large_batch(phase_1_of, job, model, checkpoints, world)
         world.agree(lambda: check_tensorboard(recipe))
         world.first(lambda: _claim(recipe, out, part))
         facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "data": _facts(job)}
@@ -124,6 +126,14 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return json.loads((out / "result.json").read_text())
     except FileNotFoundError:
         return None
+
+
+def _check_data(job: Job, out: Path) -> None:
+    """Raises UserError where `out` holds weights that were trained on other data than those at hand."""
+    for file in sorted([*out.glob("checkpoints/*.safetensors"), *out.glob("*.safetensors")]):
+        header = read_header(file)
+        if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity)):
+            raise UserError(f"{file} was saved with other data ({how}): give back those that the run began with, or choose another --out")
 
 
 def _ranks(world: Team, recipe: Recipe, part: Part) -> AbstractContextManager[Ranks]:

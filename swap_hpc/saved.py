@@ -8,10 +8,11 @@ from torch import nn
 
 from swap_hpc.averaging import WeightSum, average_weights_, check_equal, refresh_batchnorm_
 from swap_hpc.checkpoint import model_state, sum_of
+from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Evaluation, part_name
-from swap_hpc.files import Tensors, Unreadable, load_weights_, read_tensors, save_model
+from swap_hpc.files import Tensors, Unreadable, load_weights_, read_header, read_tensors, save_model
 from swap_hpc.job import Job
 from swap_hpc.models import fill_
 from swap_hpc.prepare import prepare
@@ -23,6 +24,7 @@ class Result(NamedTuple):
     file: Path
     test: Evaluation
     weights_sha256: str
+    notes: tuple[str, ...] = ()  # what a person should know of the data
 
 
 def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: Team) -> Result:
@@ -34,12 +36,13 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
     recipe = world.agree(lambda: recipe_in(run, data))
     chosen = world.agree(lambda: _chosen(run, recipe, groups))
     job, model = prepare_saved(recipe, world)
+    world.agree(lambda: _check_data(run / f"{part_name(chosen[0])}.safetensors", job))
     total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
     _average_(model, total, job, world, world)
     digest = check_equal(model, world)
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
-    save_model(model, file, recipe, world)
+    save_model(model, file, job.header, world)
     return Result(file, evaluate_job(model, job, world), digest)
 
 
@@ -47,17 +50,37 @@ def evaluate(file: Path, data: Path | None, world: Team) -> Result:
     """The test loss and accuracy of any .safetensors file that a run leaves, on any number of ranks.
 
     Of a checkpoint, its model as it stands (of batch-norm statistics that differ between ranks, their mean); of a group's sum over
-    cycles, their average, batch norm refreshed. Raises UserError, on all ranks.
+    cycles, their average, batch norm refreshed. Raises UserError, on all ranks, also where the data at hand have other classes
+    than those that the model was trained on.
     """
     tensors, header = world.agree(lambda: _read(file))
     recipe = world.agree(lambda: recipe_of(header["recipe"], str(file), data) if "recipe" in header else recipe_in(file.parent, data))
     job, model = prepare_saved(recipe, world)
+    notes = world.agree(lambda: _checked_classes(file, header, job))
     if "count" in header:
         _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
     else:
         state = model_state(tensors, header) if "checkpoint" in header else tensors
         world.agree(lambda: fill_(model, state, str(file)))
-    return Result(file, evaluate_job(model, job, world), check_equal(model, world))
+    return Result(file, evaluate_job(model, job, world), check_equal(model, world), notes)
+
+
+def _check_data(file: Path, job: Job) -> None:
+    """Raises UserError where the data at hand are not those that a run was trained on."""
+    header = read_header(file)
+    if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity, ["train"])):
+        raise UserError(f"{file} was trained on other data ({how}): --data DIR with those of the run")
+
+
+def _checked_classes(file: Path, header: dict[str, str], job: Job) -> tuple[str, ...]:
+    """A note where the test samples are others. Raises UserError where the classes are."""
+    if "data" not in header:
+        return ()
+    trained_on = Identity.from_json(header["data"])
+    if how := trained_on.classes_differ(job.identity):
+        raise UserError(f"{file} was trained on other data ({how}): --data DIR with those of the run")
+    how = trained_on.differ(job.identity, ["test"])
+    return (f"note: not the test samples of the run ({how})",) if how else ()
 
 
 def _read(file: Path) -> tuple[Tensors, dict[str, str]]:

@@ -15,7 +15,7 @@ from swap_hpc.ranks import Team
 def test_a_model_reads_back_to_the_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
-    save_model(model, tmp_path / "deep" / "m.safetensors", tiny.recipe(), Team.alone())
+    save_model(model, tmp_path / "deep" / "m.safetensors", {"recipe": tiny.recipe().to_toml()}, Team.alone())
     load_weights_(other, tmp_path / "deep" / "m.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.safetensors"]
@@ -34,7 +34,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    save_model(nn.Linear(3, 4), tmp_path / "m.safetensors", tiny.recipe(), Team.alone())
+    save_model(nn.Linear(3, 4), tmp_path / "m.safetensors", {"recipe": tiny.recipe().to_toml()}, Team.alone())
     with pytest.raises(UserError, match=r"the weights .*m.safetensors are not of this model: .*size mismatch"):
         load_weights_(nn.Linear(3, 5), tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=r"cannot read the weights .*gone.safetensors: No such file"):

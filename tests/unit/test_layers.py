@@ -20,6 +20,7 @@ LAYERS = {
         "gradients",
         "data.sampling",
         "data.splits",
+        "data.identity",
         "data.shards",
         "data.decode",
         "data.loader",
