@@ -304,26 +304,32 @@ def train_with_stops(
 
     draw = random.Random(f"stops {seed}")
     for start in range(STARTS):
-        control = asked_at(draw.randrange(1, BEATS // (start + 1)))
+        beat = draw.randrange(1, BEATS // (start + 1))
         # a launcher signals all ranks, a person perhaps one
         asked = draw.choice([[0], [1], [0, 1]]) if start < STARTS - 1 else []
+        control = asked_at(beat if world.rank in asked else None)
         try:
-            return train(recipe, out, world, control if world.rank in asked else None)
+            return train(recipe, out, world, control)
         except Stopped:
-            places.append(f"{control.where} of rank {asked[0]}" if world.rank in asked else "?")
+            where = world.allgather(control.asked_in)
+            said = [f"{place} on rank {rank}" for rank, place in enumerate(where) if place]
+            places.append(" and ".join(said))
     raise AssertionError("the last start was stopped")
 
 
-def asked_at(beat: int) -> "Control":
-    """A control that is asked to stop at a beat, as a signal asks."""
+def asked_at(beat: int | None) -> Any:
+    """A control that is asked to stop at one of its beats, as a signal asks; None: at none."""
     from swap_hpc.control import Control
 
-    class Asked(Control):
+    class AskedControl(Control):
+        asked_in = ""  # what the rank was doing then
+
         def beat(self, where: str) -> None:
             super().beat(where)
-            self.stop = self.stop or self.beats >= beat
+            if beat is not None and self.beats >= beat and not self.stop:
+                self.stop, self.asked_in = True, where
 
-    return Asked()
+    return AskedControl()
 
 
 @dataclass(frozen=True)
