@@ -11,6 +11,7 @@ RANKS ?= 4
 RECIPE ?= digits
 ARGS ?=
 FAULTS ?= 60
+MODELS ?= 300
 SEED ?= 0
 
 activate := . "$(VENV)/bin/activate"
@@ -21,7 +22,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test test-slurm test-image test-bundle test-mpi bench soak lint doctor image bundle clean
+.PHONY: help setup run test test-slurm test-image test-bundle test-mpi bench soak fuzz lint doctor image bundle clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,6 +54,9 @@ bench: setup  ## what each part costs beside what one would use instead, and whi
 
 soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAULTS=60, 175 are all; SEED=0)
 	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
+
+fuzz: setup  ## models of every kind, mixed at random, trained right or refused, 5 minutes (MODELS=300, SEED=0; ARGS="--only NAME")
+	@$(activate) && python tests/fuzz.py --models $(MODELS) --seed $(SEED) $(ARGS)
 
 lint: setup  ## ruff, mypy and codespell
 	@$(activate) && $(linters)
