@@ -1,6 +1,7 @@
 """One step on a copy that is thrown away: what cannot be trained, saved, loaded or built again ends before phase 1."""
 
 import random
+import re
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain
@@ -19,7 +20,7 @@ from swap_hpc.evaluation import evaluate
 from swap_hpc.fit import backward
 from swap_hpc.imports import place_of
 from swap_hpc.job import Job
-from swap_hpc.kinds import decoded, encoded, is_extra, state_buffers, state_of
+from swap_hpc.kinds import EXTRA_STATE, decoded, encoded, is_extra, state_buffers, state_of
 from swap_hpc.models import fill_
 from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
@@ -77,12 +78,14 @@ def _check_state(model: nn.Module, name: str) -> None:
 
 
 def _check_extra_state(entry: str, value: Any, name: str) -> None:
+    module = entry.removesuffix(EXTRA_STATE).removesuffix(".") or "the module"
     try:
         decoded(encoded(value))
     except Exception as error:  # whatever pickle meets in it
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{entry.removesuffix('._extra_state')}.get_extra_state of the model {name} returns what cannot be loaded "
-            f"without running code ({_short(error)}): return tensors, numbers, strings, lists and dictionaries"
+            f"get_extra_state of {module} of the model {name} returns {f'a {found[1]}' if found else 'a value'}, which cannot be "
+            "loaded without running code: return tensors, numbers, strings, lists and dictionaries"
         ) from None
 
 

@@ -43,9 +43,8 @@ class Identity:
         """How the classes of data at hand differ from these, in a few words; None where they do not."""
         if self.classes == now.classes:
             return None
-        lost, new = (
-            [name for name in one if name not in other] for one, other in ((self.classes, now.classes), (now.classes, self.classes))
-        )
+        lost = [name for name in self.classes if name not in now.classes]
+        new = [name for name in now.classes if name not in self.classes]
         told = [f"{', '.join(names[:3])} {when}" for names, when in ((lost, "then"), (new, "now")) if names]
         return f"other classes: {', '.join(told)}" if told else "the classes in another order"
 
