@@ -26,6 +26,7 @@ from swap_hpc.events import part_name
 from swap_hpc.files import read_header, write_json, write_whole
 from swap_hpc.gradients import end_stalls
 from swap_hpc.job import Job
+from swap_hpc.lock import owning
 from swap_hpc.metrics import Display
 from swap_hpc.part import WHOLE, Part
 from swap_hpc.prepare import prepare
@@ -52,36 +53,45 @@ def train(
     process began. Raises UserError, before any training, for all that is wrong with the input; RunError where the run
     fails; Stopped.
     """
-    finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
     with node_of(world) as node, _ranks(world, recipe, part) as ranks:
         display = Display(recipe, ranks, console)
-        if finished:
-            Checkpoints(out / "checkpoints", recipe).remove(world)
-            display.say(f"{out} holds this run, complete: nothing to do")
-            return finished
+        if result := _complete(recipe, out, world, display):
+            return result
         job, model = prepare(recipe, world, node)
-        world.first(lambda: _check_data(job, out))
-        checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
-        if phase_1_of:
-            adopt_large_batch(phase_1_of, job, model, checkpoints, world)
-        world.agree(lambda: check_tensorboard(recipe))
-        world.first(lambda: _claim(recipe, out, part))
-        facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "data": _facts(job)}
-        write_json(out / _environment_name(part), facts, world)
-        for line in _introduction(job, ranks, out):
-            display.say(line)
-        end_stalls(recipe.watchdog.minutes * 60)
-        tell_launcher("training")
-        with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
-            for line in _dry_step(model, job, ranks, control, part):
+        with owning(out, part, world):
+            if result := _complete(recipe, out, world, display):  # by the job that had the folder until now
+                return result
+            world.first(lambda: _check_data(job, out))
+            checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
+            if phase_1_of:
+                adopt_large_batch(phase_1_of, job, model, checkpoints, world)
+            world.agree(lambda: check_tensorboard(recipe))
+            world.first(lambda: _claim(recipe, out, part))
+            facts = environment(world, node, job.device) | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "data": _facts(job)}
+            write_json(out / _environment_name(part), facts, world)
+            for line in _introduction(job, ranks, out):
                 display.say(line)
-            result = Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
-        if result is None:
-            display.say(f"{part_name(part.group)} is done, for the run in {out}")
-            return None
-        write_json(out / "result.json", result, world)
-        checkpoints.remove(world)
+            end_stalls(recipe.watchdog.minutes * 60)
+            tell_launcher("training")
+            with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
+                for line in _dry_step(model, job, ranks, control, part):
+                    display.say(line)
+                result = Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
+            if result is None:
+                display.say(f"{part_name(part.group)} is done, for the run in {out}")
+                return None
+            write_json(out / "result.json", result, world)
+            checkpoints.remove(world)
     return result
+
+
+def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[str, Any] | None:
+    """What a complete run in `out` ended with, None where there is none. Raises UserError where `out` is another recipe's."""
+    finished = world.broadcast(world.agree(lambda: _finished(recipe, out)))
+    if finished:
+        Checkpoints(out / "checkpoints", recipe).remove(world)
+        display.say(f"{out} holds this run, complete: nothing to do")
+    return finished
 
 
 def _dry_step(model: nn.Module, job: Job, ranks: Ranks, control: Control, part: Part) -> list[str]:

@@ -31,7 +31,7 @@ LAYERS = {
     ],
     2: ["power", "averaging", "events", "objective", "job", "evaluation", "optimizers", "fit", "dry_step"],
     3: ["swap"],
-    4: ["files", "board", "metrics", "checkpoint", "ending", "watchdog"],
+    4: ["files", "board", "metrics", "checkpoint", "ending", "watchdog", "lock"],
     5: [
         "figures",
         "report",

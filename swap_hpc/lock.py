@@ -1,0 +1,109 @@
+"""A run's folder has one owner: a second job that is started into it ends, instead of both writing the same files."""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from swap_hpc.errors import UserError
+from swap_hpc.events import part_name
+from swap_hpc.part import Part
+from swap_hpc.ranks import Team, host
+
+PATIENCE = 10.0  # seconds in which a job that was just killed has let go
+SAME_JOB = 300.0  # seconds: a job that was put back into the queue, whose old node's locks a file server may keep for a while
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without them say
+
+
+@contextmanager
+def owning(out: Path, part: Part, world: Team) -> Iterator[None]:
+    """Holds the folder `out` for this job; jobs that refine one group each share it.
+
+    The first rank has a lock of the system (flock), which ends with its process however that ends: what a killed job
+    left behind is no obstacle. Raises UserError, on all ranks, where another job holds the folder, and names it. On
+    file systems without locks nothing is held.
+    """
+    with ExitStack() as held:
+        world.first(lambda: _take(out, part, held))
+        yield
+
+
+def _take(out: Path, part: Part, held: ExitStack) -> None:
+    whole = out / ".lock"
+    group = out / f".lock-{part_name(part.group)}" if part.group is not None else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_locked(whole, fcntl.LOCK_EX if group is None else fcntl.LOCK_SH))
+        if group:
+            held.enter_context(_locked(group, fcntl.LOCK_EX))
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"cannot write {error.filename or out}: {error.strerror}: choose another --out") from None
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    file = _acquired(path, kind)
+    try:
+        if kind == fcntl.LOCK_EX:
+            os.ftruncate(file, 0)
+            os.pwrite(file, _me().encode(), 0)
+        yield
+    finally:
+        if kind == fcntl.LOCK_EX:
+            path.unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+        os.close(file)
+
+
+def _acquired(path: Path, kind: int) -> int:
+    """The descriptor of a lock file that is held. Raises UserError where another job keeps it."""
+    begin = time.monotonic()
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+        except OSError:
+            os.close(file)
+            raise
+        else:
+            if _is_there(path, file):
+                return file
+            os.close(file)
+            continue
+        owner = _owner(path)
+        if time.monotonic() - begin > (SAME_JOB if owner.endswith(_job()) and _job() else PATIENCE):
+            raise UserError(f"{path.parent} is in use by {owner}: wait for it, or choose another --out")
+        time.sleep(0.2)
+
+
+def _is_there(path: Path, file: int) -> bool:
+    try:
+        return os.stat(path).st_ino == os.fstat(file).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _owner(path: Path) -> str:
+    """Who holds a folder: of jobs that refine a group each, one; else the one that wrote into `path`."""
+    for other in sorted(path.parent.glob(".lock-group-*")) or [path]:
+        try:
+            if text := other.read_text(encoding="utf-8"):
+                return text
+        except OSError:
+            continue
+    return "another job"
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {host()}{_job()}"
+
+
+def _job() -> str:
+    """Slurm's number of this job, which it keeps when it is put back into the queue."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return f", job {number}" if number else ""
