@@ -76,8 +76,9 @@ def _acquired(path: Path, kind: int) -> int:
             os.close(file)
             continue
         owner = _owner(path)
-        if time.monotonic() - begin > (SAME_JOB if owner.endswith(_job()) and _job() else PATIENCE):
-            raise UserError(f"{path.parent} is in use by {owner}: wait for it, or choose another --out")
+        is_this_job = _job() and owner.endswith(_job()) if owner else _job()
+        if time.monotonic() - begin > (SAME_JOB if is_this_job else PATIENCE):
+            raise UserError(f"{path.parent} is in use by {owner or 'another job'}: wait for it, or choose another --out")
         time.sleep(0.2)
 
 
@@ -89,14 +90,17 @@ def _is_there(path: Path, file: int) -> bool:
 
 
 def _owner(path: Path) -> str:
-    """Who holds a folder: of jobs that refine a group each, one; else the one that wrote into `path`."""
+    """Who holds a folder: of jobs that refine a group each, one; else the one that wrote into `path`.
+
+    Empty where the file has just been made, or removed.
+    """
     for other in sorted(path.parent.glob(".lock-group-*")) or [path]:
         try:
             if text := other.read_text(encoding="utf-8"):
                 return text
         except OSError:
             continue
-    return "another job"
+    return ""
 
 
 def _me() -> str:

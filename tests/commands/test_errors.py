@@ -167,7 +167,11 @@ def test_wrong_input_that_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
         ("has_two_classes", 2, "the model failing:has_two_classes returned a tensor [128, 2] float32: logits [128, 10] are needed"),
         ("missing", 2, "the model failing:missing: failing has no missing; it has raises_on_rank_1, has_two_classes, leaves, refuses"),
         ("leaves", 3, "SystemExit: 0"),
-        ("writes_into_a_broken_pipe", 3, "BrokenPipeError: [Errno 32] a pipe of the model's own"),
+        (
+            "writes_into_a_broken_pipe",
+            2,
+            "first step: BrokenPipeError: [Errno 32] a pipe of the model's own (failing.py, line",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_named(model: str, code: int, message: str, tmp_path: Path) -> None:

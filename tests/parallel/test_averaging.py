@@ -1,11 +1,13 @@
 """Averaging and batch-norm refresh against references computed by hand."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import zoo
 from torch import Tensor, nn
 
 from swap_hpc import averaging
@@ -160,6 +162,100 @@ def test_a_refresh_that_fails_leaves_the_model_as_it_was(world: Team) -> None:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def frozen(model: nn.Module) -> nn.BatchNorm2d:
+    layer = model.get_submodule("body.1")
+    assert isinstance(layer, nn.BatchNorm2d)
+    return layer
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("mode", ["as built", "training", "evaluation", "by hand"])
+def test_frozen_batch_norm_keeps_its_statistics(world: Team, mode: str) -> None:
+    """Whether the model's own train() freezes it, or its user did after train(); also in the mean over a team."""
+    torch.manual_seed(0)
+    model = tiny_net() if mode == "by hand" else zoo.frozen_batch_norm(3, 3)
+    if mode == "evaluation":
+        model.eval()
+    elif mode != "as built":
+        model.train()
+    if mode == "by hand":
+        frozen(model).eval()
+    before = {name: tensor.clone() for name, tensor in frozen(model).state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    refresh_batchnorm_(model, batches(3)[world.rank :: world.size], world)
+    average_buffers_(model, world)
+    for name, tensor in frozen(model).state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert [m.training for m in model.modules()] == modes
+
+
+def tiny_net() -> nn.Module:
+    return zoo.Net(3, 3)
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("old", [False, True])
+def test_spectral_norm_divides_by_the_norm_of_the_averaged_weights(world: Team, old: bool) -> None:
+    """Of groups whose weights have nothing in common, so that neither one's vectors nor their mean are the average's."""
+    torch.manual_seed(world.rank)
+    model = zoo.Spectral(3, 3, old).train()
+    for x in batches(2):
+        model(x)  # as in training: each group's vectors belong to its own weights
+    average_weights_(model, world)
+    refresh_batchnorm_(model, batches(2)[world.rank :: world.size], world)
+    model.eval()
+    model(batches(1)[0])
+    layers: Any = model.layers
+    for layer in layers:
+        weight = layer.weight_orig if old else layer.parametrizations.weight.original
+        divided_by = (weight / layer.weight).mean().item()
+        assert divided_by == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-4)
+    everyones = world.allgather(tiny.weights(model))
+    assert all(torch.equal(everyones[0], other) for other in everyones)
+
+
+class HandsOutCopies(nn.Linear):
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        return {name: tensor.half() for name, tensor in super().state_dict(*arguments, **named).items()}
+
+
+@pytest.mark.ranks(2)
+def test_a_state_dict_that_hands_out_copies_does_not_matter(world: Team) -> None:
+    model = HandsOutCopies(2, 3)
+    with torch.no_grad():
+        model.weight.fill_(world.rank)
+    average_weights_(model, world)
+    assert model.weight.tolist() == [[0.5, 0.5]] * 3
+
+
+class Remembering(nn.Linear):
+    """Keeps something in a plain attribute, and hands it out as extra state."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__(2, 3)
+        self.note = note
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+@pytest.mark.ranks(1, 2)
+def test_extra_states_are_the_first_ones(world: Team) -> None:
+    """Of whatever length: the first rank's, or what was first added to a sum."""
+    note = {"seen": list(range(10 * world.rank)), "where": f"rank {world.rank}"}
+    model = nn.Sequential(Remembering(note))
+    average_weights_(model, world)
+    assert model[0].note == {"seen": [], "where": "rank 0"}
+    total = WeightSum()
+    for number in range(2):
+        total.add_(nn.Sequential(Remembering((world.rank, number))))
+    average_weights_(model, world, total)
+    assert model[0].note == (0, 0)
+
+
 def test_refresh_leaves_all_else_alone(world: Team) -> None:
     model = tiny.normed(3, 3).train()
     layer = model.get_submodule("1")
@@ -174,8 +270,13 @@ def test_refresh_leaves_all_else_alone(world: Team) -> None:
 def test_buffers_of_other_layers_are_alike_after_an_epoch(world: Team) -> None:
     model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True))
     model.register_buffer("seen", torch.tensor([world.rank + 5]))
+    model.register_buffer("table", torch.full((2, 1, 3), 1.0 + world.rank))
+    model.register_buffer("row", torch.full((1, 3), 1.0 + world.rank).expand(4, 3))
+    model.register_buffer("scale", torch.tensor(1.0 + world.rank))
+    model.register_buffer("none", torch.empty(0, 2))
     model.get_buffer("0.running_mean").fill_(world.rank)
     average_buffers_(model, world)
+    assert all((model.get_buffer(name) == 1).all() for name in ("table", "row", "scale"))
     assert model.get_buffer("0.running_mean").tolist() == [(world.size - 1) / 2] * 3
     assert model.get_buffer("0.running_var").tolist() == [1.0] * 3 and model.get_buffer("seen").tolist() == [5]
 

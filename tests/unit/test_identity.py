@@ -1,0 +1,69 @@
+"""Data that changed between two starts are noticed, and named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from swap_hpc.data.identity import Identity
+from swap_hpc.data.sources import folder
+from swap_hpc.data.splits import Arrays, Dataset
+from swap_hpc.recipe import Data
+
+
+def images(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), number: int = 3) -> Path:
+    for split in ("train", "test"):
+        for name in classes:
+            (path / split / name).mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (4, 4), (i, 9, 9)).save(path / split / name / f"{i}.png")
+    return path
+
+
+def identity(path: Path) -> Identity:
+    return Identity.of(folder(Data(name="folder", path=path), 1))
+
+
+def test_the_same_data_elsewhere_are_the_same(tmp_path: Path) -> None:
+    one, other = identity(images(tmp_path / "here")), identity(images(tmp_path / "there"))
+    assert one == other and one.differ(other) is None
+    assert Identity.from_json(one.to_json()) == one
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    then = identity(images(tmp_path))
+    cat = tmp_path / "train" / "cat"
+    (cat / "0.png").rename(cat / "9.png")
+    assert then.differ(identity(tmp_path)) == "9 training samples then, other names or labels"
+    (cat / "0.png").write_bytes((cat / "9.png").read_bytes())
+    assert then.differ(identity(tmp_path)) == "9 training samples then, 10 now"
+    assert then.differ(identity(tmp_path), ["test"]) is None
+    for split in ("train", "test"):
+        (tmp_path / split / "bee").rename(tmp_path / split / "wasp")
+    now = identity(tmp_path)
+    assert then.differ(now) == then.classes_differ(now) == "other classes: bee then, wasp now"
+
+
+def test_classes_in_another_order_are_others(tmp_path: Path) -> None:
+    then = Identity.of(tiny.dataset())
+    turned = replace(tiny.dataset(), classes=("b", "a", "c"))
+    assert then.classes_differ(Identity.of(turned)) == "the classes in another order"
+
+
+@pytest.mark.parametrize("changed", ["images", "labels"])
+def test_data_in_memory_are_known_by_what_they_hold(changed: str) -> None:
+    def made(shift: int) -> Dataset:
+        data = tiny.dataset()
+        assert isinstance(data.train, Arrays)
+        images, labels = data.train.images, data.train.labels
+        if changed == "images":
+            images = np.roll(images, shift, axis=0)
+        else:
+            labels = np.roll(labels, shift)
+        return replace(data, train=Arrays(images, labels))
+
+    assert Identity.of(made(0)) == Identity.of(made(0))
+    assert "other names or labels" in (Identity.of(made(0)).differ(Identity.of(made(1))) or "")

@@ -1,0 +1,152 @@
+"""Small models of kinds that people bring: (n, channels, H, W) -> (n, classes)."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+
+class Net(nn.Module):
+    """A convolution, batch norm and a linear layer, for images of 8x8."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(96, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images).flatten(1)
+
+
+def swin_v2(classes: int, channels: int) -> nn.Module:
+    """torchvision's, with its tables of positions as buffers of three dimensions, and stochastic depth."""
+    from torchvision.models.swin_transformer import (
+        PatchMergingV2,
+        SwinTransformer,
+        SwinTransformerBlockV2,
+    )
+
+    return SwinTransformer(
+        patch_size=[1, 1],
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[1, 2],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.3,
+        num_classes=classes,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )
+
+
+def densenet(classes: int, channels: int) -> nn.Module:
+    """torchvision's, with memory-efficient checkpointing."""
+    from torchvision.models import DenseNet
+
+    return DenseNet(4, (2, 2), 8, num_classes=classes, memory_efficient=True)
+
+
+def old_weight_norm(classes: int, channels: int) -> nn.Module:
+    net = Net(classes, channels)
+    net.head = nn.utils.weight_norm(net.head)
+    return net
+
+
+def pruned(classes: int, channels: int) -> nn.Module:
+    net = Net(classes, channels)
+    prune.l1_unstructured(net.head, "weight", 0.5)
+    return net
+
+
+class Frozen(Net):
+    """Batch norm that keeps its statistics, as in fine-tuning."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.body[1].eval()
+        return self
+
+
+def frozen_batch_norm(classes: int, channels: int) -> nn.Module:
+    net = Frozen(classes, channels)
+    net.body[1].running_mean.fill_(0.2)  # type: ignore[operator]
+    net.body[1].running_var.fill_(4.0)  # type: ignore[operator]
+    return net
+
+
+def gradient_mask(classes: int, channels: int) -> nn.Module:
+    """Half of the classifier's inputs keep the weights that the builder gave them."""
+    net = Net(classes, channels)
+    mask = torch.ones_like(net.head.weight)
+    mask[:, :48] = 0
+    net.head.weight.register_hook(lambda gradient: gradient * mask)
+    return net
+
+
+class Dropping(Net):
+    """Whole layers are left out by a coin that each rank throws."""
+
+    def __init__(self, classes: int, channels: int, coin: str):
+        super().__init__(classes, channels)
+        self.extra = nn.ModuleList([nn.Linear(96, 96) for _ in range(4)])
+        self.never = nn.Linear(96, 96)
+        coins = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand}
+        self.coin = coins.get(coin, random.random)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)
+        for layer in self.extra:
+            if not self.training or self.coin() > 0.5:
+                x = x + 0.1 * layer(x)
+        return self.head(x)
+
+
+def dropping(classes: int, channels: int, coin: str = "torch") -> nn.Module:
+    return Dropping(classes, channels, coin)
+
+
+class Complex(Net):
+    """A filter of complex numbers in Fourier space."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.filter = nn.Parameter(1 + 0.1 * torch.randn(8, 5, dtype=torch.cfloat))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(torch.fft.irfft2(torch.fft.rfft2(images) * self.filter))
+
+
+class Spectral(Net):
+    """Spectral norm of either style."""
+
+    def __init__(self, classes: int, channels: int, old: bool = False):
+        super().__init__(classes, channels)
+        norm = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+        self.layers = nn.ModuleList([norm(nn.Linear(96, 96)) for _ in range(2)])
+
+    def features(self, images: Tensor) -> Tensor:
+        x = super().features(images)
+        for layer in self.layers:
+            x = x + F.relu(layer(x))
+        return x
+
+
+class Rechecked(Net):
+    """One layer used twice under reentrant activation checkpointing: its gradient comes in two parts."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.twice = nn.Linear(96, 96)
+
+    def features(self, images: Tensor) -> Tensor:
+        x = super().features(images)
+        for _ in range(2):
+            x = checkpoint(lambda x: torch.tanh(self.twice(x)), x, use_reentrant=True)
+        return x
