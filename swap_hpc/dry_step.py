@@ -131,7 +131,7 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor], job: Job, phase: Large
 def _check_comes_back(model: nn.Module, job: Job) -> None:
     """Raises UserError where the state dict, after a step, does not go into a new model."""
     state, other = state_of(model), job.build()
-    fill_(other, state, "of the model itself, after a step,")
+    fill_(other, state, "that the state dict holds after a step")
     loaded = state_of(other)
     for name, tensor in state.items():
         if not is_extra(name) and not np.array_equal(tensor_bytes(tensor), tensor_bytes(loaded[name])):

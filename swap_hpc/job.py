@@ -66,7 +66,7 @@ class Job:
         can be copied. Raises UserError where the state dict does not fit what the builder makes.
         """
         copy = self.build()
-        models.fill_(copy, state_of(model), "of the model itself")
+        models.fill_(copy, state_of(model), "that the state dict holds")
         theirs = dict(chain(model.named_parameters(), model.named_buffers()))
         for name, tensor in chain(copy.named_parameters(), copy.named_buffers()):
             if name in theirs:  # also what the state dict leaves out

@@ -1,0 +1,87 @@
+"""Models of kinds that people bring, through whole runs: trained, stopped, gone on with, averaged, evaluated."""
+
+from pathlib import Path
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+from torch import Tensor
+
+from swap_hpc import saved
+from swap_hpc.errors import Stopped
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import Recipe, parse
+from swap_hpc.tensors import tensor_bytes
+
+MODELS: dict[str, dict[str, Any]] = {
+    "swin_v2": {},
+    "densenet": {},
+    "old_weight_norm": {},
+    "pruned": {},
+    "gradient_mask": {},
+    "frozen_batch_norm": {},
+    "Complex": {},
+    "dropping": {"coin": "python"},
+}
+
+STOPS = (5, 12)  # beats of a start: inside phase 1, and after it
+
+
+def recipe(name: str) -> Recipe:
+    return parse(
+        {
+            "groups": 2,
+            "device": "cpu",
+            "model": {"name": f"zoo:{name}", **MODELS[name]},
+            "data": {"name": "zoo:data"},
+            "augment": {"pad": 1, "flip": True},
+            "optimizer": {"weight_decay": 0.0},
+            "large_batch": {"batch_size": 48, "epochs": 2, "learning_rate": 0.02},
+            "refine": {"batch_size": 24, "epochs": 2, "learning_rate": 0.02},
+            "batchnorm": {"batch_size": 48},
+        }
+    )
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(world: Team, name: str, tmp_path: Path) -> None:
+    folder = Path(world.broadcast(str(tmp_path)))
+    with fuzz.patched():
+        result = fuzz.train(recipe(name), folder / "whole", world)
+        for beat in STOPS:
+            with pytest.raises(Stopped):
+                fuzz.train(recipe(name), folder / "stopped", world, fuzz.asked_at(beat))
+        fuzz.train(recipe(name), folder / "stopped", world)
+        average = saved.average(folder / "whole", None, None, world)
+        evaluated = saved.evaluate(folder / "whole" / "swap.safetensors", None, world)
+    assert result and not fuzz.differing(folder / "whole", folder / "stopped")
+    assert average.weights_sha256 == evaluated.weights_sha256 == result["weights_sha256"]
+    assert evaluated.test.accuracy == result["test_accuracy"]["averaged"]
+    check_mean(name, folder / "whole")
+
+
+def check_mean(name: str, run: Path) -> None:
+    """The parameters are the groups' mean, all but batch norm's statistics the first group's."""
+    torch.manual_seed(0)
+    model = getattr(zoo, name)(3, 3, **MODELS[name])
+    parameters = {name for name, _ in model.named_parameters()}
+    first, second = (load_file(run / f"group-{g:03d}.safetensors") for g in (0, 1))
+    averaged = load_file(run / "swap.safetensors")
+    for entry, tensor in averaged.items():
+        if entry in parameters:
+            mean = (wide(first[entry]) + wide(second[entry])) / 2
+            assert torch.equal(tensor, mean.to(tensor.dtype)), entry
+        elif name == "frozen_batch_norm" or ("running" not in entry and "tracked" not in entry):
+            assert (tensor_bytes(tensor) == tensor_bytes(first[entry])).all(), entry
+    if name == "gradient_mask":
+        held = model.head.weight[:, :48]
+        assert all(torch.equal(s["head.weight"][:, :48], held) for s in (first, second, averaged))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -1,0 +1,231 @@
+"""What cannot be trained, saved, loaded or built again ends in one line before phase 1; the rest is warned of."""
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import zoo
+from torch import Tensor, nn
+
+from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.dry_step import dry_step
+from swap_hpc.errors import UserError
+from swap_hpc.job import Job
+from swap_hpc.ranks import Team
+
+
+@pytest.fixture
+def job_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., nn.Module]], Job]]:
+    """A job whose model a function builds, as a recipe would name it."""
+    module = ModuleType("built_here")
+    monkeypatch.setitem(sys.modules, "built_here", module)
+
+    def made(build: Callable[..., nn.Module], **overrides: Any) -> Job:
+        vars(module)["build"] = build
+        return tiny.job(model={"name": "built_here:build"}, **overrides)
+
+    yield made
+
+
+def tried(job: Job) -> list[str]:
+    key = Key(job.recipe.seed, Phase.LARGE_BATCH)
+    return dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())
+
+
+class Raising(zoo.Net):
+    def forward(self, images: Tensor) -> Tensor:
+        raise KeyError("features")
+
+
+class Evaluating(zoo.Net):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) if self.training else self.never_set  # type: ignore[return-value]
+
+
+class Sparse(zoo.Net):
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.table = nn.Embedding(4, classes, sparse=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.table(torch.zeros(len(images), dtype=torch.long))
+
+
+class Copies(zoo.Net):
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        return {name: t.clone() for name, t in super().state_dict(*arguments, **named).items()}
+
+
+class LeavesOut(zoo.Net):
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        whole = super().state_dict(*arguments, **named)
+        return {name: t for name, t in whole.items() if not name.startswith("head")}
+
+
+class LeavesOutStatistics(zoo.Net):
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        whole = super().state_dict(*arguments, **named)
+        return {name: t for name, t in whole.items() if "running" not in name}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state, strict=False)
+
+
+class Note:
+    pass
+
+
+class Pickled(zoo.Net):
+    def get_extra_state(self) -> Any:
+        return {"note": Note()}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Forgetful(zoo.Net):
+    """Hands out an extra state, and cannot take one."""
+
+    def get_extra_state(self) -> Any:
+        return 1
+
+
+class Wide(zoo.Net):
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.wide = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+
+
+class Growing(zoo.Net):
+    """Makes a layer at its first forward pass."""
+
+    def features(self, images: Tensor) -> Tensor:
+        x = super().features(images)
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(96, 96)
+        return self.late(x)
+
+
+def scripted(classes: int, channels: int) -> nn.Module:
+    return torch.jit.script(zoo.Net(classes, channels))
+
+
+def lazy(classes: int, channels: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+
+def on_meta(classes: int, channels: int) -> nn.Module:
+    with torch.device("meta"):
+        return zoo.Net(classes, channels)
+
+
+def restless(classes: int, channels: int) -> nn.Module:
+    restless.width += 1  # type: ignore[attr-defined]
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, restless.width), nn.Linear(restless.width, classes))  # type: ignore[attr-defined]
+
+
+restless.width = 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        (Raising, r"fails in its first step: KeyError: 'features' \(test_dry_step.py, line \d+\)"),
+        (Evaluating, r"fails in its first evaluation: AttributeError: .*never_set"),
+        (Sparse, r"table.weight .* has a sparse gradient: build its layer with sparse=False"),
+        (Copies, r"hands out a copy of body.0.weight: what is saved would not be what is trained"),
+        (LeavesOut, r"leaves out head.weight: what is saved would not be what is trained"),
+        (LeavesOutStatistics, r"leaves out body.1.running_mean, which training changes"),
+        (Pickled, r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot be loaded"),
+        (Forgetful, r"the weights that the state dict holds are not of this model: .*_extra_state"),
+        (Wide, r"wide of the model .* is complex128, which a .safetensors file cannot hold"),
+        (Growing, r"the weights that the state dict holds after a step are not of this model: .*late.weight"),
+        (scripted, r"is TorchScript \(all of it\)"),
+        (lazy, r"1.weight .* is lazy, without a shape yet: call the model once"),
+        (on_meta, r"body.0.weight .* is on the meta device: dense tensors are needed"),
+        (restless, r"makes another model when it is called again \(1.bias differs\)"),
+    ],
+)
+def test_what_a_run_would_meet_later_is_refused(build: Callable[..., nn.Module], line: str, job_of: Callable[..., Job]) -> None:
+    with pytest.raises(UserError, match=line) as error:
+        tried(job_of(build))
+    assert "\n" not in str(error.value)
+
+
+class Counting(zoo.Net):
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.steps = 0
+        self.noise = torch.Generator().manual_seed(1)
+        self.features_seen: Tensor | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        self.steps += self.training
+        x = super().features(images)
+        self.features_seen = x  # kept for a figure: no state
+        return x + 0.01 * torch.randn(x.shape, generator=self.noise)
+
+
+class CountingInState(Counting):
+    def get_extra_state(self) -> Any:
+        return {"steps": self.steps, "noise": self.noise.get_state()}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.steps = state["steps"]
+        self.noise.set_state(state["noise"])
+
+
+def test_state_outside_the_state_dict_is_warned_of(job_of: Callable[..., Job]) -> None:
+    (warning,) = tried(job_of(Counting))
+    assert "a step changes steps, noise of the model built_here:build" in warning
+    assert "\n" not in warning
+    assert tried(job_of(CountingInState)) == []
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "build",
+    [
+        zoo.Net,
+        zoo.old_weight_norm,
+        zoo.pruned,
+        zoo.frozen_batch_norm,
+        zoo.gradient_mask,
+        zoo.dropping,
+        zoo.Complex,
+        zoo.Spectral,
+        lambda classes, channels: zoo.Spectral(classes, channels, old=True),
+        zoo.swin_v2,
+        zoo.densenet,
+    ],
+)
+def test_what_can_be_trained_passes_and_is_left_as_it_was(build: Callable[..., nn.Module], job_of: Callable[..., Job]) -> None:
+    job = job_of(build)
+    model = job.build()
+    before = tiny.weights(model)
+    key = Key(job.recipe.seed, Phase.LARGE_BATCH)
+    assert dry_step(model, job, job.recipe.large_batch, key, Team.alone()) == []
+    assert torch.equal(tiny.weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_copy_has_the_hooks_of_its_builder_on_its_own_parameters(
+    job_of: Callable[..., Job],
+) -> None:
+    job = job_of(zoo.gradient_mask)
+    model = job.build()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+    copy = job.copy_of(model)
+    assert torch.equal(tiny.weights(copy), tiny.weights(model))
+    copy(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    head: Any = copy.head
+    assert (head.weight.grad[:, :48] == 0).all() and (head.weight.grad[:, 48:] != 0).any()
+    assert all(p.grad is None for p in model.parameters())
