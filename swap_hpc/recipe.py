@@ -142,7 +142,8 @@ class Data(_Section):
     evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Side of the evaluated square as a share of the image's shorter side."""
     memory_gib: Annotated[float, Field(ge=0)] = 4.0
-    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes."""
+    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes. An
+    eighth of it, but at least 96 MiB or one image, is decoded at once."""
     classes: Count = 10
     """Of the data `synthetic`."""
     samples: Count = 1024

@@ -1,18 +1,20 @@
-"""Image files decoded once, into memory, and the file that cannot be decoded named."""
+"""Encoded images as DALI's graphs take them, and the one that cannot be decoded named."""
 
+import io
+import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
+from PIL import Image
 
 from swap_hpc.data.splits import Files, Shards
-from swap_hpc.errors import RunError, UserError
+from swap_hpc.errors import RunError
 
 Encoded: TypeAlias = Files | Shards
-
-BATCH = 256
 
 
 def encoded(split: Encoded, source: Any) -> Any:
@@ -28,31 +30,6 @@ def whole_image(file: Any, device: str = "cpu") -> Any:
     """
     size = fn.peek_image_shape(file, dtype=types.INT32)[:2]
     return fn.decoders.image_slice(file, end=size, axis_names="HW", device=device, output_type=types.RGB)
-
-
-def image_shapes(split: Encoded, threads: int) -> np.ndarray:
-    """(N, 3) int64: height, width and channels of images, from their headers. Raises UserError naming an unreadable one."""
-
-    def graph() -> Any:
-        return fn.peek_image_shape(encoded(split, fn.external_source(_fed(split), batch=True)))
-
-    return _run(graph, split, threads)
-
-
-def decode(split: Encoded, size: tuple[int, int] | None, threads: int) -> np.ndarray:
-    """(N, H, W, 3) uint8, red, green, blue. Raises UserError naming an image that cannot be decoded.
-
-    `size` (height, width): the shorter side resized to fit, the centre cropped; None: as they are, which must be one size.
-    """
-
-    def graph() -> Any:
-        image = whole_image(encoded(split, fn.external_source(_fed(split), batch=True)))
-        if size is None:
-            return image
-        image = fn.resize(image, resize_y=float(size[0]), resize_x=float(size[1]), mode="not_smaller")
-        return fn.crop(image, crop=size)
-
-    return _run(graph, split, threads)
 
 
 def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exception) -> None:
@@ -82,34 +59,22 @@ def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exceptio
         raise
     except RuntimeError:
         reason = "not an image that DALI decodes, or damaged"
+        if kind := _whole_for_pillow(split, asked[-1]):
+            refused = f"DALI does not decode this valid {kind} file ({split.name(asked[-1])})"
+            raise RunError(f"{refused}: convert it, for example to PNG") from error
     raise RunError(f"cannot decode the image {split.name(asked[-1])} ({reason}): replace or remove the file") from error
 
 
-def _fed(split: Encoded) -> Iterator[list[np.ndarray]]:
-    for start in range(0, len(split), BATCH):
-        yield split.sources(range(start, min(start + BATCH, len(split))))
-
-
-def _run(graph: Any, split: Encoded, threads: int) -> np.ndarray:
-    pipeline = pipeline_def(graph)(batch_size=BATCH, num_threads=threads, device_id=None)
-    done, result = 0, np.empty(0)
-    while True:
-        try:
-            (output,) = pipeline.run()
-        except StopIteration:
-            return result
-        except RuntimeError as error:
-            del pipeline
-            try:
-                explain_decode_error(split, range(done, len(split)), error)
-            except RunError as named:
-                raise UserError(str(named)) from None
-            raise
-        batch = np.array(output.as_tensor())
-        if done == 0:
-            result = np.empty((len(split), *batch.shape[1:]), batch.dtype)
-        result[done : done + len(batch)] = batch
-        done += len(batch)
+def _whole_for_pillow(split: Encoded, sample: int) -> str | None:
+    """The format of an image that Pillow decodes to its end; None where it does not, either."""
+    content = split.read(sample).tobytes() if isinstance(split, Shards) else Path(split.paths[sample]).read_bytes()
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore")
+            image.load()
+            return (image.format or "image").replace("WEBP", "WebP")
+    except Exception:  # whatever a damaged file makes of its decoder
+        return None
 
 
 def _check_readable(split: Encoded, sample: int) -> None:

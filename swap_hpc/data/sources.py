@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from swap_hpc.data.decode import Encoded, decode, image_shapes
+from swap_hpc.data.decode import decode, image_shapes
+from swap_hpc.data.encoded import Encoded
+from swap_hpc.data.pieces import pixels_within
 from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards
 from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
 from swap_hpc.errors import UserError
@@ -108,21 +110,21 @@ def webdataset(data: Data, threads: int) -> Dataset:
 
 
 def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int) -> Dataset:
-    side, several = data.last_size, len(data.image_size or ()) > 1
+    side, several, pixels = data.last_size, len(data.image_size or ()) > 1, pixels_within(data.memory_gib)
     size = (side, side) if side else None
     height, width = size or _own_size(train.take(np.arange(1)), threads)
     if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30 and not several:
         if size is None:
             for split in (train, test):
                 _own_size(split, threads, (height, width))
-        in_memory = [Arrays(decode(split, size, threads), split.labels, "".join(split.contents)) for split in (train, test)]
+        in_memory = [Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents)) for split in (train, test)]
         return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
         raise UserError(
             f"{data.path} is larger than data.memory_gib = {data.memory_gib}: "
             "set data.image_size (pixels) to read it in every epoch, or allow more memory"
         )
-    return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD)
+    return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels)
 
 
 def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:

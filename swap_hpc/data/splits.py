@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -63,6 +63,11 @@ class Files:
         names = ["/".join(path.split("/")[-2:]) for path in self.paths]  # nodes may have the folder at places of their own
         return (_hash(np.frombuffer("\n".join(names).encode(), np.uint8)), _hash(self.labels))
 
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(N,) int64: what `decode.Headers` has found of each image so far; 0: nothing yet."""
+        return np.zeros(len(self), np.int64)
+
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
 
@@ -91,6 +96,11 @@ class Shards:
     @property
     def contents(self) -> tuple[str, ...]:
         return tuple(_hash(array) for array in (self.tar, self.offset, self.size, self.labels))
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(N,) int64: as of `Files`."""
+        return np.zeros(len(self), np.int64)
 
     def take(self, which: np.ndarray) -> "Shards":
         return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])
@@ -189,6 +199,7 @@ class Dataset:
     channels: int = 3
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 255]
     std: tuple[float, ...] = ()
+    pixels_at_once: int = 2**25  # of streamed images: how many are decoded at once, but always one image
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:

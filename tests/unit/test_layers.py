@@ -21,6 +21,8 @@ LAYERS = {
         "data.sampling",
         "data.splits",
         "data.shards",
+        "data.encoded",
+        "data.pieces",
         "data.decode",
         "data.loader",
         "data.sources",
