@@ -54,14 +54,16 @@ class Files:
 
     paths: tuple[str, ...]
     labels: np.ndarray  # (N,) int64
+    notes: tuple[str, ...] = ()  # what was left out of the folder they were found in, a line each
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def contents(self) -> tuple[str, ...]:
-        names = ["/".join(path.split("/")[-2:]) for path in self.paths]  # nodes may have the folder at places of their own
-        return (_hash(np.frombuffer("\n".join(names).encode(), np.uint8)), _hash(self.labels))
+        above = len(os.path.commonprefix(self.paths).rpartition("/")[0])  # nodes may have the folder at places of their own
+        names = os.fsencode("\n".join(path[above:] for path in self.paths))
+        return (_hash(np.frombuffer(names, np.uint8)), _hash(self.labels))
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -77,7 +79,7 @@ class Files:
 
     def sources(self, samples: Iterable[int]) -> list[np.ndarray]:
         """Paths as DALI's file reader takes them, (bytes,) uint8."""
-        return [np.frombuffer(self.paths[i].encode(), dtype=np.uint8) for i in samples]
+        return [np.frombuffer(os.fsencode(self.paths[i]), dtype=np.uint8) for i in samples]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +201,7 @@ class Dataset:
     channels: int = 3
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 255]
     std: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know of how it was found: lines to print
     pixels_at_once: int = 2**25  # of streamed images: how many are decoded at once, but always one image
 
 

@@ -21,6 +21,7 @@ LAYERS = {
         "data.sampling",
         "data.splits",
         "data.shards",
+        "data.walk",
         "data.encoded",
         "data.pieces",
         "data.decode",
