@@ -283,7 +283,7 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
     """The trial's exit code. Raises Stopped where it was asked to stop before its end."""
     try:
         start = [part.format(ranks=trial.ranks) for part in shlex.split(launcher)]
-    except (ValueError, KeyError, IndexError):
+    except (ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
     line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
     try:

@@ -29,7 +29,7 @@ class Piece:
 
 
 def pixels_within(memory_gib: float) -> int:
-    """How many pixels are decoded at once where that much memory is allowed: DALI holds up to four times as many, red, green and blue."""
+    """How many pixels are decoded at once where that much memory is allowed: DALI holds two to three times as many, 3 bytes each."""
     return max(FEWEST_PIXELS, int(memory_gib * 2**30 / 8 / 3))
 
 

@@ -46,7 +46,7 @@ def lines() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_resolves(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()] == []
 
 
