@@ -30,7 +30,7 @@ def decode(split: Encoded, size: tuple[int, int] | None, threads: int, pixels: i
     `size` (height, width): the shorter side resized to fit, the centre cropped; None: as they are, which must be one size.
     `pixels`: how many are decoded at once; always one image.
     """
-    fed = (piece.sources for piece in pieces(split, _in_order(split, BATCH), pixels, threads))
+    fed = (piece.sources for piece in pieces(split, _in_order(split, BATCH), pixels, threads, size))
 
     def graph() -> Any:
         image = whole_image(encoded(split, fn.external_source(fed, batch=True)))

@@ -61,7 +61,8 @@ def batches(
     if isinstance(split, Arrays):
         graph = _array_graph(dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment, device)
     else:
-        cut = pieces(split, picks, dataset.pixels_at_once, device.threads)
+        shorter = None if view.augment else _shorter(dataset, view)
+        cut = pieces(split, picks, dataset.pixels_at_once, device.threads, (shorter, shorter) if shorter else None)
         graph = _encoded_graph(dataset, split, noted(cut), view, device)
         if view.augment and device.torch.type == "cpu":
             seen = partial(_resized, view.size or dataset.image_size, dataset)
@@ -211,10 +212,15 @@ def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], vie
     def evaluation() -> Any:
         source = fn.external_source((row[0] for row in feed()), batch=True)
         image = whole_image(encoded(split, source), decode_on)
-        image = fn.resize(image, resize_shorter=round(max(height, width) / view.crop))
+        image = fn.resize(image, resize_shorter=_shorter(dataset, view))
         return _normalised(image, dataset, crop=(height, width))
 
     return training if augment else evaluation
+
+
+def _shorter(dataset: Dataset, view: View) -> int:
+    """Pixels of an evaluated image's shorter side before its centre is cropped."""
+    return round(max(view.size or dataset.image_size) / view.crop)
 
 
 def _normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:

@@ -33,13 +33,22 @@ def pixels_within(memory_gib: float) -> int:
     return max(FEWEST_PIXELS, int(memory_gib * 2**30 / 8 / 3))
 
 
-def pieces(split: Encoded, picks: Iterator[Picks], pixels: int, threads: int) -> Iterator[Piece]:
-    """Each pick, in turn, as pieces of at most `pixels`, or of one image. Raises RunError naming an image that cannot be read."""
+def pieces(split: Encoded, picks: Iterator[Picks], pixels: int, threads: int, resized: tuple[int, int] | None = None) -> Iterator[Piece]:
+    """Each pick, in turn, as pieces of at most `pixels`, or of one image. Raises RunError naming an image that cannot be read.
+
+    `resized`: (height, width) that each image is made not smaller than; those pixels, which are many where it is long, count, too.
+    """
     headers = Headers(split, threads)
     for whole in _read_ahead(split, picks, 3 * pixels, threads):
-        places = [*cut(headers.pixels(whole), pixels)]
+        places = [*cut(_pixels(headers.sizes(whole), resized), pixels)]
         for place in places:
             yield Piece(_part(whole.pick, place), whole.sources[place], whole.ends and place is places[-1])
+
+
+def _pixels(sizes: np.ndarray, resized: tuple[int, int] | None) -> np.ndarray:
+    """(n,) float64: of images of these sizes, and of the same resized."""
+    scales = (np.array(resized) / sizes).max(axis=1) if resized else np.zeros(len(sizes))
+    return sizes.prod(axis=1, dtype=np.float64) * (1 + scales**2)
 
 
 def cut(amounts: np.ndarray, limit: int) -> Iterator[slice]:
@@ -60,10 +69,13 @@ class Headers:
         self.split, self.threads = split, threads
         self._pipeline: Pipeline | None = None
 
-    def pixels(self, piece: Piece) -> np.ndarray:
-        """(n,) int64: pixels of each image of a piece. A file is looked at once, in its split's first epoch. Raises RunError."""
-        known, samples = self.split.pixels, piece.pick.indices
-        new = np.flatnonzero(known[samples] == 0)
+    def sizes(self, piece: Piece) -> np.ndarray:
+        """(n, 2) int32: height and width of each image of a piece. A file is looked at once, in its split's first epoch.
+
+        Raises RunError.
+        """
+        known, samples = self.split.sizes, piece.pick.indices
+        new = np.flatnonzero(known[samples, 0] == 0)
         for begin in range(0, len(new), HEADERS):
             some = new[begin : begin + HEADERS]
             self.shapes(samples[some], [piece.sources[i] for i in some])
@@ -81,7 +93,7 @@ class Headers:
             explain_decode_error(self.split, samples, error)
             raise
         shapes = np.array(output.as_tensor())
-        self.split.pixels[samples] = shapes[:, 0] * shapes[:, 1]
+        self.split.sizes[samples] = shapes[:, :2]
         return shapes
 
     def _built(self) -> Pipeline:

@@ -66,9 +66,9 @@ class Files:
         return (_hash(np.frombuffer(names, np.uint8)), _hash(self.labels))
 
     @cached_property
-    def pixels(self) -> np.ndarray:
-        """(N,) int64: what `decode.Headers` has found of each image so far; 0: nothing yet."""
-        return np.zeros(len(self), np.int64)
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32: height and width of each image, as far as `pieces.Headers` has looked; 0: not yet."""
+        return np.zeros((len(self), 2), np.int32)
 
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
@@ -100,9 +100,9 @@ class Shards:
         return tuple(_hash(array) for array in (self.tar, self.offset, self.size, self.labels))
 
     @cached_property
-    def pixels(self) -> np.ndarray:
-        """(N,) int64: as of `Files`."""
-        return np.zeros(len(self), np.int64)
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32: as of `Files`."""
+        return np.zeros((len(self), 2), np.int32)
 
     def take(self, which: np.ndarray) -> "Shards":
         return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])

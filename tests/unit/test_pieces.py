@@ -18,7 +18,7 @@ from swap_hpc.data.decode import decode, image_shapes
 from swap_hpc.data.pieces import cut, pieces, pixels_within
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.sources import folder_files
-from swap_hpc.data.splits import Dataset
+from swap_hpc.data.splits import Dataset, Files
 from swap_hpc.errors import RunError
 from swap_hpc.pack import pack
 from swap_hpc.ranks import Team
@@ -83,6 +83,17 @@ def test_batches_do_not_tell_in_how_many_pieces_they_were_decoded(view: loader.V
             assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
             seen.append([torch.cat(parts) for parts in zip(*batches, strict=True)])
     assert all(torch.equal(images, seen[0][0]) and torch.equal(labels, seen[0][1]) for images, labels in seen[1:])
+
+
+def test_what_an_image_is_resized_to_counts(tmp_path: Path) -> None:
+    """A strip of 4 x 2,000 pixels whose shorter side becomes 64 is 2 megapixels large."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(6)]
+    for path in paths:
+        Image.new("L", (2000, 4)).save(path)
+    strips = Files(tuple(paths), np.zeros(6, np.int64))
+    sizes = [len(piece.sources) for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1, (64, 64))]
+    assert sizes == [2, 2, 2] and 2 * 64 * 64 * 500 <= 2**22 < 3 * 64 * 64 * 500
+    assert [len(piece.sources) for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1)] == [6]
 
 
 def test_a_folder_in_memory_does_not_tell_either(sets: list[Dataset]) -> None:
