@@ -52,7 +52,7 @@ def _read(run: Path, recipe: Recipe):  # type: ignore[no-untyped-def]
         raise UserError(f"--from {run}, but large_batch.epochs = 0: to refine any model, name its file in model.weights")
     try:
         state, _ = read_tensors(run / "large_batch.safetensors")
-        lines: list[Line] = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines: list[Line] = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text().splitlines()]
     except (Unreadable, OSError) as why:
         raise UserError(f"--from {run}: its phase 1 cannot be read: {why}") from None
     return state, [line for line in lines if line["phase"] == "large_batch"], result["ranks"], result["seconds"]["large_batch"]

@@ -61,7 +61,7 @@ class Files:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        above = len(os.path.commonprefix(self.paths).rpartition("/")[0])  # nodes may have the folder at places of their own
+        above = os.path.commonprefix(self.paths).rfind("/") + 1  # nodes may have the folder at places of their own
         names = os.fsencode("\n".join(path[above:] for path in self.paths))
         return (_hash(np.frombuffer(names, np.uint8)), _hash(self.labels))
 

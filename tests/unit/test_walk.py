@@ -103,10 +103,15 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
         folder_files(root)
 
 
-def test_ranks_compare_the_places_in_the_folder_and_not_where_it_lies(tmp_path: Path) -> None:
+def test_ranks_compare_the_places_in_the_folder_and_not_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = make(tmp_path / "one", "a/1.png", "b/2.png")
+    picture(one / "train" / "dog" / "1.png", 1)
     other = Path(shutil.copytree(one, tmp_path / "another" / "place"))
-    assert folder_files(one)[0].contents == folder_files(other)[0].contents
+    monkeypatch.chdir(other / "train")
+    for every in (None, 2):
+        places = [one / "train", other / "train", Path(), Path("../train")] if every else [one, other, Path(".."), Path("../../place")]
+        data = [Data(name="folder", path=place, test_every=every, image_size=((0, 4),), memory_gib=0) for place in places]
+        assert len({load(each, Team.alone(), 1).train.contents for each in data}) == 1
     (other / "train" / "cat" / "a").rename(other / "train" / "cat" / "c")  # the same names, in another order
     assert folder_files(one)[0].contents != folder_files(other)[0].contents
 
