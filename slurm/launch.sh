@@ -27,7 +27,10 @@ case ${SWAP_LAUNCHER:-srun} in
   mpirun) launcher=(mpirun --bind-to none) ;;
   *) say "SWAP_LAUNCHER=$SWAP_LAUNCHER is not known: choose srun or mpirun"; exit 2 ;;
 esac
-read -ra more <<<"${SWAP_LAUNCHER_ARGS:-}"
+mapfile -t more < <(xargs -r printf '%s\n' <<<"${SWAP_LAUNCHER_ARGS:-}")  # words; quotes hold those with spaces together
+for count in SWAP_RESTARTS SWAP_RETRIES; do
+  case ${!count:-0} in *[!0-9]*) say "$count=${!count} is no number"; exit 2 ;; esac
+done
 ask=${SWAP_SIGNAL:-USR1}
 
 # Here the first rank says how far it came ("training", "stopped", "done"), and the one that fails adds a line ("failed with 3"), where they

@@ -4,6 +4,7 @@
 speaks for all.
 """
 
+import io
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ from swap_hpc import __version__
 from swap_hpc.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.part import Part, PhaseChoice, check_part, check_ranks
-from swap_hpc.recipe import DataName, load_recipe
+from swap_hpc.recipe import DataName, from_disk, load_recipe, on_disk
 
 app = typer.Typer(
     add_completion=False,
@@ -26,7 +27,20 @@ app = typer.Typer(
     help="Stochastic Weight Averaging in Parallel.",
 )
 
+
+def _utf8(path: Path | None) -> Path | None:
+    """A run's folder or a file in it, which a library opens that takes UTF-8 alone. Raises UserError."""
+    try:
+        from_disk(path or "")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: rename it, or use a link to it") from None
+    return path
+
+
 DataDir = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder with the data, or to download it to.")]
+RunDir = Annotated[Path | None, typer.Option(metavar="DIR", callback=_utf8, help="The run's folder.  [default: runs/<recipe name>]")]
+StudyDir = Annotated[Path | None, typer.Option(metavar="DIR", callback=_utf8, help="The study's folder.  [default: runs/<study name>]")]
+PhaseOneOf = Annotated[Path | None, typer.Option("--from", metavar="RUN", callback=_utf8, help="Begin with this complete run's phase 1.")]
 Launcher = Annotated[str, typer.Option(metavar="LINE", help="What starts the ranks.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10")]
 
@@ -35,11 +49,11 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", hel
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
     data: DataDir = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<recipe name>]")] = None,
+    out: RunDir = None,
     overrides: Overrides = None,
     phase: Annotated[PhaseChoice | None, typer.Option(help="Only this one: other jobs do the others, into the same folder.")] = None,
     group: Annotated[int | None, typer.Option(metavar="N", help="With --phase refine: the group to refine, on all ranks.")] = None,
-    phase_1_of: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="Begin with this complete run's phase 1.")] = None,
+    phase_1_of: PhaseOneOf = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     from swap_hpc.control import Control
@@ -50,7 +64,7 @@ def train(
     # all that can be checked before torch, which takes seconds to import
     world = _world()
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
-    folder = out or Path("runs") / parsed.name
+    folder = out or Path("runs") / on_disk(parsed.name)
     world.agree(lambda: check_part(part, parsed))
     over = phase_1_of is not None or world.broadcast(world.first(lambda: (folder / "large_batch.safetensors").is_file()))
     world.agree(lambda: check_ranks(parsed, world.size, part, bool(over)))
@@ -73,7 +87,7 @@ def _world() -> Any:
 
 @app.command()
 def average(
-    run: Annotated[Path, typer.Argument(help="A run's folder; the run need not be complete.")],
+    run: Annotated[Path, typer.Argument(callback=_utf8, help="A run's folder; the run need not be complete.")],
     groups: Annotated[str | None, typer.Option(metavar="0,2,3", help="The groups to average.  [default: all]")] = None,
     data: DataDir = None,
 ) -> None:
@@ -87,7 +101,7 @@ def average(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Any .safetensors file that a run leaves.")],
+    checkpoint: Annotated[Path, typer.Argument(callback=_utf8, help="Any .safetensors file that a run leaves.")],
     data: DataDir = None,
 ) -> None:
     """Print the test accuracy and loss of a saved model."""
@@ -113,7 +127,7 @@ def _say_result(result: Any) -> None:
 
 @app.command()
 def landscape(
-    run: Annotated[Path, typer.Argument(help="A complete run's folder.")],
+    run: Annotated[Path, typer.Argument(callback=_utf8, help="A complete run's folder.")],
     points: Annotated[int, typer.Option(metavar="N", help="Of the grid, to a side.", min=3)] = 15,
     samples: Annotated[int, typer.Option(metavar="N", help="Images of each kind, at each point.", min=1)] = 2000,
     data: DataDir = None,
@@ -127,7 +141,7 @@ def landscape(
 
 @app.command()
 def trajectory(
-    run: Annotated[Path, typer.Argument(help="A complete run's folder, with snapshots.")],
+    run: Annotated[Path, typer.Argument(callback=_utf8, help="A complete run's folder, with snapshots.")],
     samples: Annotated[int, typer.Option(metavar="N", help="Images for a gradient.", min=1)] = 2000,
     data: DataDir = None,
 ) -> None:
@@ -153,9 +167,10 @@ def recipes(
         say(recipe_page.page().rstrip())
     elif name is None:
         for known, file in files.items():
-            say(f"{known:<12} {file.read_text().splitlines()[0].lstrip('# ')}")
+            first = file.read_text(encoding="utf-8").splitlines()[0]
+            say(f"{known:<12} {first.lstrip('# ')}")
     elif name in files:
-        say(files[name].read_text().rstrip())
+        say(files[name].read_text(encoding="utf-8").rstrip())
     else:
         raise UserError(f"no recipe {name!r}; there are {', '.join(files)}")
 
@@ -209,7 +224,7 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, com
 def study(
     name: Annotated[str | None, typer.Argument(help="A shipped study's name, or a TOML file.  [default: list the shipped ones]")] = None,
     data: DataDir = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The study's folder.  [default: runs/<study name>]")] = None,
+    out: StudyDir = None,
     overrides: Overrides = None,
     launcher: Launcher = "mpirun -n {ranks}",
 ) -> None:
@@ -292,8 +307,16 @@ def _traceback(error: BaseException) -> str:
     return "".join(told.format()).rstrip()
 
 
+def _print_anything() -> None:
+    """Lets no print fail: a name may hold bytes that are no UTF-8, and a terminal's encoding need not have all characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Runs the command line; errors end in one clear line, from one rank."""
+    _print_anything()
     try:
         try:
             code = app(standalone_mode=False)

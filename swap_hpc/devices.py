@@ -1,6 +1,7 @@
 """Which device and how many threads each rank of a node uses."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,10 +31,11 @@ def choose_device(node: Team, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
     """This rank's device: the GPU at its local rank, round-robin where there are more ranks than GPUs; else the CPU.
 
     Right where a launcher shows each rank one GPU, and where it shows all of them. Raises UserError, on all ranks of the
-    node, where a GPU is asked for and there is none.
+    node, where a GPU is asked for and there is none, and where OMP_NUM_THREADS is no number.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    threads = _threads(cores, node.allgather(cores))
+    of_all = node.allgather(cores)
+    threads = node.agree(lambda: _threads(cores, of_all))
     gpu = node.agree(lambda: _gpu(node.rank, wanted))
     if gpu is None:
         return Device(torch.device("cpu"), threads)
@@ -53,7 +55,14 @@ def _gpu(local_rank: int, wanted: Literal["auto", "cpu", "cuda"]) -> tuple[int, 
 
 
 def _threads(mine: tuple[int, ...], of_all: list[tuple[int, ...]]) -> int:
-    """OMP_NUM_THREADS where it is set; else the cores that this rank may use, shared out where ranks may use the same ones."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, len(mine) // of_all.count(mine))
+    """OMP_NUM_THREADS where it is set; else the cores that this rank may use, shared out where ranks may use the same ones.
+
+    Of OpenMP's list, a number for each level of nested loops, the first. Raises UserError for what is no number of threads.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not told:
+        return max(1, len(mine) // of_all.count(mine))
+    first = told.split(",")[0].strip()
+    if not re.fullmatch("0*[1-9][0-9]{0,3}", first):
+        raise UserError(f"OMP_NUM_THREADS={told} is no number of threads: export OMP_NUM_THREADS=1, say, or unset it")
+    return int(first)

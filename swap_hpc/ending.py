@@ -23,7 +23,7 @@ def tell_launcher(state: Literal["training", "stopped", "done"]) -> None:
 
 def _write_state(mode: Literal["w", "a"], text: str) -> None:
     if "SWAP_HPC_STATE" in os.environ:
-        with suppress(OSError), open(os.environ["SWAP_HPC_STATE"], mode) as file:
+        with suppress(OSError), open(os.environ["SWAP_HPC_STATE"], mode, encoding="utf-8") as file:
             file.write(text)
 
 

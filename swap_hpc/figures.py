@@ -19,7 +19,7 @@ Lines = list[dict[str, Any]]  # of a metrics file
 def load_result(run: Path) -> dict[str, Any]:
     """What `result.json` of a run's folder holds. Raises UserError where the folder holds no complete run."""
     try:
-        return json.loads((run / "result.json").read_text())
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         state = "has not finished yet" if (run / "recipe.toml").is_file() else "is not a run's folder"
         raise UserError(f"{run} {state}: there is no result.json in it") from None
@@ -41,7 +41,7 @@ def load_run(run: Path) -> dict[str, Any]:
         cycles = range(1, recipe.refine.cycles + 1)
         ends = [next((x for x in reversed(lines) if x["cycle"] == cycle), {}) for lines in groups for cycle in cycles]
     if (run / Diverged.FILE).is_file():
-        state += f"; {json.loads((run / Diverged.FILE).read_text())['why']}"
+        state += f"; {json.loads((run / Diverged.FILE).read_text(encoding='utf-8'))['why']}"
 
     def figures(name: str) -> dict[str, Any]:
         values = [line.get(name) for line in ends]
@@ -57,7 +57,7 @@ def load_run(run: Path) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "ranks": len(json.loads(facts.read_text())["ranks"]) if facts.is_file() else None,
+        "ranks": len(json.loads(facts.read_text(encoding="utf-8"))["ranks"]) if facts.is_file() else None,
         "groups": recipe.groups,
         "cycles": recipe.refine.cycles,
         "epochs": {"large_batch": len(first), "refine": recipe.refine.epochs * recipe.refine.cycles},
@@ -72,7 +72,7 @@ def put(file: Path, content: str | bytes) -> None:
     """Writes a file whole: a reader finds the old one or the new one. Raises RunError where it cannot be written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         temporary.replace(file)
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from None
@@ -168,7 +168,7 @@ def _zoom(top: Any, bottom: Any, result: dict[str, Any], groups: list[Lines], av
 
 
 def _lines(path: Path) -> Lines:
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
     except ValueError as error:
@@ -236,6 +236,6 @@ def redraw(run: Path) -> list[Path]:
     figures = []
     for name, draw in (("landscape", landscape), ("trajectory", trajectory)):
         if (run / f"{name}.json").is_file():
-            draw(json.loads((run / f"{name}.json").read_text()), run / f"{name}.png")
+            draw(json.loads((run / f"{name}.json").read_text(encoding="utf-8")), run / f"{name}.png")
             figures.append(run / f"{name}.png")
     return figures

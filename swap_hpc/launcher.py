@@ -5,6 +5,7 @@ with what MPI says: where an MPI library does not know its launcher, each proces
 """
 
 import os
+import re
 from typing import NamedTuple
 
 VARIABLES = {
@@ -47,8 +48,9 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """None where the process was started alone."""
-    for name, (rank, size) in VARIABLES.items():
-        if rank in os.environ and size in os.environ:
-            return Launched(name, int(os.environ[rank]), int(os.environ[size]))
+    """None where the process was started alone, also where what is in the variables cannot be a launcher's."""
+    for name, variables in VARIABLES.items():
+        rank, size = (os.environ.get(variable, "") for variable in variables)
+        if re.fullmatch("[0-9]+", rank) and re.fullmatch("[0-9]+", size):
+            return Launched(name, int(rank), int(size))
     return None

@@ -62,7 +62,7 @@ class Journal:
         """The file holds just these lines, those of an earlier start."""
         self.lines[name] = list(lines)
         if self.writes[name]:
-            write_whole(self._path(name), lambda temporary: temporary.write_text("".join(map(_json_line, lines))))
+            write_whole(self._path(name), lambda temporary: temporary.write_text("".join(map(_json_line, lines)), encoding="utf-8"))
             if self.board:
                 self.board.begin(name, lines, self._phase_1_epochs())
 
@@ -81,7 +81,7 @@ class Journal:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._path(name), "a") as file:
+            with open(self._path(name), "a", encoding="utf-8") as file:
                 file.write(_json_line(line))
             if self.board:
                 self.board.add(name, line, self._phase_1_epochs())

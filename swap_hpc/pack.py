@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from swap_hpc.data.shards import CLASSES, LABELS, index_text, write_shard
+from swap_hpc.data.shards import CLASSES, LABELS, classes_text, index_text, write_shard
 from swap_hpc.data.sources import folder_files
 from swap_hpc.data.splits import Files
 from swap_hpc.errors import UserError
@@ -25,6 +26,9 @@ def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Cal
     share the shards out; those that are there already, whole, are left alone. Raises UserError and RunError, on all ranks.
     """
     train, test, classes = world.agree(lambda: folder_files(source))
+    names = world.agree(lambda: classes_text(classes))
+    for note in train.notes + test.notes:
+        tell(note)
     world.first(lambda: _claim(out, {"train": train, "test": test}, samples_per_shard))
     shards = 0
     for name, files in (("train", train), ("test", test)):
@@ -36,7 +40,7 @@ def pack(source: Path, out: Path, samples_per_shard: int, world: Team, tell: Cal
             tell(f"{name}: {min(number + world.size, len(parts))} of {len(parts)} shards")
         world.first(lambda files=files, name=name: write_whole(out / name / LABELS, lambda path: _save(files.labels, path)))  # type: ignore[misc]
         shards += len(parts)
-    world.first(lambda: write_whole(out / CLASSES, lambda path: path.write_text("".join(f"{each}\n" for each in classes))))
+    world.first(lambda: write_whole(out / CLASSES, lambda path: path.write_bytes(names)))
     return shards
 
 
@@ -45,17 +49,17 @@ def _claim(out: Path, splits: Mapping[str, Files], samples_per_shard: int) -> No
     digest = hashlib.sha256()
     for files in splits.values():
         for path, label in zip(files.paths, files.labels, strict=True):
-            digest.update(f"{Path(path).name} {Path(path).stat().st_size} {label}\n".encode())
+            digest.update(os.fsencode(f"{Path(path).name} {Path(path).stat().st_size} {label}\n"))
     packing = {
         "samples_per_shard": samples_per_shard,
         "images": {k: len(files) for k, files in splits.items()},
         "sha256": digest.hexdigest(),
     }
     text, file = json.dumps(packing, indent=2) + "\n", out / PACKING
-    there = file.read_text() if file.is_file() else None
+    there = file.read_text(encoding="utf-8") if file.is_file() else None
     if there != text and (there is not None or any(out.glob("*/*.tar"))):
         raise UserError(f"{out} holds shards of other images, or of another --samples-per-shard: choose another folder, or remove it")
-    write_whole(file, lambda path: path.write_text(text))
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _nothing() -> None:
@@ -74,4 +78,4 @@ def _write(files: Files, samples: np.ndarray, tar: Path) -> None:
     tar.parent.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
     write_whole(tar, lambda path: written.append(index_text(write_shard(files, samples.tolist(), path))))
-    write_whole(index, lambda path: path.write_text(written[0]))
+    write_whole(index, lambda path: path.write_text(written[0], encoding="utf-8"))

@@ -106,7 +106,7 @@ def baselines(recipe: Recipe) -> dict[str, Recipe]:
 def calibrated(file: Path) -> Costs:
     """The costs that `bench scaling` measured on 1 and 2 ranks. Raises UserError where the file does not hold them."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         return fitted([case for case in found["cases"] if case["ranks"] <= 2], found["machine"]["cores"])
     except OSError as error:
         why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
@@ -179,7 +179,7 @@ def text(recipe: Recipe, ranks: Sequence[int], samples: int | None, calibration:
         costs, source = Costs(chosen["sample"], chosen.get("step", 0.0)), "given"
     else:
         costs, source = calibrated(calibration), f"measured ({calibration})"
-        width = min(case["width"] for case in json.loads(calibration.read_text())["cases"])
+        width = min(case["width"] for case in json.loads(calibration.read_text(encoding="utf-8"))["cases"])
         _, reference = size(Model.model_validate({"name": "resnet9", "width": width}), *CALIBRATED_ON)
         costs = replace(costs, sample=costs.sample * operations / reference, growth=costs.growth * operations / reference, cores=None)
     costs = replace(costs, **chosen)

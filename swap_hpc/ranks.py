@@ -232,7 +232,7 @@ def mpi_library() -> str:
 
 def mpi_library_file() -> str | None:
     """The file of the MPI library that this process loaded: in a container it shows whose MPI it is. None where the system does not say."""
-    with suppress(OSError), open("/proc/self/maps") as maps:
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         return next((line.split(maxsplit=5)[5].strip() for line in maps if re.search(r"/libmpi\.so|/libmpich\.so", line)), None)
     return None
 

@@ -5,6 +5,7 @@ the number of ranks. Only what depends on the ranks is checked later, by `part.c
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from swap_hpc.errors import UserError
 from swap_hpc.schedule import Knots
@@ -68,6 +78,16 @@ def _only_finite(arguments: Any) -> None:
         _only_finite(each)
 
 
+def on_disk(text: Any) -> Any:
+    """A name in a recipe, which is UTF-8 in any locale, as the same bytes name a file; `from_disk` is the way back."""
+    return os.fsdecode(text.encode()) if isinstance(text, str) else text
+
+
+def from_disk(name: str | Path) -> str:
+    """Text for a recipe. Raises UnicodeDecodeError for a name that is no UTF-8."""
+    return os.fsencode(name).decode()
+
+
 def _from_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -79,7 +99,7 @@ Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(
 ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-Place = Annotated[Path, AfterValidator(_from_home)]
+Place = Annotated[Path, BeforeValidator(on_disk), AfterValidator(_from_home), PlainSerializer(from_disk, str, when_used="json")]
 
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
@@ -142,7 +162,8 @@ class Data(_Section):
     evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Side of the evaluated square as a share of the image's shorter side."""
     memory_gib: Annotated[float, Field(ge=0)] = 4.0
-    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes."""
+    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes. An
+    eighth of it, but at least 96 MiB or one image, is decoded at once."""
     classes: Count = 10
     """Of the data `synthetic`."""
     samples: Count = 1024
@@ -348,16 +369,34 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
     path = shipped_recipes().get(name, Path(name))
     if not path.is_file():
         raise UserError(f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}")
-    try:
-        fields = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
-    fields.setdefault("name", path.stem)
+    fields = read_toml(path)
+    fields.setdefault("name", _text(path.stem, "the recipe's name"))
     for override in overrides:
-        _apply(override, fields)
+        _apply(_text(override, "--set"), fields)
     if data is not None:
-        _apply(f"data.path='{data}'", fields)
+        _set("data.path", _text(data, "--data"), fields)
     return parse(fields, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, with or without a byte-order mark. Raises UserError, in one line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        byte, line = error.object[error.start], 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path} is not UTF-8, as TOML has to be (byte {byte:#x} in line {line}): save it as UTF-8") from None
+
+
+def _text(name: str | Path, what: str) -> str:
+    """What the command line was given, as text for a recipe. Raises UserError where it is no UTF-8."""
+    try:
+        return from_disk(name)
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {name} is not UTF-8, as recipes are: rename it, or use a link to it") from None
 
 
 def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
@@ -366,7 +405,10 @@ def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
         recipe = parse(tomllib.loads(text), source)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} holds no recipe: {error}") from None
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})}) if data else recipe
+    if data is None:
+        return recipe
+    _text(data, "--data")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
 
 
 def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -385,11 +427,16 @@ def _apply(override: str, fields: dict[str, Any]) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    *sections, field = key.strip().split(".")
+    _set(key.strip(), value, fields)
+
+
+def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
+    """Changes `fields`. Raises UserError."""
+    *sections, field = key.split(".")
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
-            raise UserError(f"--set {override}: {section} is a field, not a section")
+            raise UserError(f"--set {key}={value}: {section} is a field, not a section")
     fields[field] = value
 
 

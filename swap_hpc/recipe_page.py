@@ -1,5 +1,6 @@
 """The page of recipes: every field, from the schema. Imports neither torch nor MPI."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,7 +21,7 @@ This page is made of the schema in [`recipe.py`](../recipe.py): `swap-hpc recipe
 def page() -> str:
     """Markdown."""
     lines = [HEAD, "## The shipped ones", ""]
-    lines += [f"- [`{name}`]({file.name}): {_first_line(file.read_text())}" for name, file in shipped_recipes().items()]
+    lines += [f"- [`{name}`]({file.name}): {_first_line(file)}" for name, file in shipped_recipes().items()]
     top = {name: field for name, field in Recipe.model_fields.items() if not _section(field)}
     lines += ["", "## The top of the file", "", _table(top, Recipe)]
     for name, field in Recipe.model_fields.items():
@@ -29,8 +30,8 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first_line(text: str) -> str:
-    return text.splitlines()[0].lstrip("# ")
+def _first_line(file: Path) -> str:
+    return file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

@@ -85,7 +85,8 @@ def _page(run: Path, parts: Sequence[str | Table], drawn: Sequence[Path]) -> str
         body.append(f'<p><img alt="{figure.stem}" src="data:image/png;base64,{image}"></p>')
     for file in ("recipe.toml", "environment.json"):
         if (run / file).is_file():
-            body.append(f"<details><summary>{file}</summary><pre>{html.escape((run / file).read_text())}</pre></details>")
+            text = html.escape((run / file).read_text(encoding="utf-8", errors="replace"))
+            body.append(f"<details><summary>{file}</summary><pre>{text}</pre></details>")
     head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
 

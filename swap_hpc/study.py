@@ -14,17 +14,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from swap_hpc.errors import Diverged, RunError, Stopped, UserError
 from swap_hpc.part import check_ranks
-from swap_hpc.recipe import Recipe, differing_fields, load_recipe, one_line, tomllib
+from swap_hpc.recipe import Recipe, differing_fields, load_recipe, on_disk, one_line, read_toml
 
 SHIPPED = Path(__file__).parent / "studies"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Model = Literal["large_batch", "mean_of_groups", "averaged"]  # whose figure a row shows: keys of `result.json`
 Count = Annotated[int, Field(ge=1)]
+Argument = Annotated[str, AfterValidator(on_disk)]  # as the command line would give it, in any locale
 
 
 class _Section(BaseModel):
@@ -34,12 +35,12 @@ class _Section(BaseModel):
 class Run(_Section):
     """What is trained, once per seed."""
 
-    recipe: str | None = None  # else the study's
+    recipe: Argument | None = None  # else the study's
     ranks: Count | None = None  # else the study's
-    overrides: Annotated[tuple[str, ...], Field(alias="set")] = ()  # as `train --set` takes them; {rate} stands for the chosen rate
+    overrides: Annotated[tuple[Argument, ...], Field(alias="set")] = ()  # as `train --set` takes them; {rate} stands for the chosen rate
     phase_1_of: Annotated[str | None, Field(alias="from")] = None  # another run, whose phase 1, of the same seed, is this one's
     rates: tuple[float, ...] = ()  # searched, where there are several
-    search_overrides: Annotated[tuple[str, ...], Field(alias="search_set")] = ()  # of the search's trials alone
+    search_overrides: Annotated[tuple[Argument, ...], Field(alias="search_set")] = ()  # of the search's trials alone
 
 
 class Row(_Section):
@@ -54,15 +55,15 @@ class Search(_Section):
     """How the rates are chosen: trials on other seeds, evaluated on samples that the reported runs train on."""
 
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    overrides: Annotated[tuple[str, ...], Field(alias="set")] = ()
+    overrides: Annotated[tuple[Argument, ...], Field(alias="set")] = ()
 
 
 class Study(_Section):
     title: str
-    recipe: str
+    recipe: Argument
     ranks: Count
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    overrides: Annotated[tuple[str, ...], Field(alias="set")] = ()
+    overrides: Annotated[tuple[Argument, ...], Field(alias="set")] = ()
     note: str = ""  # printed below the table
     search: Search | None = None
     runs: dict[str, Run]
@@ -110,7 +111,7 @@ class Trial:
                 f"{self.folder} holds a run of another recipe ({', '.join(differing)} differ): choose another --out, or remove the folder"
             )
         try:
-            result = json.loads((self.folder / "result.json").read_text())
+            result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         # phase 1 of a run that began with another's was trained there; refine_ranks may be none
@@ -136,9 +137,7 @@ def load_study(name: str) -> Study:
     if not path.is_file():
         raise UserError(f"no study {name!r}: neither a file nor one of {', '.join(shipped_studies())}")
     try:
-        return Study.model_validate(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+        return Study.model_validate(read_toml(path))
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(one_line(each, Study) for each in error.errors())) from None
 
@@ -224,8 +223,8 @@ class Plan:
 
     def _folder(self, name: str, seed: int, rate: float | None, search: Search | None) -> Path:
         if not search:
-            return self.out / name / f"seed-{seed}"
-        return self.out / "search" / name / (f"rate-{rate:g}-seed-{seed}" if rate is not None else f"seed-{seed}")
+            return self.out / on_disk(name) / f"seed-{seed}"
+        return self.out / "search" / on_disk(name) / (f"rate-{rate:g}-seed-{seed}" if rate is not None else f"seed-{seed}")
 
 
 def judged(result: dict[str, Any]) -> float:
@@ -284,7 +283,7 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
     """The trial's exit code. Raises Stopped where it was asked to stop before its end."""
     try:
         start = [part.format(ranks=trial.ranks) for part in shlex.split(launcher)]
-    except (ValueError, KeyError, IndexError):
+    except (ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
     line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
     try:

@@ -94,14 +94,14 @@ class _Watchdog:
             with suppress(OSError):  # a full disk ends the run at the next save, which says so
                 self.mine.parent.mkdir(parents=True, exist_ok=True)
                 temporary = self.mine.with_suffix(".part")
-                temporary.write_text(f"{self.mine.stem}, after {self.control.where} (sign of life {count})")
+                temporary.write_text(f"{self.mine.stem}, after {self.control.where} (sign of life {count})", encoding="utf-8")
                 temporary.rename(self.mine)
 
 
 def _read(path: Path | None) -> str | None:
     """None where it was never written: on file systems that the ranks do not share."""
     with suppress(OSError):
-        return path.read_text() if path else None
+        return path.read_text(encoding="utf-8") if path else None
     return None
 
 

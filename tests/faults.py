@@ -43,7 +43,7 @@ class Fault:
         getattr(self, f"_{self.kind}")()
 
     def _mark(self) -> None:
-        Path(self.mark).write_text(json.dumps({"time": time.time()}))
+        Path(self.mark).write_text(json.dumps({"time": time.time()}), encoding="utf-8")
 
     def _kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -90,8 +90,8 @@ class Fault:
 def _launcher() -> int:
     """The process that a user started: this one's parent, or, of MPICH, that one's parent."""
     parent = os.getppid()
-    if Path(f"/proc/{parent}/comm").read_text().startswith("hydra"):
-        return int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    if Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").startswith("hydra"):
+        return int(Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     return parent
 
 

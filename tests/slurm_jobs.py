@@ -40,12 +40,12 @@ def complete(cluster: Cluster, job: int, out: Path, seconds: float = 300) -> dic
 
 
 def output(job: dict[str, str]) -> str:
-    return Path(job["StdOut"]).read_text()
+    return Path(job["StdOut"]).read_text(encoding="utf-8")
 
 
 def lines(file: Path) -> int:
     """Epochs that a file of metrics tells of."""
-    return file.read_text().count("\n") if file.exists() else 0
+    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
 def read_lines(out: Path, part: str) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
             raise UserError(f"no {line[0]} on the PATH: activate the environment, or say --launcher") from None
         if code or not said.is_file():
             raise RunError(f"bench {name} ended with {code}: {' '.join(line)}")
-        return json.loads(said.read_text())
+        return json.loads(said.read_text(encoding="utf-8"))
 
 
 def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
@@ -89,7 +89,8 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     from swap_hpc.bench.traffic import SETTINGS
 
     os.environ.update(SETTINGS)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same on any number of ranks, for the cases to be comparable
+    # the same on any number of ranks, for the cases to be comparable
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     cases: list[dict[str, Any]] = []
     host: dict[str, Any] = {}
     for case in scaling.CASES:
@@ -112,12 +113,13 @@ def work(name: str, said: Path) -> None:
         from swap_hpc.bench import scaling
 
         case = scaling.measure(world, json.loads(name.removeprefix("scaling:")))
-        world.first(lambda: said.write_text(json.dumps({"machine": machine(), "case": case})))
+        world.first(lambda: said.write_text(json.dumps({"machine": machine(), "case": case}), encoding="utf-8"))
         return
     module, _, function = BENCHES[name].where.partition(":")
     compare = getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)
     comparisons = compare(world, _peers())
-    world.first(lambda: said.write_text(json.dumps({"machine": machine(), "comparisons": as_json(comparisons)})))
+    found = json.dumps({"machine": machine(), "comparisons": as_json(comparisons)})
+    world.first(lambda: said.write_text(found, encoding="utf-8"))
 
 
 def _peers() -> ModuleType:

@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def _lines(file: str) -> list[str]:
-    with open(file) as text:
+    with open(file, encoding="utf-8") as text:
         return text.read().splitlines()
 
 

@@ -42,7 +42,7 @@ def _seconds_until(command: Sequence[str], text: str) -> float:
     settings = ("OMPI_MCA_", "PRTE_MCA_", "OMPI_ALLOW_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(launcher) or k.startswith(settings)}
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=inherited)
     assert process.stdout is not None
     seconds = next((time.perf_counter() - begin for line in process.stdout if text in line), None)
     process.communicate()

@@ -3,7 +3,6 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,15 +14,14 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 from torch.nn import functional as F
 
-from swap_hpc.data.decode import Encoded, encoded, explain_decode_error, whole_image
+from swap_hpc.data.encoded import Encoded, encoded, explain_decode_error, whole_image
+from swap_hpc.data.pieces import Piece, pieces
 from swap_hpc.data.sampling import DRAWS, Picks
-from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, Split
+from swap_hpc.data.splits import Arrays, Batches, Dataset, Graph, Split
 from swap_hpc.devices import Device
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.recipe import Augment
 from swap_hpc.seeding import seed_all
-
-BATCHES_AHEAD = 2  # that are read before DALI asks for them
 
 Feed = Iterator[tuple[Any, ...]]  # per batch: what DALI's graph takes in, arrays whose first dimension is the batch's
 
@@ -53,34 +51,46 @@ def batches(
     if isinstance(split, Batches):
         yield from _own_batches(split, picks, view.augment is not None, batch_size, device)
         return
-    ahead: deque[np.ndarray] = deque()  # the samples that DALI was asked for and has not returned yet
+    ahead: deque[tuple[np.ndarray, bool]] = deque()  # samples that DALI was asked for and has not returned yet; whether a pick ends there
 
-    def noted() -> Iterator[Picks]:
-        for pick in picks:
-            ahead.append(pick.indices)
-            yield pick
+    def noted(parts: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in parts:
+            ahead.append((piece.pick.indices, piece.ends))
+            yield piece
 
     seen: Callable[..., Tensor] = _as_they_are
     if isinstance(split, Arrays):
-        graph = _array_graph(dataset, split, noted(), view.augment, device)
+        graph = _array_graph(dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment, device)
     else:
-        graph = _encoded_graph(dataset, split, noted(), view, device)
+        shorter = None if view.augment else _shorter(dataset, view)
+        cut = pieces(split, picks, dataset.pixels_at_once, device.threads, (shorter, shorter) if shorter else None)
+        graph = _encoded_graph(dataset, split, noted(cut), view, device)
         if view.augment and device.torch.type == "cpu":
             seen = partial(_resized, view.size or dataset.image_size, dataset)
     pipeline = _pipeline(graph, batch_size, device)
     labels = torch.from_numpy(split.labels).to(device.torch)
     # on a GPU, the stream that waits for DALI's output, and that DALI waits for before it uses the memory again
     stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
+    images: list[Tensor] = []  # of the pick's pieces so far
+    samples: list[np.ndarray] = []
     while True:
         try:
             outputs = pipeline.run(stream)
         except StopIteration:
             return
+        except RunError:  # which names what cannot be read
+            raise
         except RuntimeError as error:
             if not isinstance(split, Arrays):
-                explain_decode_error(split, itertools.chain(*ahead), error)
+                explain_decode_error(split, itertools.chain(*(indices for indices, _ in ahead)), error)
             raise
-        yield seen(*outputs).permute(0, 3, 1, 2), labels[_on_device(ahead.popleft(), device)]
+        indices, ends = ahead.popleft()
+        images.append(seen(*outputs))
+        samples.append(indices)
+        if ends:
+            whole = images[0] if len(images) == 1 else torch.cat(images)
+            yield whole.permute(0, 3, 1, 2), labels[_on_device(np.concatenate(samples), device)]
+            images, samples = [], []
 
 
 def _own_batches(
@@ -132,7 +142,7 @@ def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipe
     return pipeline_def(graph)(batch_size=batch_size, num_threads=device.threads, device_id=index, seed=0, prefetch_queue_depth=2)
 
 
-def _array_graph(dataset: Dataset, split: Arrays, picks: Iterator[Picks], augment: Augment | None, device: Device) -> Callable[[], Any]:
+def _array_graph(dataset: Dataset, split: Arrays, parts: Iterator[Piece], augment: Augment | None, device: Device) -> Callable[[], Any]:
     """Crop, flip, normalise and cut out images that lie in memory: the host's, or on a GPU the GPU's."""
     augment = augment or Augment()
     pad, cutout = augment.pad, augment.cutout
@@ -141,8 +151,8 @@ def _array_graph(dataset: Dataset, split: Arrays, picks: Iterator[Picks], augmen
     images: Any = split.on_gpu(pad, device.torch) if on_gpu else split.padded(pad)
 
     def feed() -> Feed:
-        for pick in picks:
-            u = _draws(pick)
+        for part in parts:
+            pick, u = part.pick, _draws(part.pick)
             place = np.floor(u[:, :2] * (2 * pad + 1)) / max(1, 2 * pad)  # of the crop, from 0 to 1, in whole pixels
             where = _on_device(pick.indices, device) if on_gpu else pick.indices
             corner = [_column(np.floor(u[:, 3:5] * [width - cutout + 1, height - cutout + 1]))] if cutout else []
@@ -158,7 +168,7 @@ def _array_graph(dataset: Dataset, split: Arrays, picks: Iterator[Picks], augmen
     return graph
 
 
-def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], view: View, device: Device) -> Callable[[], Any]:
+def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], view: View, device: Device) -> Callable[[], Any]:
     """Read and decode images; random resized crop and flip for training, resize and centre crop for evaluation.
 
     Source of the crop: Szegedy et al., "Going deeper with convolutions", 2014. A crop that would not fit is cut to the
@@ -170,12 +180,12 @@ def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], vie
     areas, ratios = (augment or Augment()).crop_area, (augment or Augment()).crop_ratio
 
     def feed() -> Feed:
-        for pick, sources in _read_ahead(split, picks, device.threads):
-            u = _draws(pick)
+        for part in parts:
+            u = _draws(part.pick)
             share = areas[0] + u[:, 3] * (areas[1] - areas[0])
             aspect = np.exp(np.log(ratios[0]) + u[:, 4] * np.log(ratios[1] / ratios[0]))
             yield (
-                sources,
+                part.sources,
                 _column(share),
                 _column(aspect),
                 _mirror(u, augment),
@@ -204,25 +214,15 @@ def _encoded_graph(dataset: Dataset, split: Encoded, picks: Iterator[Picks], vie
     def evaluation() -> Any:
         source = fn.external_source((row[0] for row in feed()), batch=True)
         image = whole_image(encoded(split, source), decode_on)
-        image = fn.resize(image, resize_shorter=round(max(height, width) / view.crop))
+        image = fn.resize(image, resize_shorter=_shorter(dataset, view))
         return _normalised(image, dataset, crop=(height, width))
 
     return training if augment else evaluation
 
 
-def _read_ahead(split: Encoded, picks: Iterator[Picks], threads: int) -> Iterator[tuple[Picks, list[np.ndarray]]]:
-    """Each batch with what `split.sources` gives for it; bytes out of shards are read by threads, before they are asked for."""
-    if isinstance(split, Files):
-        yield from ((pick, split.sources(pick.indices)) for pick in picks)
-        return
-    with ThreadPoolExecutor(max(4, threads), "read") as pool:
-        reading: deque[tuple[Picks, list[Future[np.ndarray]]]] = deque()
-        for pick in picks:
-            reading.append((pick, [pool.submit(split.read, i) for i in pick.indices]))
-            if len(reading) > BATCHES_AHEAD:
-                ready, futures = reading.popleft()
-                yield ready, [future.result() for future in futures]
-        yield from ((ready, [future.result() for future in futures]) for ready, futures in reading)
+def _shorter(dataset: Dataset, view: View) -> int:
+    """Pixels of an evaluated image's shorter side before its centre is cropped."""
+    return round(max(view.size or dataset.image_size) / view.crop)
 
 
 def _normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:

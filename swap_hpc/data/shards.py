@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from swap_hpc.errors import RunError, UserError
 
 INDEX = "v1.2"  # the version of DALI's index files (wds2idx) that is written; older ones name the same places
 NOT_IMAGES = ("cls", "txt", "json")
+IMAGES = re.compile("bmp|dib|gif|j2k|jp2|jpc|jpe|jpeg|jpf|jpg|jpx|pbm|pgm|png|pnm|ppm|tif|tiff|webp")  # extensions
 CLASSES = "classes.txt"  # beside the splits' folders: the classes' names, one on a line
 LABELS = "labels.npy"  # beside a split's tar files: (N,) int64, in the order of the samples' keys
 
@@ -24,15 +26,25 @@ Component = tuple[str, int, int, str]  # extension, offset and size in bytes, na
 def write_shard(files: Files, samples: Sequence[int], tar: Path) -> list[list[Component]]:
     """Writes images and labels (`.cls`) of `samples` into a tar file, alike every time. Returns what its index holds.
 
-    A sample's key is its number, so that sorting by key gives back the order of `files`. Raises OSError.
+    A sample's key is its number, so that sorting by key gives back the order of `files`. An image of another extension than `IMAGES`
+    is stored as a .jpg, since its own may mean something else to a reader, or not fit in an index: what it is, its first bytes tell.
+    Raises OSError; RunError for an image that cannot be read.
     """
     index: list[list[Component]] = []
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
         for sample in samples:
             path = Path(files.paths[sample])
-            parts = {path.suffix.lstrip(".").lower() or "jpg": path.read_bytes(), "cls": str(files.labels[sample]).encode()}
+            extension = path.suffix.lstrip(".").lower()
+            parts = {extension if IMAGES.fullmatch(extension) else "jpg": _content(path), "cls": str(files.labels[sample]).encode()}
             index.append([_add(archive, f"{sample:09d}", extension, content) for extension, content in parts.items()])
     return index
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _add(archive: tarfile.TarFile, key: str, extension: str, content: bytes) -> Component:
@@ -41,6 +53,19 @@ def _add(archive: tarfile.TarFile, key: str, extension: str, content: bytes) -> 
     begin = archive.offset + tarfile.BLOCKSIZE  # a header is one block
     archive.addfile(member, io.BytesIO(content))
     return extension, begin, len(content), member.name
+
+
+def classes_text(classes: Sequence[str]) -> bytes:
+    """The classes' names as they are on the disk, one on a line. Raises UserError for a name of several lines."""
+    if several := next((name for name in classes if re.search("[\r\n]", name)), None):
+        raise UserError(f"the class {several!r} has a line break in its name: rename its folder")
+    return os.fsencode("".join(f"{name}\n" for name in classes))
+
+
+def read_classes(file: Path) -> tuple[str, ...]:
+    """What `classes_text` wrote."""
+    text = os.fsdecode(file.read_bytes()).replace("\r\n", "\n")
+    return tuple(text.removesuffix("\n").split("\n"))
 
 
 def index_text(index: Sequence[Sequence[Component]]) -> str:
@@ -95,7 +120,7 @@ def _labels(split: Path, shards: Shards, places: np.ndarray) -> np.ndarray:
 def _index_of(tar: Path) -> Iterator[list[Component]]:
     """A sample's components, sample by sample: from the index beside the tar file, else from the headers in it. Raises UserError."""
     file = tar.with_suffix(".idx")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     if not lines or not lines[0].startswith(INDEX):  # older ones do not tell the names
         yield from _scanned(tar)
         return

@@ -4,13 +4,17 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from swap_hpc.data.decode import Encoded, decode, image_shapes
-from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards
+from swap_hpc.data.decode import decode, image_shapes
+from swap_hpc.data.encoded import Encoded
+from swap_hpc.data.pieces import pixels_within
+from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards, read_classes
 from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
+from swap_hpc.data.walk import LeftOut, entries, identity, is_folder, note_special, walk
 from swap_hpc.errors import UserError
 from swap_hpc.recipe import Data
 
@@ -46,7 +50,7 @@ def cifar(data: Data, threads: int) -> Dataset:
 def torchvision_download(name: str, path: Path) -> None:
     try:
         # torchvision prints what it does; a job's output is not the place
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             _torchvision(name, path, train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -62,9 +66,9 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 
 def folder(data: Data, threads: int) -> Dataset:
-    """`train/<class>/*` and `test/<class>/*`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
-    files = _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
-    return _encoded(data, *files, threads)
+    """`train/<class>/**` and `test/<class>/**`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
+    train, test, classes = _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
+    return replace(_encoded(data, train, test, classes, threads), notes=train.notes + test.notes)
 
 
 def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
@@ -87,7 +91,7 @@ def _split_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]
     if counts.min() == 1:
         raise UserError(f"{path / classes[int(counts.argmin())]} holds one image: it needs two, to train and to test on")
     test = np.concatenate([np.arange(count) for count in counts]) % every == 0
-    return files.take(np.flatnonzero(~test)), files.take(np.flatnonzero(test)), classes
+    return replace(files.take(np.flatnonzero(~test)), notes=files.notes), files.take(np.flatnonzero(test)), classes
 
 
 def _test_split(path: Path) -> Path:
@@ -101,49 +105,61 @@ def webdataset(data: Data, threads: int) -> Dataset:
     allow_open_files(len(train.tars) + len(test.tars))
     names = data.path / CLASSES
     number = 1 + int(max(train.labels.max(), test.labels.max()))
-    classes = tuple(names.read_text().splitlines()) if names.is_file() else tuple(map(str, range(number)))
+    classes = read_classes(names) if names.is_file() else tuple(map(str, range(number)))
     if number > len(classes):
         raise UserError(f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, which are 0 to {len(classes) - 1}")
     return _encoded(data, train, test, classes, threads)
 
 
 def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int) -> Dataset:
-    side, several = data.last_size, len(data.image_size or ()) > 1
+    side, several, pixels = data.last_size, len(data.image_size or ()) > 1, pixels_within(data.memory_gib)
     size = (side, side) if side else None
     height, width = size or _own_size(train.take(np.arange(1)), threads)
     if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30 and not several:
         if size is None:
             for split in (train, test):
                 _own_size(split, threads, (height, width))
-        in_memory = [Arrays(decode(split, size, threads), split.labels, "".join(split.contents)) for split in (train, test)]
+        in_memory = [Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents)) for split in (train, test)]
         return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
         raise UserError(
             f"{data.path} is larger than data.memory_gib = {data.memory_gib}: "
             "set data.image_size (pixels) to read it in every epoch, or allow more memory"
         )
-    return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD)
+    return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels)
 
 
 def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:
     if not split.is_dir():
         raise UserError(f"no folder {split}: point --data at a folder with {wanted}")
-    classes = tuple(sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")))
+    classes = tuple(sorted(entry.name for entry in entries(split) if is_folder(entry)))
     if not classes:
         raise UserError(f"{split} is empty: it needs one folder of images per class")
     return classes
 
 
 def _files(split: Path, classes: tuple[str, ...]) -> Files:
+    """The files of all classes, class by class, each class's sorted by path. Raises UserError."""
     paths: list[str] = []
     labels: list[int] = []
+    left_out, above = LeftOut(), tuple(map(identity, (split, *split.resolve().parents)))
+    note_special(split, left_out)
     for label, name in enumerate(classes):
-        found = sorted(e.path for e in os.scandir(split / name) if e.is_file() and not e.name.startswith("."))
+        before = len(left_out)
+        found = sorted(walk(split / name, left_out, above))
         if not found:
-            raise UserError(f"{split / name} is empty: put the class's images there, or remove the folder from train and test")
+            why = f" (left out: {left_out})" if len(left_out) > before else ""
+            raise UserError(f"{split / name} is empty{why}: put the class's images there, or remove the folder from train and test")
         paths += found
         labels += [label] * len(found)
-    return Files(tuple(paths), np.array(labels, dtype=np.int64))
+    return Files(tuple(paths), np.array(labels, dtype=np.int64), _notes(split, left_out))
+
+
+def _notes(split: Path, left_out: LeftOut) -> tuple[str, ...]:
+    if not len(left_out):
+        return ()
+    number = "1 entry" if len(left_out) == 1 else f"{len(left_out)} entries"
+    return (f"{number} in {split} {'is' if len(left_out) == 1 else 'are'} left out: {left_out}",)
 
 
 def _own_size(split: Encoded, threads: int, expected: tuple[int, int] | None = None) -> tuple[int, int]:

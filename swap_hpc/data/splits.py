@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -54,14 +54,21 @@ class Files:
 
     paths: tuple[str, ...]
     labels: np.ndarray  # (N,) int64
+    notes: tuple[str, ...] = ()  # what was left out of the folder they were found in, a line each
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def contents(self) -> tuple[str, ...]:
-        names = ["/".join(path.split("/")[-2:]) for path in self.paths]  # nodes may have the folder at places of their own
-        return (_hash(np.frombuffer("\n".join(names).encode(), np.uint8)), _hash(self.labels))
+        above = os.path.commonprefix(self.paths).rfind("/") + 1  # nodes may have the folder at places of their own
+        names = os.fsencode("\n".join(path[above:] for path in self.paths))
+        return (_hash(np.frombuffer(names, np.uint8)), _hash(self.labels))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32: height and width of each image, as far as `pieces.Headers` has looked; 0: not yet."""
+        return np.zeros((len(self), 2), np.int32)
 
     def take(self, which: np.ndarray) -> "Files":
         return Files(tuple(self.paths[i] for i in which), self.labels[which])
@@ -72,7 +79,7 @@ class Files:
 
     def sources(self, samples: Iterable[int]) -> list[np.ndarray]:
         """Paths as DALI's file reader takes them, (bytes,) uint8."""
-        return [np.frombuffer(self.paths[i].encode(), dtype=np.uint8) for i in samples]
+        return [np.frombuffer(os.fsencode(self.paths[i]), dtype=np.uint8) for i in samples]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +98,11 @@ class Shards:
     @property
     def contents(self) -> tuple[str, ...]:
         return tuple(_hash(array) for array in (self.tar, self.offset, self.size, self.labels))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32: as of `Files`."""
+        return np.zeros((len(self), 2), np.int32)
 
     def take(self, which: np.ndarray) -> "Shards":
         return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])
@@ -189,6 +201,8 @@ class Dataset:
     channels: int = 3
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 255]
     std: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know of how it was found: lines to print
+    pixels_at_once: int = 2**25  # of streamed images: how many are decoded at once, but always one image
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:

@@ -113,9 +113,9 @@ def edited(read: dict[str, str]) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     """Edit the source in `folder` in place."""
-    texts = edited({edit.file: (folder / edit.file).read_text() for edit in EDITS})
+    texts = edited({edit.file: (folder / edit.file).read_text(encoding="utf-8") for edit in EDITS})
     for name, text in texts.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch import command
-from PIL import Image
+from PIL import Image, ImageOps
+
+from swap_hpc.data.decode import decode
+from swap_hpc.data.splits import Files
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -43,7 +46,7 @@ def lines() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_resolves(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()] == []
 
 
@@ -84,6 +87,30 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
         shutil.copy(tmp_path / "images" / name / "0.jpg", tmp_path / "picture.jpg")
         used = command(sys.executable, "-c", block, cwd=tmp_path)
         assert used.stdout == f"{name}\n", used.stderr
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "turned", "16-bit PGM"])
+def test_a_picture_goes_through_what_training_images_did(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of `use.py` beside our decoding, for every kind of file that Pillow opens in a mode of its own."""
+    (block,) = re.findall(r"^picture = .*?^pixels = .*?\n", README, flags=re.MULTILINE | re.DOTALL)
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
+    picture = tmp_path / "picture.jpg"
+    colours = Image.fromarray(np.stack([values >> 8, values & 255, values % 255], 2).astype(np.uint8))
+    if kind == "I;16":
+        Image.fromarray(values).save(picture, "PNG")
+    elif kind == "16-bit PGM":
+        picture.write_bytes(b"P5 8 6 65535\n" + values.astype(">u2").tobytes())
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        colours.save(picture, "TIFF", exif=exif)
+    else:
+        colours.convert(kind).save(picture, "TIFF" if kind == "CMYK" else "PNG")
+    ours = decode(Files((str(picture),), np.zeros(1, np.int64)), None, 1)[0]
+    monkeypatch.chdir(tmp_path)
+    names = {"np": np, "Image": Image, "ImageOps": ImageOps, "data": {"image_size": ours.shape[:2]}}
+    exec(block, names)
+    assert np.abs(names["pixels"] - ours).max() <= (2 if kind == "CMYK" else 0)
 
 
 def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def base(buildah: Buildah) -> str:
     name = f"docker.io/library/debian:{SUITE}"  # what `make image BASE=debian:trixie` asks for
     root = buildah.folder / "base"
     sources = Path("/etc/apt/sources.list.d/debian.sources")
-    lines = sources.read_text().splitlines() if sources.exists() else []
+    lines = sources.read_text(encoding="utf-8").splitlines() if sources.exists() else []
     mirror = [line.split()[1] for line in lines if line.startswith("URIs:")][:1]
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     buildah.run("debootstrap", "--variant=minbase", SUITE, root, *mirror, seconds=600, PATH=path)

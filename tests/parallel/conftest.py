@@ -91,7 +91,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     rank = Team.world().rank
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-    with open(Path(os.environ[REPORTS]) / f"{rank}.jsonl", "a") as file:
+    with open(Path(os.environ[REPORTS]) / f"{rank}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"item": report.nodeid, "outcome": report.outcome, "text": text}) + "\n")
     if report.failed:
         abort(1)

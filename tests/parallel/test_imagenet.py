@@ -48,7 +48,7 @@ def job(path: Path, team: Team, sizes: list[list[int]] = SIZES, epochs: int = 2)
 
 
 def _resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
 
 
 @pytest.mark.ranks(1, 2, 4)

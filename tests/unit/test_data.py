@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import pickle
 import tarfile
 import threading
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torchvision
 from PIL import Image
 
-from swap_hpc.data import download, load
+from swap_hpc.data import download, load, loader
+from swap_hpc.data.sampling import evaluation_picks
 from swap_hpc.data.splits import Arrays, Files
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.pack import pack
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Data
 
@@ -123,6 +127,61 @@ def test_a_wrong_folder_is_answered_with_the_mend(harm: Callable[[Path], None], 
     with pytest.raises(UserError, match=message) as error:
         loaded(name="folder", path=folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["memory", "streamed", "shards"])
+@pytest.mark.parametrize("made", ["gif", "webp"])
+def test_what_pillow_decodes_is_not_called_damaged(made: str, kind: str, tmp_path: Path) -> None:
+    """DALI takes no GIF, and no WebP with metadata after a chunk of an odd size."""
+    folder = make_folder(tmp_path / "images", formats=("png",))
+    name, form, file = {"gif": ("GIF", "GIF", odd_gif), "webp": ("WebP", "WEBP", odd_webp)}[made]
+    bad = folder / "train" / "dog" / "1.png"
+    bad.write_bytes(file())
+    with Image.open(bad) as image:
+        image.load()  # to its end
+        assert image.format == form
+    where = rf"at byte \d+ of {tmp_path}/shards/train/000000.tar" if kind == "shards" else str(bad)
+    if kind == "shards":
+        pack(folder, tmp_path / "shards", 100, Team.alone(), lambda _: None)
+    path, fields = (tmp_path / "shards", {"name": "webdataset"}) if kind == "shards" else (folder, {"name": "folder"})
+    with pytest.raises(
+        (UserError, RunError), match=rf"^DALI does not decode this valid {name} file \({where}\): convert it, for example to PNG$"
+    ):
+        data = loaded(path=path, image_size=8, memory_gib=0 if kind == "streamed" else 1, **fields)
+        list(loader.batches(data, data.train, evaluation_picks(8, 3, 0, 1), loader.View(None), 3, tiny.CPU))
+
+
+def odd_gif() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (12, 10), (1, 2, 3)).save(content, "GIF")
+    return content.getvalue()
+
+
+def odd_webp() -> bytes:
+    """Lossless, with EXIF, and the chunk of pixels of an odd size."""
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    for seed in range(100):
+        pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "WEBP", lossless=True, exif=exif)
+        place = content.getvalue().index(b"VP8L") + 4
+        if int.from_bytes(content.getvalue()[place : place + 4], "little") % 2:
+            return content.getvalue()
+    raise AssertionError("all even")
+
+
+@pytest.mark.parametrize("harm", ["cut", "header", "middle"])
+def test_what_pillow_does_not_decode_either_is_damaged(harm: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, formats=("png",), sizes=((90, 80),))
+    bad = folder / "train" / "dog" / "1.png"
+    content = bad.read_bytes()
+    harmed = {"cut": content[: len(content) // 2], "header": content[:20], "middle": content[:300] + bytes(200) + content[500:]}
+    bad.write_bytes(harmed[harm])
+    with pytest.raises(
+        UserError, match=rf"^cannot decode the image {bad} \(not an image that DALI decodes, or damaged\): replace or remove"
+    ):
+        loaded(name="folder", path=folder)
 
 
 def test_a_folder_that_is_not_split_is_by_a_field(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1}, Team.alone())
 
     def half(path: Path) -> None:
-        path.write_text('{"a"')
+        path.write_text('{"a"', encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError, match=r"cannot write .*/x.json: No space left on device"):

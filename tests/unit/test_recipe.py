@@ -1,5 +1,10 @@
 """Recipes: what is read is what was written, and what is wrong is named with the mend."""
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,8 @@ from pydantic import ValidationError
 from swap_hpc import recipe_page
 from swap_hpc.errors import UserError
 from swap_hpc.part import check_ranks
-from swap_hpc.recipe import SHIPPED, differing_fields, load_recipe, parse, shipped_recipes
+from swap_hpc.recipe import SHIPPED, differing_fields, load_recipe, parse, recipe_of, shipped_recipes, tomllib
+from swap_hpc.study import load_study
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -86,6 +92,73 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("groups = = 4")
     with pytest.raises(UserError, match="x.toml is not TOML"):
         load_recipe(str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_recipes_are_utf8_as_editors_write_it(encoding: str, newline: str, tmp_path: Path) -> None:
+    """With a byte-order mark or without, and with either line end."""
+    text = "# Bäume\n" + tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml()
+    (tmp_path / "x.toml").write_bytes(text.replace("\n", newline).encode(encoding))
+    assert load_recipe(str(tmp_path / "x.toml")) == parse(tomllib.loads(text))
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("latin-1", "0xe4 in line 2"), ("cp1252", "0xe4 in line 2"), ("utf-16", "0xff in line 1")])
+@pytest.mark.parametrize("load", [load_recipe, load_study])
+def test_another_encoding_is_named(load: Callable[[str], Any], encoding: str, byte: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("seed = 1\n# Bäume\n", encoding=encoding)
+    with pytest.raises(UserError, match=rf"x.toml is not UTF-8, as TOML has to be \(byte {byte}\): save it as UTF-8$"):
+        load(str(tmp_path / "x.toml"))
+
+
+NAMES = ["it's data", 'so "called"', "a # b", "a\\b", ' """', "a = b", "[x]", "{y}", "2024", "true", "ü ñ", "two\nlines", " x ", "$HOME"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """It is taken as it is given, and comes back out of what a run writes."""
+    recipe = load_recipe("digits", data=tmp_path / name)
+    assert recipe.data.path == tmp_path / name
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8", newline="\n")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe == recipe_of(recipe.to_toml(), "recipe.toml")
+    assert load_recipe("digits", data=Path(name)).data.path == recipe_of(recipe.to_toml(), "x", Path(name)).data.path == Path(name)
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    shutil.copy(shipped_recipes()["digits"], tmp_path / f"{latin}.toml")
+    text = load_recipe("digits").to_toml()
+    for wrong in (
+        lambda: load_recipe("digits", data=Path(latin)),
+        lambda: recipe_of(text, "x", Path(latin)),
+        lambda: load_recipe("digits", [f"data.path={latin}"]),
+        lambda: load_recipe(str(tmp_path / f"{latin}.toml")),
+    ):
+        with pytest.raises(UserError, match="caf\udce9 is not UTF-8, as recipes are: rename it, or use a link to it$"):
+            wrong()
+
+
+IN_ANOTHER_LOCALE = """
+import os, sys
+from swap_hpc.recipe import load_recipe, recipe_of
+recipe = load_recipe(sys.argv[1], [sys.argv[2]])
+assert recipe_of(recipe.to_toml(), "x") == recipe and recipe.name == "B" + chr(228) + "ume"
+print(ascii(recipe.to_toml().encode()), os.listdir(recipe.data.path), sys.getfilesystemencoding())
+"""
+
+
+def test_a_recipe_means_the_same_files_in_any_locale(tmp_path: Path) -> None:
+    """In one without UTF-8, too: text is UTF-8, and a name on the disk is its bytes."""
+    (tmp_path / "ü ñ 日本" / "train").mkdir(parents=True)
+    (tmp_path / "ü.toml").write_text(tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml(), encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = []
+    for variables in ({"PYTHONUTF8": "1"}, plain):
+        line = [sys.executable, "-c", IN_ANOTHER_LOCALE, "ü.toml", "name=Bäume"]
+        done = subprocess.run(line, cwd=tmp_path, env=dict(os.environ) | variables, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        said.append(done.stdout.decode().rsplit(maxsplit=1))
+    assert said[0][0] == said[1][0] and [each[1] for each in said] == ["utf-8", "ascii"]
 
 
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_the_averaged_models_curve_begins_and_ends_where_the_groups_do(run: Path
 
     drawn: list[list[list[float]]] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append([list(x.get_ydata()) for x in figure.axes[0].lines]))
-    with open(run / "metrics" / "world.jsonl", "a") as file:
+    with open(run / "metrics" / "world.jsonl", "a", encoding="utf-8") as file:
         for epoch in (1, 2):
             file.write(json.dumps({"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.8 + epoch / 100}) + "\n")
     figures.curves(run, run / "curves.png")

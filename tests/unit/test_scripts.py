@@ -1,5 +1,6 @@
 """Shell scripts, the Dockerfile and the Apptainer definition: what their linters say, and that they share one logic."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -28,6 +29,35 @@ def shellcheck(*files: Path) -> None:
 def test_shellcheck_finds_nothing() -> None:
     assert len(SCRIPTS) >= 12
     shellcheck(*SCRIPTS)
+
+
+def launched(folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """What launch.sh makes of variables, where srun does nothing but say its arguments, one on a line."""
+    (folder / "srun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (folder / "srun").chmod(0o755)
+    known = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "VIRTUAL_ENV": "x"}
+    line: list[str | Path] = ["bash", "-c", '. "$0"; launch true "it\'s data"', ROOT / "slurm" / "launch.sh"]
+    return subprocess.run(line, env=known | variables, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("", []),
+        ("--map-by node  --x", ["--map-by", "node", "--x"]),
+        ("--mounts='/my data:/data' --image=a.example#b", ["--mounts=/my data:/data", "--image=a.example#b"]),
+        ('--name="it\'s" "a b" *', ["--name=it's", "a b", "*"]),
+    ],
+)
+def test_further_launcher_arguments_may_be_quoted(told: str, words: list[str], tmp_path: Path) -> None:
+    done = launched(tmp_path, SWAP_LAUNCHER_ARGS=told)
+    assert done.returncode == 0 and done.stdout.splitlines()[3:] == [*words, "true", "it's data"], done.stderr
+
+
+def test_a_number_of_restarts_that_is_none_is_named(tmp_path: Path) -> None:
+    for name in ("SWAP_RESTARTS", "SWAP_RETRIES"):
+        done = launched(tmp_path, **{name: "many"})
+        assert (done.returncode, done.stderr) == (2, f"swap: {name}=many is no number\n")
 
 
 def test_hadolint_finds_nothing() -> None:

@@ -1,5 +1,7 @@
 """Shards hold what the folder held: in DALI's own eyes, and as we read them."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +116,67 @@ def test_folder_and_shards_give_the_same_pixels(folder: Path, shards: Path) -> N
 def test_small_shards_are_decoded_into_memory_as_a_folder_is(folder: Path, shards: Path) -> None:
     sets = [loaded("folder", folder, 24), loaded("webdataset", shards, 24)]
     assert (sets[0].train.images == sets[1].train.images).all() and sets[0].classes == sets[1].classes  # type: ignore[union-attr]
+
+
+NAMES = ["Dr. No", "x.json", "x.txt", "x.cls", "x.CLS", "x.idx", "x.npy", "x.gz", "x.tar", "x.ñ", "x.jpg~", "x.a b", "x.", "x"]
+NAMES += ["a.b.c.JPG", "_.png", " y.png", "two\nlines.p\nng", "tab.\tpng", os.fsdecode(b"caf\xe9.caf\xe9"), f"x.{'long' * 50}"]
+NAMES += ["jpg.jpg", "\u2028.png", "it's.png", "100%.png"]
+
+
+def test_a_folder_of_any_names_packs_and_reads_back(tmp_path: Path) -> None:
+    """The same images and labels in the same order, with an index and without; DALI's tool finds the same samples."""
+    classes = ["Dr. No", "a b", "c\x85d", os.fsdecode(b"caf\xe9"), "'", "日本"]
+    for number, name in enumerate(NAMES * 2):
+        place = tmp_path / "folder" / "train" / classes[number % len(classes)]
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        picture.save(place / name, "PNG")
+    shutil.copytree(tmp_path / "folder" / "train", tmp_path / "folder" / "test")
+    pack(tmp_path / "folder", tmp_path / "shards", 9, ONE, lambda _: None)
+    for index in ("with an index", "without"):
+        places: dict[DataName, str] = {"folder": "folder", "webdataset": "shards"}
+        sets = [load(Data(name=name, path=tmp_path / place), ONE, 1) for name, place in places.items()]
+        for split in ("train", "test"):
+            folder, shards = (getattr(data, split) for data in sets)
+            assert (folder.images == shards.images).all() and (folder.labels == shards.labels).all(), index
+        assert sets[0].classes == sets[1].classes == tuple(sorted(classes))
+        if index == "with an index":
+            tars = sorted((tmp_path / "shards" / "train").glob("*.tar"))
+            subprocess.run([Path(sys.executable).with_name("wds2idx"), tars[0], tmp_path / "theirs.idx"], check=True, capture_output=True)
+            assert (tmp_path / "theirs.idx").read_text().split() == tars[0].with_suffix(".idx").read_text().split()
+            for file in (tmp_path / "shards").glob("*/*.idx"):
+                file.unlink()
+    listed = [subprocess.run(["tar", "-tf", tar], capture_output=True, text=True, check=True).stdout for tar in tars]
+    members = "".join(listed).splitlines()
+    assert all(re.fullmatch(r"\d{9}\.(jpg|png|cls)", name) for name in members) and len(set(members)) == len(members)
+
+
+def test_a_class_that_no_line_can_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "two\nlines").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / split / "two\nlines" / "0.png")
+    with pytest.raises(UserError, match=r"the class 'two\\nlines' has a line break in its name: rename its folder$"):
+        pack(tmp_path, tmp_path / "shards", 9, ONE, lambda _: None)
+
+
+def test_an_image_that_cannot_be_read_is_named_and_no_shard_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "0.png").touch()
+
+    def refusing(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    with pytest.raises(RunError, match="cannot read .*/train/a/0.png: Permission denied$"):
+        pack(tmp_path, tmp_path / "shards", 9, ONE, lambda _: None)
+
+
+def test_packing_says_what_it_leaves_out(folder: Path, tmp_path: Path) -> None:
+    copy, said = Path(shutil.copytree(folder, tmp_path / "folder")), list[str]()
+    (copy / "test" / "n00000002" / "x.png").symlink_to("/nowhere")
+    pack(copy, tmp_path / "shards", 100, ONE, said.append)
+    assert said[0] == f"1 entry in {copy}/test is left out: 1 broken link ({copy}/test/n00000002/x.png)" and len(said) == 3
 
 
 def test_grey_and_cmyk_images_have_the_colours_that_others_see(folder: Path) -> None:
