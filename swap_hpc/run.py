@@ -185,6 +185,7 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
         f"{recipe.name}: {ranks.world.size} ranks, {recipe.groups} groups, {device.name}, {device.threads} threads per rank, "
         f"{recipe.precision}; {len(job.dataset.train):,} training and {len(job.dataset.test):,} test images, {where}; into {out}"
     ]
+    lines += job.dataset.notes
     if device.is_shared(ranks.world):
         lines.append("ranks share a GPU: gradients go through host memory")
     return lines

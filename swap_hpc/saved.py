@@ -43,7 +43,7 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
     save_model(model, file, job.header, world)
-    return Result(file, evaluate_job(model, job, world), digest)
+    return Result(file, evaluate_job(model, job, world), digest, job.dataset.notes)
 
 
 def evaluate(file: Path, data: Path | None, world: Team) -> Result:
@@ -62,7 +62,7 @@ def evaluate(file: Path, data: Path | None, world: Team) -> Result:
     else:
         state = model_state(tensors, header) if "checkpoint" in header else tensors
         world.agree(lambda: fill_(model, state, str(file)))
-    return Result(file, evaluate_job(model, job, world), check_equal(model, world), notes)
+    return Result(file, evaluate_job(model, job, world), check_equal(model, world), (*job.dataset.notes, *notes))
 
 
 def _check_data(file: Path, job: Job) -> None:

@@ -132,7 +132,7 @@ def judge_all(seeds: range, only: str, file: Path) -> None:
         for seed in seeds:
             verdict = judge(seed, only, folder, world)
             if world.rank == 0:
-                with file.open("a") as lines:
+                with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(asdict(verdict)) + "\n")
         world.barrier()
 
