@@ -54,7 +54,7 @@ def _read(run: Path, job: Job):  # type: ignore[no-untyped-def]
         raise UserError(f"--from {run}, but large_batch.epochs = 0: to refine any model, name its file in model.weights")
     try:
         state, header = read_tensors(run / "large_batch.safetensors")
-        lines: list[Line] = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text().splitlines()]
+        lines: list[Line] = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text(encoding="utf-8").splitlines()]
     except (Unreadable, OSError) as why:
         raise UserError(f"--from {run}: its phase 1 cannot be read: {why}") from None
     if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity)):

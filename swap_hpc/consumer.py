@@ -202,7 +202,7 @@ class Consumer:
     def _saved_averages(self) -> list[Line]:
         """The evaluations of the averaged model at the groups' meetings so far."""
         try:
-            return json.loads(self._averages.read_text())
+            return json.loads(self._averages.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:

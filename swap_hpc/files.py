@@ -63,7 +63,7 @@ def _flush(path: Path) -> None:
 def write_json(path: Path, value: Mapping[str, Any] | list[Any], team: Team) -> None:
     """Writes a file once, by the team's first rank. Raises RunError on all of them."""
     text = json.dumps(value, indent=2) + "\n"
-    team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text)))
+    team.first(lambda: write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8")))
 
 
 def save_model(model: nn.Module, path: Path, header: Mapping[str, str], team: Team) -> None:

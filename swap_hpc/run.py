@@ -118,7 +118,7 @@ def noting_divergence(out: Path, part: Part) -> Iterator[None]:
     except Diverged as error:
         why = json.dumps({"why": str(error)}) + "\n"
         with suppress(RunError):
-            write_whole(file, lambda path: path.write_text(why))
+            write_whole(file, lambda path: path.write_text(why, encoding="utf-8"))
         raise
 
 
@@ -133,7 +133,7 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
                 f"{out} holds a run of another recipe ({', '.join(differing)} differ): choose another --out, or remove the folder"
             )
     try:
-        return json.loads((out / "result.json").read_text())
+        return json.loads((out / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 
@@ -167,9 +167,9 @@ def _environment_name(part: Part) -> str:
 def _claim(recipe: Recipe, out: Path, part: Part) -> None:
     """Writes the recipe into the folder, and removes what a killed start was writing. Raises UserError where that cannot be done."""
     text, file = recipe.to_toml(), out / "recipe.toml"
-    if not (file.is_file() and file.read_text() == text):
+    if not (file.is_file() and file.read_text(encoding="utf-8") == text):
         try:
-            write_whole(file, lambda temporary: temporary.write_text(text))
+            write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         except RunError as error:
             raise UserError(f"{error}: choose another --out") from None
     own = {None: "*", "refine": f"*{part_name(part.group)}*"}.get(part.phase)

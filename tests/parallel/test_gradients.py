@@ -136,6 +136,16 @@ def check_equal(found: nn.Module, expected: nn.Module, tolerance: float) -> None
 
 
 @pytest.mark.ranks(2)
+def test_horovods_own_settings_do_no_harm(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Horovod 0.28.1 crashes where it is started again with both of these set."""
+    for _ in range(2):
+        monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "33554432")
+        monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")
+        found, expected = on_ranks(MODELS["odd"], world), on_one(MODELS["odd"], world.size)
+        check_equal(found, expected, 1e-5)
+
+
+@pytest.mark.ranks(2)
 def test_no_hook_of_ours_stays(world: Team) -> None:
     model = on_ranks(MODELS["odd"], world)
     for parameter in model.parameters():
