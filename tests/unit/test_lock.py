@@ -1,9 +1,8 @@
 """A run's folder has one owner, whoever was killed before."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,59 +13,47 @@ from swap_hpc.lock import owning
 from swap_hpc.part import WHOLE, Part
 from swap_hpc.ranks import Team
 
-
-@contextmanager
-def another_job(out: Path, part: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds a folder, until the block ends or somebody kills it."""
-    code = f"""
-from pathlib import Path
-from swap_hpc.lock import owning
-from swap_hpc.part import Part
-from swap_hpc.ranks import Team
-with owning(Path({str(out)!r}), {part}, Team.alone()):
-    print("has it", flush=True)
-    input()
-"""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as job:
-        assert job.stdout and job.stdout.readline() == "has it\n"
-        try:
-            yield job
-        finally:
-            job.communicate("\n")
+ALONE = Team.alone()
 
 
 def test_a_second_job_ends_with_a_line_that_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     out = tmp_path / "run"
-    with another_job(out, "Part()") as job:
+    with owning(out, WHOLE, ALONE):
         for part in (WHOLE, Part("refine", 1), Part("average")):
-            line = f"{out} is in use by process {job.pid} on .*: wait for it"
-            with pytest.raises(UserError, match=line) as error, owning(out, part, Team.alone()):
+            line = f"{out} is in use by process {os.getpid()} on .*: wait for it"
+            with pytest.raises(UserError, match=line) as error, owning(out, part, ALONE):
                 pass
             assert "\n" not in str(error.value)
-    with owning(out, WHOLE, Team.alone()):
+    with owning(out, WHOLE, ALONE):
         pass
     assert not any(out.iterdir())
 
 
 def test_jobs_that_refine_a_group_each_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    with another_job(tmp_path, "Part('refine', 0)") as job:
-        with owning(tmp_path, Part("refine", 1), Team.alone()):
+    with owning(tmp_path, Part("refine", 0), ALONE):
+        with owning(tmp_path, Part("refine", 1), ALONE):
             pass
         for part in (WHOLE, Part("refine", 0), Part("average"), Part("large_batch")):
-            with pytest.raises(UserError, match=f"process {job.pid} "), owning(tmp_path, part, Team.alone()):
+            with pytest.raises(UserError, match=f"process {os.getpid()} "), owning(tmp_path, part, ALONE):
                 pass
 
 
 def test_what_a_killed_job_left_is_no_obstacle(tmp_path: Path) -> None:
-    with another_job(tmp_path, "Part()") as job:
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('process 7 on there', file=file, flush=True); print('has it', flush=True); input()"
+    )
+    pipe = subprocess.PIPE
+    line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) as job:
+        assert job.stdout and job.stdout.readline() == "has it\n"
         job.kill()
         job.wait()
-        assert (tmp_path / ".lock").is_file()
-        with owning(tmp_path, WHOLE, Team.alone()):
-            pass
+    assert (tmp_path / ".lock").is_file()
+    with owning(tmp_path, WHOLE, ALONE):
+        pass
     assert not any(tmp_path.iterdir())
 
 
@@ -74,7 +61,15 @@ def test_a_job_waits_for_itself_to_let_go(tmp_path: Path, monkeypatch: pytest.Mo
     """As where a batch system starts a job again while its old processes are still dying."""
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    with another_job(tmp_path, "Part()") as job:
-        monkeypatch.setattr(lock.time, "sleep", lambda _: job.stdin and (job.stdin.write("\n"), job.stdin.flush()))
-        with owning(tmp_path, WHOLE, Team.alone()):
-            pass
+    old = owning(tmp_path, WHOLE, ALONE)
+    old.__enter__()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        if not waits:
+            old.__exit__(None, None, None)
+        waits.append(seconds)
+
+    monkeypatch.setattr(lock.time, "sleep", wait)
+    with owning(tmp_path, WHOLE, ALONE):
+        assert waits
