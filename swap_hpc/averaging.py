@@ -69,7 +69,7 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
     batch norm are summed in float64 by MPI_Allreduce, in chunks of a few MiB, divided, and rounded once to their own
     type: the result does not depend on the number or the layout of the ranks. Everything else comes from the first
     rank's first contribution: other buffers, batch-norm statistics and vectors of power iterations, which
-    `refresh_batchnorm_` estimates anew, and what `get_extra_state` returns. `kinds.py` has the table.
+    `refresh_batchnorm_` estimates anew, and what `get_extra_state` returns. The README has the table.
 
     `model`: the plain module, alike on all ranks but for its values; what its state dict hands out does not matter. Its
     tensors may lie in memory in any order (channels_last). Raises ValueError, on all ranks, where names, shapes or types

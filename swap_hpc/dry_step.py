@@ -184,9 +184,9 @@ def _to_compare(value: Any) -> Any:
     if isinstance(value, random.Random):
         return hash(value.getstate())
     if isinstance(value, Tensor):
-        return None if nn.parameter.is_lazy(value) else tensor_bytes(value).tobytes()
+        return None if nn.parameter.is_lazy(value) else hash(tensor_bytes(value).tobytes())
     if isinstance(value, np.ndarray):
-        return value.tobytes()
+        return hash(value.tobytes())
     if isinstance(value, bool | int | float | complex | str):
         return value
     return len(value) if isinstance(value, Sized) and not isinstance(value, nn.Module) else None

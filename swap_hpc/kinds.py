@@ -1,13 +1,8 @@
 """What each tensor of a model is to SWAP: what is averaged, what is estimated anew, and what stays one group's.
 
-| kind | example | average over groups and cycles | over the ranks of a team, at an epoch's end |
-|---|---|---|---|
-| parameter | weight, bias; complex, 16-bit, frozen ones | mean | alike already |
-| running statistic of batch norm | running_mean | estimated anew (`refresh_batchnorm_`) | mean |
-| running mean of another layer | InstanceNorm's running_mean | mean | mean |
-| vector of a power iteration | spectral norm's _u and _v | first group's, then iterated anew by the refresh | first rank's |
-| any other buffer | a table, a mask, a counter, a queue | first group's | first rank's |
-| extra state (`get_extra_state`) | a counter, a generator's state | first group's | first rank's, at a phase's end |
+Parameters and running means are averaged; other buffers and extra states are the first group's, of
+which batch norm's statistics and the vectors of power iterations are then estimated anew. The
+README's section on guarantees has the table.
 
 Layers that keep their statistics while the model trains (frozen batch norm) keep them everywhere.
 """
@@ -24,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swap_hpc.tensors import has_numbers
 
 EXTRA_STATE = "_extra_state"  # what torch calls it in a state dict
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm
 
 
 def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:

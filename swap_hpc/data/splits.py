@@ -26,7 +26,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def contents(self) -> tuple[str, ...]:
         """What the ranks have to hold alike of it, briefly; here as in the other splits."""
         return (str(self.images.shape), self.files or _hash(self.images), _hash(self.labels))
