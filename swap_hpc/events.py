@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from swap_hpc.averaging import WeightSum
-from swap_hpc.kinds import is_extra
+from swap_hpc.kinds import entries_of, is_extra
 
 PhaseName = Literal["large_batch", "refine"]
 
@@ -53,7 +53,7 @@ class Running:
 
 def parts_of(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights and the buffers in a state dict of `model`, as a `SavePoint` takes them."""
-    own = {name for name, _ in model.named_buffers()}
+    own = entries_of(model, model.buffers())
     buffers = {name: t for name, t in state.items() if name in own or is_extra(name)}
     return {name: t for name, t in state.items() if name not in buffers}, buffers
 

@@ -107,11 +107,22 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             header = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except (OSError, SafetensorError) as error:
-        raise Unreadable(getattr(error, "strerror", None) or f"truncated or damaged: {error}") from None
+        raise Unreadable(getattr(error, "strerror", None) or _what_else(path) or f"truncated or damaged: {error}") from None
     # a file that somebody else wrote has no checksum
     if "sha256" in header and header["sha256"] != _checksum(tensors, header):
         raise Unreadable("damaged: its checksum does not match")
     return tensors, header
+
+
+def _what_else(path: Path) -> str | None:
+    """What a file is that is no .safetensors file, if its first bytes tell."""
+    with path.open("rb") as file:
+        if file.read(4).startswith((b"PK\x03\x04", b"\x80")):  # a zip file, a pickle
+            return (
+                "a file of torch.save, whose loading can run code: where you trust it, write its state dict "
+                "with safetensors.torch.save_file(torch.load(FILE), NEW)"
+            )
+    return None
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name, parts_of
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
-from swap_hpc.kinds import averaged_tensors, state_of, team_means
+from swap_hpc.kinds import averaged_tensors, entries_of, state_of, team_means
 from swap_hpc.models import fill_
 from swap_hpc.objective import as_float32
 from swap_hpc.optimizers import build_optimizer
@@ -110,7 +110,7 @@ class _Training:
             running=self.running,
             weights=weights,
             buffers=buffers,
-            means=tuple(sorted(buffers.keys() & team_means(self.model).keys())),
+            means=tuple(sorted(entries_of(self.model, team_means(self.model).values()))),
         )
 
     def epochs(self) -> Iterator[Epoch | SavePoint]:

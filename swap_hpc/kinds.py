@@ -8,7 +8,7 @@ Layers that keep their statistics while the model trains (frozen batch norm) kee
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,13 @@ def restored_modes(model: nn.Module) -> Iterator[None]:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, extra states as the bytes of `torch.save`, (n,) uint8. Its tensors are the model's own."""
     return {name: encoded(value) if is_extra(name) else value for name, value in model.state_dict().items()}
+
+
+def entries_of(model: nn.Module, tensors: Iterable[Tensor]) -> set[str]:
+    """The names under which tensors of a model stand in its state dict, which may give them names of its own."""
+    places = {(t.data_ptr(), t.shape, t.stride()) for t in tensors}
+    entries = ((name, value) for name, value in model.state_dict().items() if not is_extra(name))
+    return {name for name, t in entries if (t.data_ptr(), t.shape, t.stride()) in places}
 
 
 def is_extra(name: str) -> bool:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
+from safetensors.torch import save_model as save_tied
 from torch import nn
 
 from swap_hpc.errors import RunError, UserError
@@ -42,3 +44,30 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(UserError, match="cannot read the weights"):
         load_weights_(nn.Linear(3, 4), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_save_is_told_for_what_it_is(tmp_path: Path, zipped: bool) -> None:
+    file = tmp_path / "resnet.pth"
+    torch.save(nn.Linear(3, 4).state_dict(), file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=f"cannot read the weights {file}: a file of torch.save, whose loading can run code") as error:
+        load_weights_(nn.Linear(3, 4), file)
+    assert "\n" not in str(error.value)
+
+
+def test_the_second_name_of_tied_weights_may_be_missing(tmp_path: Path) -> None:
+    """As in what safetensors' own `save_model` writes; a name that is missing for another reason is refused."""
+    model, other = tied(), tied()
+    weight, loaded = (each.get_submodule("0").get_parameter("weight") for each in (model, other))
+    save_tied(model, str(tmp_path / "tied.safetensors"))
+    load_weights_(other, tmp_path / "tied.safetensors")
+    assert torch.equal(weight, loaded) and loaded is other.get_submodule("1").get_parameter("weight")
+    save_file({"0.weight": weight.detach()}, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match="are not of this model: .*bias"):
+        load_weights_(other, tmp_path / "part.safetensors")
+
+
+def tied() -> nn.Sequential:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
