@@ -29,6 +29,7 @@ from launch import command
 
 if TYPE_CHECKING:  # the process that starts the ranks needs neither torch nor MPI
     from swap_hpc.control import Control
+    from swap_hpc.part import Part
     from swap_hpc.ranks import Team
     from swap_hpc.recipe import Recipe
 
@@ -281,15 +282,18 @@ def train(
     out: Path,
     world: "Team",
     control: "Control | None" = None,
+    part: "Part | None" = None,
 ) -> dict[str, Any] | None:
     """As `swap-hpc train` does, but for what it prints."""
     from rich.console import Console
 
     from swap_hpc import run
     from swap_hpc.control import Control
+    from swap_hpc.part import Part
 
     console = Console(file=io.StringIO())
-    return run.train(recipe, out, world, console, control or Control(), time.perf_counter())
+    started, part = time.perf_counter(), part or Part()
+    return run.train(recipe, out, world, console, control or Control(), started, part)
 
 
 def train_with_stops(

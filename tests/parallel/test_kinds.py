@@ -1,5 +1,7 @@
 """Models of kinds that people bring, through whole runs: trained, stopped, gone on with, averaged, evaluated."""
 
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,13 @@ import fuzz
 import pytest
 import torch
 import zoo
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from swap_hpc import saved
-from swap_hpc.errors import Stopped
+from swap_hpc.errors import Stopped, UserError
+from swap_hpc.part import Part
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe, parse
 from swap_hpc.tensors import tensor_bytes
@@ -85,3 +89,58 @@ def check_mean(name: str, run: Path) -> None:
 
 def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.mark.ranks(1, 2)
+def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path: Path) -> None:
+    """More images, and a class of another name, which shifts the labels: by a start, by evaluate and by average."""
+    folder = Path(world.broadcast(str(tmp_path)))
+    images, out = folder / "images", folder / "run"
+    world.first(lambda: write_images(images))
+    sizes = {"batch_size": 6, "epochs": 1, "learning_rate": 0.01}
+    fields = {"large_batch": sizes, "refine": sizes, "batchnorm": {"batch_size": 6}, "augment": {}}
+    of_folder = parse(recipe("gradient_mask").model_dump() | fields | {"data": {"name": "folder", "path": images}})
+
+    def change(before: str, after: str) -> None:
+        world.first(lambda: rename(images, before, after))
+
+    def refused(line: str, start: Callable[[], object]) -> None:
+        with pytest.raises(UserError, match=line):
+            start()
+
+    fuzz.train(of_folder, out, world, part=Part("large_batch"))
+    facts = (out / "environment.json").read_bytes()
+    world.barrier()
+    change("ant/0.png", "bee/9.png")
+    refused(r"other data \(9 training samples then, other names", lambda: fuzz.train(of_folder, out, world))
+    change("bee/9.png", "ant/0.png")
+    change("ant", "moth")
+    refused("other classes: ant then, moth now", lambda: fuzz.train(of_folder, out, world))
+    assert (out / "environment.json").read_bytes() == facts
+    world.barrier()
+    change("moth", "ant")
+    assert fuzz.train(of_folder, out, world)
+    change("cat", "aphid")
+    file = out / "swap.safetensors"
+    refused("other classes: cat then, aphid now", lambda: saved.evaluate(file, None, world))
+    refused("other classes: cat then, aphid now", lambda: saved.average(out, None, None, world))
+    change("aphid", "cat")
+    world.first(lambda: (images / "test" / "cat" / "1.png").unlink())
+    assert saved.evaluate(file, None, world).notes == ("note: not the test samples of the run (9 test samples then, 8 now)",)
+    world.first(lambda: (images / "train" / "cat" / "1.png").unlink())
+    refused("9 training samples then, 8 now", lambda: saved.average(out, None, None, world))
+
+
+def rename(folder: Path, before: str, after: str) -> None:
+    for split in ("train", "test"):
+        (folder / split / before).rename(folder / split / after)
+
+
+def write_images(folder: Path) -> None:
+    for split, name, number in product(("train", "test"), CLASSES, range(3)):
+        path = folder / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (80 * number, 9, 9)).save(path)

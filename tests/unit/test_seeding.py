@@ -1,0 +1,66 @@
+"""What a user's code draws from the global generators is the same in every run, and where a run goes on."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import tiny
+import torch
+from torch import Tensor
+
+from swap_hpc.averaging import weights_sha256
+from swap_hpc.data import loader
+from swap_hpc.data.loader import View
+from swap_hpc.data.sampling import Key, Phase, Picks, training_picks
+from swap_hpc.data.splits import Batches, Dataset
+from swap_hpc.fit import fit
+from swap_hpc.ranks import Team
+from swap_hpc.seeding import seed_all
+
+
+def test_all_generators_are_seeded() -> None:
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    for seed in (0, 2**32 + 1, 2**64 - 1):
+        seed_all(seed)
+        drawn = draw()
+        draw()
+        seed_all(seed)
+        assert draw() == drawn
+        torch.manual_seed(seed)
+        assert torch.rand(()).item() == drawn[0]
+
+
+def test_a_loss_that_draws_is_the_same_in_two_runs() -> None:
+    def trained() -> str:
+        job = tiny.job(loss="zoo:mixing_loss")
+        model = tiny.model(job)
+        random.seed(), np.random.seed()
+        for _ in fit(model, job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), Team.alone()):
+            pass
+        return weights_sha256(model)
+
+    assert trained() == trained()
+
+
+def noisy(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    for pick in picks:
+        noise = np.random.rand(len(pick.indices)) + random.random() + torch.rand(()).item()
+        yield torch.from_numpy(noise), torch.from_numpy(pick.indices)
+
+
+def test_data_that_draw_are_the_same_from_any_step_on() -> None:
+    split = Batches(40, noisy)
+    data = Dataset(split, split, ("a", "b"))
+
+    def batches(first_step: int) -> list[Tensor]:
+        random.seed(), np.random.seed(), torch.seed()
+        picks = training_picks(Key(3, Phase.REFINE, 1), 40, 10, 0, 1, range(2), first_step)
+        found = loader.batches(data, split, picks, View(None), 10, tiny.CPU)
+        return [inputs for inputs, _ in found]
+
+    whole, rest = batches(0), batches(3)
+    assert len(whole) == 8 and len(rest) == 5
+    assert all(torch.equal(one, other) for one, other in zip(whole[3:], rest, strict=True))
+    assert not torch.equal(whole[0], whole[1])
