@@ -27,7 +27,13 @@ case ${SWAP_LAUNCHER:-srun} in
   mpirun) launcher=(mpirun --bind-to none) ;;
   *) say "SWAP_LAUNCHER=$SWAP_LAUNCHER is not known: choose srun or mpirun"; exit 2 ;;
 esac
-mapfile -t more < <(xargs -r printf '%s\n' <<<"${SWAP_LAUNCHER_ARGS:-}")  # words; quotes hold those with spaces together
+# Words; quotes hold those with spaces together.
+if ! words=$(xargs -r printf '%s\n' <<<"${SWAP_LAUNCHER_ARGS:-}"); then
+  say "SWAP_LAUNCHER_ARGS=$SWAP_LAUNCHER_ARGS has a quote without its other one"
+  exit 2
+fi
+more=()
+[ -z "$words" ] || mapfile -t more <<<"$words"
 for count in SWAP_RESTARTS SWAP_RETRIES; do
   case ${!count:-0} in *[!0-9]*) say "$count=${!count} is no number"; exit 2 ;; esac
 done

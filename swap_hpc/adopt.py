@@ -57,6 +57,6 @@ def _read(run: Path, job: Job):  # type: ignore[no-untyped-def]
         lines: list[Line] = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text(encoding="utf-8").splitlines()]
     except (Unreadable, OSError) as why:
         raise UserError(f"--from {run}: its phase 1 cannot be read: {why}") from None
-    if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity)):
+    if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity, ["train"])):
         raise UserError(f"--from {run}: its phase 1 was trained on other data ({how}): give it the same data")
     return state, [line for line in lines if line["phase"] == "large_batch"], result["ranks"], result["seconds"]["large_batch"]

@@ -1,9 +1,9 @@
-"""One step on a copy that is thrown away: what cannot be trained, saved, loaded or built again ends before phase 1."""
+"""One step on a model that is thrown away: what cannot be trained, saved, loaded or built again ends before phase 1."""
 
 import random
 import re
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -29,30 +29,42 @@ from swap_hpc.seeding import seed_all
 from swap_hpc.tensors import tensor_bytes
 
 
-def dry_step(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: Team) -> list[str]:
-    """Tries on a copy of `model` all that a run will ask of it, with this rank's share of the phase's first batch.
+def dry_step(model: nn.Module, job: Job, phase: LargeBatch | Refine, key: Key, team: Team) -> tuple[nn.Module, list[str]]:
+    """Tries all that a run will ask of a model, with this rank's share of the phase's first batch. Gives `model` up for that.
 
     The builder is called again, the state dict goes out of one model and into another, a forward pass, a backward pass
-    and a step of the optimizer are made, and an evaluation. `model` stays as it is; nothing is sent to other ranks.
+    and a step of the optimizer are made, and an evaluation. Nothing is sent to other ranks.
 
-    Returns warnings: what a step changes in the model that its state dict does not hold. Raises UserError, in one line.
+    Returns a model like `model`, the last one that the builder made, and warnings: what a step changes in a model that its
+    state dict does not hold. Raises UserError, in one line.
     """
     name = job.recipe.model.name
     _check_state(model, name)
-    copy = _built_again(model, job)
-    batch = next(iter(job.training_batches(phase, key, team)))
-    before = _outside_state(copy)
+    other = _built_again(model, job)
+    kept = job.copy_of(model)
+    if any(type(module).__module__.startswith("horovod") for module in model.modules()):
+        return kept, []  # its layers ask other ranks, by a Horovod that is not started yet
+    stream = job.training_batches(phase, key, team)  # lives on while its batch is used, whose memory may be its own
+    batch = next(stream)
+    before = _outside_state(model)
     seed_all(key.torch_seed(0, team.rank))
-    with _in_one_line(f"the model {name} fails in its first step"):
-        _step(copy, batch, job, phase)
-    _check_comes_back(copy, job)
-    changed = _changed(before, _outside_state(copy))
-    if lost := sorted(state_buffers(copy).keys() & set(changed)):
-        raise UserError(f"the state dict of the model {name} leaves out {lost[0]}, which training changes: let it hold all of the model")
-    if not isinstance(job.dataset.train, Batches):  # else an evaluation's inputs may be of another kind
-        with _in_one_line(f"the model {name} fails in its first evaluation"), job.autocast():
-            evaluate(copy, [batch], Team.alone(), job.objective)
-    return [_warning(name, changed)] if changed else []
+    try:
+        with _in_one_line(f"the model {name} fails in its first step"):
+            _step(model, batch, job, phase)
+        _check_comes_back(model, other, name)
+        changed = _changed(before, _outside_state(model))
+        if lost := sorted(state_buffers(model).keys() & set(changed)):
+            raise UserError(
+                f"the state dict of the model {name} leaves out {lost[0]}, which training changes: let it hold all of the model"
+            )
+        if not isinstance(job.dataset.train, Batches):  # else an evaluation's inputs may be of another kind
+            with _in_one_line(f"the model {name} fails in its first evaluation"), job.autocast():
+                evaluate(model, [batch], Team.alone(), job.objective)
+    except torch.OutOfMemoryError:  # with one model more than a phase needs
+        torch.cuda.empty_cache()
+        return kept, ["warning: the step that is tried before training ran out of memory on the GPU; training may, too: smaller batches"]
+    kept.zero_grad()  # of a loss that knows the builder's last model
+    return kept, [_warning(name, changed)] if changed else []
 
 
 def _check_state(model: nn.Module, name: str) -> None:
@@ -103,8 +115,10 @@ def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
 
 
 def _built_again(model: nn.Module, job: Job) -> nn.Module:
+    """Another model of the same builder. Raises UserError where it is not of the same tensors."""
+    other = job.build()
     layout, again = (
-        [(name, tuple(t.shape), t.dtype) for name, t in chain(m.named_parameters(), m.named_buffers())] for m in (model, job.build())
+        [(name, tuple(t.shape), t.dtype) for name, t in chain(m.named_parameters(), m.named_buffers())] for m in (model, other)
     )
     if layout != again:
         name = next(iter(sorted(n for n, *_ in set(layout) ^ set(again))), "the order of its tensors")
@@ -112,7 +126,7 @@ def _built_again(model: nn.Module, job: Job) -> nn.Module:
             f"the builder of the model {job.recipe.model.name} makes another model when it is called again ({name} differs): "
             "phase 2 and every later start build it anew; let it depend on its arguments alone"
         )
-    return job.copy_of(model)
+    return other
 
 
 def _step(model: nn.Module, batch: tuple[Tensor, Tensor], job: Job, phase: LargeBatch | Refine) -> None:
@@ -128,23 +142,21 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor], job: Job, phase: Large
     model.zero_grad()
 
 
-def _check_comes_back(model: nn.Module, job: Job) -> None:
-    """Raises UserError where the state dict, after a step, does not go into a new model."""
-    state, other = state_of(model), job.build()
+def _check_comes_back(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Raises UserError where the state dict, after a step, does not go into another model. Changes `other`."""
+    state = state_of(model)
     fill_(other, state, "that the state dict holds after a step")
     loaded = state_of(other)
-    for name, tensor in state.items():
-        if not is_extra(name) and not np.array_equal(tensor_bytes(tensor), tensor_bytes(loaded[name])):
-            raise UserError(
-                f"{name} of the model {job.recipe.model.name} is another after its state dict was loaded: see its load_state_dict"
-            )
+    for entry, tensor in state.items():
+        if not is_extra(entry) and not np.array_equal(tensor_bytes(tensor), tensor_bytes(loaded[entry])):
+            raise UserError(f"{entry} of the model {name} is another after its state dict was loaded: see its load_state_dict")
 
 
 @contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
     try:
         yield
-    except (UserError, RunError):
+    except (UserError, RunError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a user's model, loss or metric raises
         raise UserError(f"{what}: {_short(error)}{place_of(error)}") from None
@@ -175,6 +187,12 @@ _INTERNAL = {*vars(nn.Module()), "_forward_hooks_with_kwargs"}
 
 def _to_compare(value: Any) -> Any:
     """What tells whether a value has changed; None where nothing cheap does."""
+    with suppress(Exception):  # sparse arrays, quantized tensors, whatever else refuses
+        return _comparable(value)
+    return None
+
+
+def _comparable(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, np.random.Generator):

@@ -124,12 +124,11 @@ class _Training:
             seconds = self.running.seconds
             train = _means(self.running, team)
             average_buffers_(self.model, team)
+            share_extra_states_(self.model, team)
             trained = perf_counter()
             self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
             reached = phase.stop_accuracy is not None and train.accuracy >= phase.stop_accuracy
             self.ended = reached or self.epoch == phase.epochs * phase.cycles
-            if self.ended:
-                share_extra_states_(self.model, team)
             ends_cycle = reached or self.epoch % phase.epochs == 0
             every = job.recipe.evaluate.every
             test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None

@@ -42,6 +42,7 @@ class Job:
     control: Control = field(default_factory=Control)
     load: Callable[[str, Team], SavePoint | None] = _nothing_saved  # where a part of the run goes on from; collective over its team
     met: int = 0  # meetings of the groups that are over
+    make: Callable[[], nn.Module] | None = None  # the model, where the recipe does not name it; alike at every call
     _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)  # endless; by rank and size of a team
 
     @cached_property
@@ -55,9 +56,12 @@ class Job:
         return {"recipe": self.recipe.to_toml(), "data": self.identity.to_json()}
 
     def build(self) -> nn.Module:
-        """The recipe's model as its builder makes it, on this rank's device. Raises UserError."""
-        built = models.build(self.recipe.model, len(self.dataset.classes), self.dataset.channels, self.recipe.seed)
-        return built.to(self.device.torch)
+        """The recipe's model as its builder makes it, in training mode, on this rank's device. Raises UserError."""
+        if self.make:
+            built = self.make()
+        else:
+            built = models.build(self.recipe.model, len(self.dataset.classes), self.dataset.channels, self.recipe.seed)
+        return built.train().to(self.device.torch)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """A model built as `model` was, with its weights, buffers and extra states.

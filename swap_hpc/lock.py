@@ -5,7 +5,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from swap_hpc.errors import UserError
@@ -90,17 +90,30 @@ def _is_there(path: Path, file: int) -> bool:
 
 
 def _owner(path: Path) -> str:
-    """Who holds a folder: of jobs that refine a group each, one; else the one that wrote into `path`.
+    """Who holds a lock file; of the one that jobs of a group each share, one of them.
 
     Empty where the file has just been made, or removed.
     """
-    for other in sorted(path.parent.glob(".lock-group-*")) or [path]:
-        try:
-            if text := other.read_text(encoding="utf-8"):
+    shared_by = sorted(path.parent.glob(".lock-group-*")) if path.name == ".lock" else []
+    for held in [*filter(_is_held, shared_by), path]:
+        with suppress(OSError):
+            if text := held.read_text(encoding="utf-8"):
                 return text
-        except OSError:
-            continue
     return ""
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(file)
 
 
 def _me() -> str:

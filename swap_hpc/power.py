@@ -2,7 +2,7 @@
 
 A mean of two groups' vectors is no singular vector, and one group's vectors are not the average's:
 the norm that a layer divides by would be wrong by any factor. Both styles of torch are known, and
-parametrizations of a user's own that keep buffers and update them while they train.
+parametrizations of a user's own that keep unit vectors and update them while they train.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,12 +42,26 @@ def _power_methods(model: nn.Module, training: set[nn.Module]) -> Iterator[tuple
             continue
         if isinstance(module, ParametrizationList):
             vectors = [b for b in module.buffers() if has_numbers(b)]
-            if vectors:
+            if vectors and _iterates(module, vectors):
                 yield _forward_in_training(module), vectors
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
                 vectors = [module.get_buffer(f"{hook.name}_u"), module.get_buffer(f"{hook.name}_v")]
                 yield _old_style(hook, module), vectors
+
+
+def _iterates(module: ParametrizationList, buffers: list[Tensor]) -> bool:
+    """Tell whether what a forward pass in training changes are unit vectors, and stay such. Leaves the buffers as they were."""
+    before = [buffer.clone() for buffer in buffers]
+    _forward_in_training(module)()
+    changed = [(old, new.clone()) for old, new in zip(before, buffers, strict=True) if not torch.equal(old, new)]
+    for buffer, old in zip(buffers, before, strict=True):
+        assign_(buffer, old)
+    return bool(changed) and all(map(_is_unit, (vector for pair in changed for vector in pair)))
+
+
+def _is_unit(vector: Tensor) -> bool:
+    return vector.ndim == 1 and abs(float(vector.norm()) - 1) < 1e-2
 
 
 def _forward_in_training(module: ParametrizationList) -> Callable[[], object]:

@@ -73,8 +73,11 @@ def train(
                 display.say(line)
             end_stalls(recipe.watchdog.minutes * 60)
             tell_launcher("training")
+            over = phase_1_of is not None or bool(world.broadcast(world.first(lambda: (out / "large_batch.safetensors").is_file())))
             with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
-                for line in _dry_step(model, job, ranks, control, part):
+                control.beat("the dry step before training")
+                model, warnings = _dry_step(model, job, ranks, part, over)
+                for line in warnings:
                     display.say(line)
                 result = Consumer(job, ranks, out, checkpoints, display, control, started, part).consume(model)
             if result is None:
@@ -94,17 +97,19 @@ def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[
     return finished
 
 
-def _dry_step(model: nn.Module, job: Job, ranks: Ranks, control: Control, part: Part) -> list[str]:
-    """Tries the first step that this job may have to train, on all ranks. Returns warnings; raises UserError on all."""
+def _dry_step(model: nn.Module, job: Job, ranks: Ranks, part: Part, phase_1_is_over: bool) -> tuple[nn.Module, list[str]]:
+    """Tries the first step that this job may have to train, on all ranks. Returns a model like `model`, and warnings.
+
+    Raises UserError on all ranks.
+    """
     recipe = job.recipe
-    if part.phase == "average":
-        return []
-    control.beat("the dry step before training")
-    if recipe.large_batch.epochs and part.phase != "refine":
+    if recipe.large_batch.epochs and part.phase in (None, "large_batch") and not phase_1_is_over:
         key = Key(recipe.seed, Phase.LARGE_BATCH)
         return ranks.world.agree(lambda: dry_step(model, job, recipe.large_batch, key, ranks.world))
-    key = Key(recipe.seed, Phase.REFINE, ranks.groups[0])
-    return ranks.world.agree(lambda: dry_step(model, job, recipe.refine, key, ranks.group))
+    if recipe.refine.epochs and part.phase in (None, "refine"):
+        key = Key(recipe.seed, Phase.REFINE, ranks.groups[0])
+        return ranks.world.agree(lambda: dry_step(model, job, recipe.refine, key, ranks.group))
+    return model, []
 
 
 @contextmanager
@@ -138,9 +143,12 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
 
 
+TRAINED = ("checkpoints/*", "large_batch", "group-*")  # in a run's folder: what it goes on from
+
+
 def _check_data(job: Job, out: Path) -> None:
     """Raises UserError where `out` holds weights that were trained on other data than those at hand."""
-    for file in sorted([*out.glob("checkpoints/*.safetensors"), *out.glob("*.safetensors")]):
+    for file in sorted(each for pattern in TRAINED for each in out.glob(f"{pattern}.safetensors")):
         header = read_header(file)
         if "data" in header and (how := Identity.from_json(header["data"]).differ(job.identity)):
             raise UserError(f"{file} was saved with other data ({how}): give back those that the run began with, or choose another --out")

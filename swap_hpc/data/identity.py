@@ -28,7 +28,7 @@ class Identity:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Identity":
-        return cls(tuple(dataset.classes), SplitIdentity.of(dataset.train), SplitIdentity.of(dataset.test))
+        return cls(tuple(map(str, dataset.classes)), SplitIdentity.of(dataset.train), SplitIdentity.of(dataset.test))
 
     @classmethod
     def from_json(cls, text: str) -> "Identity":
@@ -54,6 +54,6 @@ class Identity:
             return classes
         for name, then, here in (("training", self.train, now.train), ("test", self.test, now.test)):
             if name.startswith(tuple(splits)) and then != here:
-                same = "other names or labels" if then.samples == here.samples else f"{here.samples:,} now"
+                same = "other names, labels or contents" if then.samples == here.samples else f"{here.samples:,} now"
                 return f"{then.samples:,} {name} samples then, {same}"
         return None

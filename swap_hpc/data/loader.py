@@ -1,6 +1,7 @@
 """Batches through DALI, on the CPU or a GPU by the same code."""
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,11 +99,13 @@ def _own_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A user's own batches, on the device. Raises UserError where they are not those that `picks` names."""
     asked: deque[int] = deque()  # the sizes of what was asked for and has not come yet
+    thread = threading.get_ident()
 
     def noted() -> Iterator[Picks]:
         for pick in picks:
             asked.append(len(pick.indices))
-            seed_all(pick.seed)  # for what the function draws from them, whenever it is asked
+            if threading.get_ident() == thread:  # a function's own thread must not seed the model's random numbers
+                seed_all(pick.seed)  # for what the function draws, whenever it is asked
             yield pick
 
     wanted, name = noted(), f"the function that makes {'training' if training else 'test'} batches"

@@ -214,6 +214,29 @@ def test_spectral_norm_divides_by_the_norm_of_the_averaged_weights(world: Team, 
     assert all(torch.equal(everyones[0], other) for other in everyones)
 
 
+class Annealed(nn.Module):
+    """A parametrization with a number that falls at each pass in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tau", torch.tensor([1.0]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            self.get_buffer("tau").mul_(0.9)
+        return weight * self.get_buffer("tau")
+
+
+@pytest.mark.ranks(1, 2)
+def test_other_buffers_of_a_parametrization_are_not_iterated(world: Team) -> None:
+    layer = nn.Linear(2, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Annealed())
+    tau = layer.get_buffer("parametrizations.weight.0.tau")
+    before = tau.clone()
+    refresh_batchnorm_(layer, [], world)
+    assert torch.equal(tau, before)
+
+
 class HandsOutCopies(nn.Linear):
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         return {name: tensor.half() for name, tensor in super().state_dict(*arguments, **named).items()}

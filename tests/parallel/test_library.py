@@ -55,7 +55,7 @@ def test_the_examples_loop_gives_the_weights_of_swap(world: Team) -> None:
     torch.manual_seed(0)
     model = plain_loop.build()
     with grid(Team.alone(), world.size) as ranks:
-        for _ in swap(model, Job(recipe, dataset, tiny.CPU), ranks):
+        for _ in swap(model, Job(recipe, dataset, tiny.CPU, make=plain_loop.build), ranks):
             pass
     untrained = plain_loop.build().state_dict()
     for name, expected in model.state_dict().items():

@@ -33,7 +33,7 @@ def job_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., 
 
 def tried(job: Job) -> list[str]:
     key = Key(job.recipe.seed, Phase.LARGE_BATCH)
-    return dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())
+    return dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())[1]
 
 
 class Raising(zoo.Net):
@@ -205,14 +205,14 @@ def test_state_outside_the_state_dict_is_warned_of(job_of: Callable[..., Job]) -
         zoo.densenet,
     ],
 )
-def test_what_can_be_trained_passes_and_is_left_as_it_was(build: Callable[..., nn.Module], job_of: Callable[..., Job]) -> None:
+def test_what_can_be_trained_passes_and_a_model_like_it_is_left(build: Callable[..., nn.Module], job_of: Callable[..., Job]) -> None:
     job = job_of(build)
     model = job.build()
     before = tiny.weights(model)
     key = Key(job.recipe.seed, Phase.LARGE_BATCH)
-    assert dry_step(model, job, job.recipe.large_batch, key, Team.alone()) == []
-    assert torch.equal(tiny.weights(model), before)
-    assert all(p.grad is None for p in model.parameters())
+    kept, warnings = dry_step(model, job, job.recipe.large_batch, key, Team.alone())
+    assert not warnings and torch.equal(tiny.weights(kept), before)
+    assert all(p.grad is None for p in kept.parameters())
 
 
 def test_the_copy_has_the_hooks_of_its_builder_on_its_own_parameters(
@@ -229,3 +229,51 @@ def test_the_copy_has_the_hooks_of_its_builder_on_its_own_parameters(
     head: Any = copy.head
     assert (head.weight.grad[:, :48] == 0).all() and (head.weight.grad[:, 48:] != 0).any()
     assert all(p.grad is None for p in model.parameters())
+
+
+class Sparsely(zoo.Net):
+    """With attributes of which nothing cheap tells whether they changed."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.graph = torch.eye(4).to_sparse()
+        self.awkward = Awkward()
+
+
+class Awkward:
+    def __len__(self) -> int:
+        raise TypeError("sparse array length is ambiguous")
+
+
+def test_attributes_of_any_kind_are_passed_over(job_of: Callable[..., Job]) -> None:
+    assert tried(job_of(Sparsely)) == []
+
+
+class Backbone(nn.Module):
+    """A body that its builder hands out in evaluation mode, as pretrained ones come."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.net = zoo.Net(classes, channels).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+def test_a_model_is_built_in_training_mode(job_of: Callable[..., Job]) -> None:
+    """So that what is frozen does not depend on whether a phase was trained in this process."""
+    assert all(module.training for module in job_of(Backbone).build().modules())
+
+
+def test_the_last_model_of_the_builder_is_the_one_that_is_trained(job_of: Callable[..., Job]) -> None:
+    """A loss may refer to it."""
+    built: list[nn.Module] = []
+
+    def build(classes: int, channels: int) -> nn.Module:
+        built.append(zoo.Net(classes, channels))
+        return built[-1]
+
+    job = job_of(build)
+    key = Key(job.recipe.seed, Phase.LARGE_BATCH)
+    kept, _ = dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())
+    assert kept is built[-1]
