@@ -19,7 +19,7 @@ from swap_hpc.ranks import Team, abort
 INSIDE = "SWAP_HPC_TEST_RANKS"  # set by the outer pytest: the number of ranks of this mpirun
 REPORTS = "SWAP_HPC_TEST_REPORTS"  # a folder, one file of JSON lines per rank
 HERE = Path(__file__).parent
-MINUTES = 5  # for one mpirun
+MINUTES = 12  # for one mpirun
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
