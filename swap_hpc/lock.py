@@ -49,27 +49,30 @@ def _locked(path: Path, kind: int) -> Iterator[None]:
     file = _acquired(path, kind)
     try:
         if kind == fcntl.LOCK_EX:
-            os.ftruncate(file, 0)
-            os.pwrite(file, _me().encode(), 0)
+            path.write_text(_me(), encoding="utf-8")
         yield
     finally:
         if kind == fcntl.LOCK_EX:
-            path.unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+            with suppress(OSError):  # a folder that has become read-only
+                path.unlink()  # while it is held: who waits for it looks whether it is still there
         os.close(file)
 
 
 def _acquired(path: Path, kind: int) -> int:
     """The descriptor of a lock file that is held. Raises UserError where another job keeps it."""
-    begin = time.monotonic()
+    begin, access = time.monotonic(), os.O_RDONLY
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, access | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
-        except OSError:
+        except OSError as error:
             os.close(file)
-            raise
+            if error.errno != errno.EBADF or access == os.O_RDWR:
+                raise
+            access = os.O_RDWR  # as NFS wants it; elsewhere a file that is open for writing would keep its disk from being unmounted
+            continue
         else:
             if _is_there(path, file):
                 return file

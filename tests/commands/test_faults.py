@@ -162,7 +162,7 @@ def test_a_read_only_folder_is_answered_in_one_line(small_disk: Path) -> None:
     remount(small_disk, "ro")
     done = swap_hpc("train", "digits", *QUICK, "--out", small_disk / "out", ranks=2)
     assert done.code == 2
-    assert done.ours == [f"swap-hpc: cannot write {small_disk}/out/recipe.toml: Read-only file system: choose another --out"]
+    assert done.ours == [f"swap-hpc: cannot write {small_disk}/out: Read-only file system: choose another --out"]
 
 
 def test_a_folder_that_turns_read_only_ends_the_run(small_disk: Path) -> None:
