@@ -138,6 +138,25 @@ class Complex(Net):
         return super().forward(torch.fft.irfft2(torch.fft.rfft2(images) * self.filter))
 
 
+class Seeing(Net):
+    """Counts something that differs between ranks, and hands it out as extra state."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__(classes, channels)
+        self.seen = 0.0
+
+    def features(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.seen += float(images.mean())
+        return super().features(images)
+
+    def get_extra_state(self) -> float:
+        return self.seen
+
+    def set_extra_state(self, state: float) -> None:
+        self.seen = state
+
+
 class Spectral(Net):
     """Spectral norm of either style."""
 

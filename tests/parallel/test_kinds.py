@@ -69,6 +69,18 @@ def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(world: Team
     check_mean(name, folder / "whole")
 
 
+@pytest.mark.ranks(1, 2)
+def test_ranks_of_a_group_end_alike_whatever_their_extra_states_saw(world: Team, tmp_path: Path) -> None:
+    """Over several cycles and looks at the average: the run itself compares the ranks' models at its end."""
+    folder = Path(world.broadcast(str(tmp_path)))
+    refine = {"batch_size": 24, "epochs": 1, "cycles": 2, "learning_rate": 0.02}
+    changed = {"groups": 1, "model": {"name": "zoo:Seeing"}, "refine": refine}
+    one_group = parse(recipe("pruned").model_dump() | changed)
+    result = fuzz.train(one_group, folder / "run", world)
+    average = saved.average(folder / "run", None, None, world)
+    assert result and average.weights_sha256 == result["weights_sha256"]
+
+
 def check_mean(name: str, run: Path) -> None:
     """The parameters are the groups' mean, all but batch norm's statistics the first group's."""
     torch.manual_seed(0)

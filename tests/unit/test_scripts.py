@@ -54,6 +54,12 @@ def test_further_launcher_arguments_may_be_quoted(told: str, words: list[str], t
     assert done.returncode == 0 and done.stdout.splitlines()[3:] == [*words, "true", "it's data"], done.stderr
 
 
+def test_a_quote_without_its_other_one_starts_nothing(tmp_path: Path) -> None:
+    done = launched(tmp_path, SWAP_LAUNCHER_ARGS="--image=x --comment=it's --workdir=/a")
+    assert done.returncode == 2 and "has a quote without its other one" in done.stderr
+    assert not done.stdout
+
+
 def test_a_number_of_restarts_that_is_none_is_named(tmp_path: Path) -> None:
     for name in ("SWAP_RESTARTS", "SWAP_RETRIES"):
         done = launched(tmp_path, **{name: "many"})

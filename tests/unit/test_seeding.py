@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiny
@@ -48,6 +49,25 @@ def noisy(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tens
     for pick in picks:
         noise = np.random.rand(len(pick.indices)) + random.random() + torch.rand(()).item()
         yield torch.from_numpy(noise), torch.from_numpy(pick.indices)
+
+
+def ahead(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Asks for its samples in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        while pick := pool.submit(next, picks, None).result():
+            indices = torch.from_numpy(pick.indices)
+            yield indices, indices
+
+
+def test_a_functions_own_thread_leaves_the_models_generators_alone() -> None:
+    split = Batches(40, ahead)
+    data = Dataset(split, split, ("a", "b"))
+    picks = training_picks(Key(3, Phase.REFINE, 1), 40, 10, 0, 1, range(2))
+    found = loader.batches(data, split, picks, View(None), 10, tiny.CPU)
+    seed_all(1)
+    expected = [torch.rand(()).item() for _ in range(8)]
+    seed_all(1)
+    assert [torch.rand(()).item() for _ in found] == expected
 
 
 def test_data_that_draw_are_the_same_from_any_step_on() -> None:
