@@ -62,6 +62,15 @@ horovod_kind() {
   if [ "$1" = nccl ] || { [ "$1" = auto ] && [ -n "$2" ] && gpu_here; }; then echo nccl; else echo cpu; fi
 }
 
+# gpu_architectures CUDA: the GPUs that Horovod's kernels are built for, by their compute capability without its point. They are those of torch's
+# wheels; the driver compiles for newer ones, when it loads the library.
+gpu_architectures() {
+  case $1 in
+    12) echo "${HOROVOD_BUILD_CUDA_CC_LIST:-70,75,80,90}" ;;
+    *) echo "${HOROVOD_BUILD_CUDA_CC_LIST:-75,80,90}" ;;
+  esac
+}
+
 glibc() { getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2; }
 
 # horovod_depends PYTHON_TAG TORCH CUDA MPI KIND: all that a built Horovod depends on, a text. Another text is another wheel.
@@ -71,7 +80,7 @@ horovod_depends() {
   here=$(dirname "${BASH_SOURCE[0]}")
   made=$(grep 'export HOROVOD_' "$here/horovod.sh" | cat - "$here/horovod_source.py" | cksum)  # by which settings and edits
   printf '%s\n' "$1 torch $2 cuda $3" "$4" "$(uname -m)" "glibc $(glibc)"
-  echo "horovod $HOROVOD_VERSION $5 ${HOROVOD_BUILD_CUDA_CC_LIST:-} $made"
+  echo "horovod $HOROVOD_VERSION $5 $([ "$5" = cpu ] || gpu_architectures "$3") $made"
 }
 
 # horovod_without_nccl BUILD KIND CUDA TOOLKIT: says why HOROVOD_BUILD=auto builds no NCCL, where that may be a surprise.

@@ -52,7 +52,7 @@ cd "$work/horovod-$HOROVOD_VERSION"
 python "$here/horovod_source.py" . || exit 1
 
 # Nothing of what a user or a site's module says about Horovod, MPI, CUDA or oneCCL in general.
-gpu_architectures=${HOROVOD_BUILD_CUDA_CC_LIST:-80,90}   # CUDA's driver compiles for newer ones when it loads the library
+architectures=$(gpu_architectures "$cuda")
 kept=$(horovod_folder "$depends")
 for name in $(compgen -e HOROVOD_) CCL_ROOT MPI_HOME; do unset "$name"; done
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
@@ -63,7 +63,7 @@ if [ "$kind" = nccl ]; then
   mkdir -p "$work/nccl"
   ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
   export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$work/nccl
-  export HOROVOD_BUILD_CUDA_CC_LIST=$gpu_architectures CUDA_HOME=$cuda_home HOROVOD_CUDA_HOME=$cuda_home PATH=$cuda_home/bin:$PATH
+  export HOROVOD_BUILD_CUDA_CC_LIST=$architectures CUDA_HOME=$cuda_home HOROVOD_CUDA_HOME=$cuda_home PATH=$cuda_home/bin:$PATH
 fi
 # nproc takes OMP_NUM_THREADS for the number of cores
 export CXX=${CXX:-g++}

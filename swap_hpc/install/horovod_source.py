@@ -12,6 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 CXX_FLAGS = "CMAKE_CXX_FLAGS_RELWITHDEBINFO"
+KERNELS = "horovod/common/ops/cuda/cuda_kernels.cu"
+
+# C++: a kernel whose launch failed does nothing, and says nothing unless it is asked.
+CHECK_LAUNCH = """
+static void CheckLaunch(const char* kernel) {
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::logic_error(std::string(kernel) + " was not launched: " + cudaGetErrorString(error) +
+                           " (for which GPUs was Horovod built?)");
+  }
+}
+"""
 
 
 class Edit(NamedTuple):
@@ -91,6 +103,32 @@ EDITS = (
         "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
         "  const size_type count_;",
         "  size_type count_;",
+    ),
+    Edit(
+        "libcuda.so comes with a driver's development files; every driver brings libcuda.so.1.",
+        "horovod/torch/cuda_util.cc",
+        'dlopen("libcuda.so", RTLD_LAZY)',
+        'dlopen("libcuda.so.1", RTLD_LAZY)',
+    ),
+    Edit(
+        "A kernel that cannot be launched, on a GPU that it was not built for, is an error: each rank would"
+        " keep its own gradients.",
+        KERNELS,
+        *after(
+            "#include <stdexcept>\n#include <cuda_fp16.h>\n\nnamespace horovod {\nnamespace common {",
+            CHECK_LAUNCH,
+        ),
+    ),
+    *(
+        Edit("The same, for each function that launches kernels.", KERNELS, end, f'{end}\n   CheckLaunch("{kernel}");')
+        for kernel, end in (
+            ("batched_memcpy_k", "NTHREADS_D2D_KERNEL, 0, stream>>>(params);"),
+            ("scale_buffer_k", '" not supported by ScaleBufferCudaImpl.");\n  }'),
+            (
+                "batched_scaled_memcpy_k",
+                '" not supported by BatchedScaledD2DMemcpyCudaImpl.");\n  }',
+            ),
+        )
     ),
 )
 

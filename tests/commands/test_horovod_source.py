@@ -79,6 +79,53 @@ def test_a_build_for_cpus_takes_no_toolkit(configured: Path) -> None:
     assert not (configured.parent / "nvcc-was-called").exists()
 
 
+def test_the_driver_is_opened_by_the_name_that_every_host_has(configured: Path) -> None:
+    files = [*(configured.parent / "horovod" / "common").rglob("*.cc"), *(configured.parent / "horovod" / "torch").glob("*.cc")]
+    assert re.findall(r'dlopen\("(.*?)"', "".join(path.read_text() for path in files)) == ["libcuda.so.1"]
+
+
+def test_every_launch_of_a_kernel_is_checked(configured: Path) -> None:
+    """A launch on a GPU that the kernels were not built for does nothing; each rank would keep its own gradients."""
+    text = (configured.parent / "horovod/common/ops/cuda/cuda_kernels.cu").read_text()
+    launching = [body for body in re.split(r"\n}\n", text) if "<<<" in body]
+    assert len(launching) == 3
+    for body in launching:
+        assert "CheckLaunch(" in body.rpartition("<<<")[2], body[-300:]
+
+
+@pytest.mark.parametrize("cuda, architectures", [("13", "75,80,90"), ("12", "70,75,80,90")])
+def test_kernels_are_built_for_the_gpus_of_torchs_wheels(cuda: str, architectures: str) -> None:
+    """The newest one as PTX, too, which the driver compiles for newer GPUs. Another list is another wheel, but for CPUs."""
+    script = f". {INSTALL}/common.sh; gpu_architectures {cuda}; for kind in nccl cpu; do horovod_depends cpython-311 2.14.1 {cuda} MPI $kind; done"
+    default = command("bash", "-c", script)
+    lines = default.stdout.splitlines()
+    assert default.code == 0 and lines[0] == architectures
+    kinds = [line for line in lines if line.startswith("horovod ")]
+    assert architectures in kinds[0] and architectures not in kinds[1]
+    own = command("bash", "-c", script, variables={"HOROVOD_BUILD_CUDA_CC_LIST": "89"}).stdout.splitlines()
+    assert own[0] == "89" and [line for line in own if line.startswith("horovod ")] == [kinds[0].replace(architectures, "89"), kinds[1]]
+
+
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no CUDA toolkit in /usr/local/cuda")
+def test_the_kernels_compile_for_those_gpus(configured: Path, tmp_path: Path) -> None:
+    source, nvcc = configured.parent, Path("/usr/local/cuda/bin/nvcc")
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.partition("release ")[2]
+    script = f". {INSTALL}/common.sh; gpu_architectures {release.partition('.')[0]}"
+    wanted = command("bash", "-c", script).stdout.strip()
+    path = f"{nvcc.parent}:{os.environ['PATH']}"
+    flags = "import build_utils; print(*build_utils.get_nvcc_flags())"
+    variables = {"HOROVOD_BUILD_CUDA_CC_LIST": wanted, "PYTHONPATH": str(source / "cmake"), "PATH": path}
+    said = command(sys.executable, "-c", flags, variables=variables)
+    include = [f"-I{source / 'third_party' / each}" for each in ("boost/assert/include", "flatbuffers/include")]
+    kernels = source / "horovod/common/ops/cuda/cuda_kernels.cu"
+    line = [nvcc, *shlex.split(said.stdout), "-std=c++14", "-DHAVE_CUDA=1", "-DHAVE_GPU=1", *include, "-c", kernels]
+    done = command(*map(str, line), "--keep", variables={"PATH": path}, cwd=tmp_path, timeout=300)
+    assert done.code == 0, done.stderr
+    cubins = {match[1] for path in tmp_path.glob("*.cubin") if (match := re.search(r"_(\d+)\.cubin$", path.name))}
+    assert cubins == set(wanted.split(","))
+    assert f"sm_{max(cubins)},compute_{max(cubins)}" in said.stdout  # as PTX, too
+
+
 def test_a_build_that_fails_shows_the_compilers_first_error(published: Path, tmp_path: Path) -> None:
     """Not what pip says around it, and no guess at the reason. The compiler refuses one file of the source."""
     compiler, says = tmp_path / "g++", "group_table.h:35: error: 'string' in namespace 'std' does not name a type"
