@@ -51,6 +51,7 @@ class Consumer:
                 checkpoints.forget_after(self.together, part_name(group), ranks.group)
         self.job = replace(job, control=control, load=self._load, met=self._met(job))
         control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
+        control.rest_seconds = job.recipe.checkpoint.min_seconds
 
     def consume(self, model: nn.Module) -> dict[str, Any] | None:
         self.watch.own["setup"] = perf_counter() - self.watch.started
@@ -71,7 +72,8 @@ class Consumer:
         digest = check_equal(model, self.ranks.world)
         refined_on = {ranks for mine in self.ranks.world.allgather(set(self.refined_on.values())) for ranks in mine}
         ranks = (self.trained_on, refined_on.pop() if len(refined_on) == 1 and self.part.phase is None else None)
-        return result_of(self.job.recipe, self.journal.lines, self.watch.slowest(self.ranks.world), ranks, digest, self.ranks.world)
+        seconds, memory = self.watch.slowest(self.ranks.world), self.job.device.peak_memory()
+        return result_of(self.job.recipe, self.journal.lines, seconds, memory, ranks, digest, self.ranks.world)
 
     def _consume(self, event: Event) -> None:
         if isinstance(event, Epoch):

@@ -14,16 +14,18 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class Control:
     """Of one rank. Training asks it at step boundaries and tells it of every step; it never acts by itself."""
 
-    save_seconds: float = float("inf")  # between saves inside an epoch
+    save_seconds: float = float("inf")  # between saves inside an epoch, at most
+    rest_seconds: float = 0.0  # between saves that the recipe asks for, at least
     stop: bool = False  # a signal asked for it
     saved_at: float = field(default_factory=monotonic)
     beats: int = 0  # grows with every step, batch and file: a rank whose number stands still hangs
     where: str = "the start"  # of the last beat
     waits: bool = False  # for other groups: then it is not this rank that hangs
 
-    def due(self) -> bool:
-        """Whether this rank wants a save at the next step boundary."""
-        return self.stop or monotonic() - self.saved_at >= self.save_seconds
+    def due(self, wanted: bool = False) -> bool:
+        """Whether this rank wants a save at the next step boundary. `wanted`: the recipe asks for one there."""
+        since = monotonic() - self.saved_at
+        return self.stop or since >= self.save_seconds or (wanted and since >= self.rest_seconds)
 
     def beat(self, where: str) -> None:
         self.where = where

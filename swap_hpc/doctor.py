@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from swap_hpc import __version__
-from swap_hpc.devices import Device, choose_device
-from swap_hpc.errors import UserError
-from swap_hpc.gradients import load_horovod
+from swap_hpc.devices import Device, use_device
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.gradients import averaged_gradients, load_horovod
 from swap_hpc.launcher import advice, launched
 from swap_hpc.ranks import Ranks, Team, grid, host, launcher_mismatch, mpi_library, mpi_library_file, node_of, thread_level
 
@@ -75,12 +75,14 @@ def _cpu() -> str:
 def report(world: Team, groups: int) -> list[str]:
     """Lines for a person, alike on all ranks; ends with what is wrong, or that nothing was found."""
     with node_of(world) as node, grid(world, groups) as ranks:
-        device = world.agree(lambda: choose_device(node, "auto"))
+        device, unusable = _device(world, node)
         facts = environment(world, node, device)
         nodes = world.allgather(host())
         timed = {name: _seconds_of_allreduce(team) for name, team in (("world", world), ("group", ranks.group), ("peers", ranks.peers))}
+        tries = world.size > 1 and not unusable and can_average(facts["horovod"], device)
+        unaveraged = _averaging_problem(world, device) if tries else None
         spans = world.any(len(set(ranks.group.allgather(host()))) > 1)
-        problems = _problems(world, ranks, node, facts, spans)
+        problems = [line for line in (unusable, unaveraged) if line] + _problems(world, ranks, node, facts, spans)
     lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     lines.append(f"MPI: {facts['mpi']['library']} ({facts['mpi']['file'] or 'file unknown'}), thread level {facts['mpi']['thread_level']}")
@@ -93,8 +95,41 @@ def report(world: Team, groups: int) -> list[str]:
     )
     lines += [_place(rank) for rank in facts["ranks"]]
     lines.append(f"grid: {world.size} ranks on {len(set(nodes))} nodes, {groups} groups")
+    if tries and not unaveraged:
+        lines.append("a step's gradients, averaged by Horovod over world: right on all ranks")
     lines += [f"allreduce of 4 MiB over {name}: {1e3 * seconds:.2f} ms" for name, seconds in timed.items()]
     return lines + ([f"PROBLEM: {problem}" for problem in problems] or ["no problem found"])
+
+
+def _device(world: Team, node: Team) -> tuple[Device, str | None]:
+    """This rank's device, alike in kind on all ranks; the CPU, and what is wrong in a line, where torch cannot use what it finds."""
+    try:
+        return use_device(world, node, "auto"), None
+    except UserError as error:
+        return use_device(world, node, "cpu"), str(error)
+
+
+def can_average(built: dict[str, bool] | None, device: Device) -> bool:
+    """Whether a Horovod was built that can be tried on this device."""
+    return built is not None and (built["nccl"] or device.torch.type == "cpu")
+
+
+def _averaging_problem(world: Team, device: Device) -> str | None:
+    """A line where a step on these devices does not average the gradients of all ranks. Collective over `world`."""
+    layer = torch.nn.Linear(1000, 100).to(device.torch)  # 400 kB
+    before = layer.weight.detach().clone()
+    try:
+        with averaged_gradients(layer, torch.optim.SGD(layer.parameters(), lr=1.0), world, device) as optimizer:
+            (layer.weight.sum() * (world.rank + 1)).backward()
+            optimizer.step()
+    except RunError as error:  # on all ranks alike
+        return str(error)
+    off = (before - layer.weight.detach() - (world.size + 1) / 2).abs().max().item()
+    wrong = [rank for rank, each in enumerate(world.allgather(off)) if not each < 1e-3]
+    if not wrong:
+        return None
+    ranks = ", ".join(map(str, wrong))
+    return f"gradients are not averaged on the devices of ranks {ranks}: was Horovod built for these GPUs? make setup builds it anew"
 
 
 def _seconds_of_allreduce(team: Team) -> float:

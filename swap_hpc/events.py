@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from swap_hpc.averaging import WeightSum
+from swap_hpc.devices import Memory
 from swap_hpc.kinds import entries_of, is_extra
 
 PhaseName = Literal["large_batch", "refine"]
@@ -33,7 +34,7 @@ class Epoch:
     images: int  # the team's
     train_seconds: float  # data loading in; the slowest rank's
     evaluate_seconds: float
-    peak_memory: int  # bytes, the most that any rank's process has had in memory since it began
+    peak_memory: Memory  # the most that any rank's process has had since it began
     ends_cycle: bool
 
 

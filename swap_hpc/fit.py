@@ -1,16 +1,17 @@
 """`fit()`, one phase's training as a generator of epochs and save points."""
 
 import math
-import resource
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
+from swap_hpc.agreement import check_agreement
 from swap_hpc.averaging import WeightSum, average_buffers_, broadcast_weights_, share_extra_states_
 from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.devices import Memory
 from swap_hpc.errors import Diverged, RunError
 from swap_hpc.evaluation import evaluate_job
 from swap_hpc.events import Epoch, Evaluation, PhaseName, Running, SavePoint, part_name, parts_of
@@ -44,7 +45,8 @@ def fit(
 
     Momentum starts at zero and is kept over the phase's cycles; the learning rate is interpolated at every step. The
     weights at each cycle's end of a refinement are added to `cycles`. Ends after all epochs, or with the first one whose training accuracy
-    reaches `phase.stop_accuracy`. Raises RunError, on all ranks of the team, where a loss or a weight is not finite.
+    reaches `phase.stop_accuracy`. Raises RunError, on all ranks of the team, where a loss or a weight is not finite, and, at a save
+    that is due and at the end, where the ranks' weights are not alike.
     """
     broadcast_weights_(model, team)
     if phase.epochs == 0:
@@ -132,7 +134,8 @@ class _Training:
             ends_cycle = reached or self.epoch % phase.epochs == 0
             every = job.recipe.evaluate.every
             test = evaluate_job(self.model, job, team) if ends_cycle or (every and self.epoch % every == 0) else None
-            train_seconds, evaluate_seconds, memory = team.maximum(seconds, perf_counter() - trained, _peak_memory())
+            memory = job.device.peak_memory()
+            train_seconds, evaluate_seconds, *peaks = team.maximum(seconds, perf_counter() - trained, *astuple(memory))
             if ends_cycle and self.group is not None:
                 self.cycles.add_(self.model)
             yield Epoch(
@@ -146,38 +149,44 @@ class _Training:
                 images=steps * phase.batch_size,
                 train_seconds=train_seconds,
                 evaluate_seconds=evaluate_seconds,
-                peak_memory=int(memory),
+                peak_memory=Memory(*map(int, peaks)),
                 ends_cycle=ends_cycle,
             )
-            yield self._checked(self.savepoint(due or self.ended or self._saves_epoch()), f"at a learning rate of {rates[-1]:.4g}")
+            due = due or self.ended or self._is_looked_at()
+            yield self._checked(self.savepoint(due), f"at a learning rate of {rates[-1]:.4g}")
 
-    def _saves_epoch(self) -> bool:
-        """Where groups wait for each other they save, too: they may be asked to stop while they wait."""
-        looks = self.job.recipe.refine.evaluate_average if self.group is not None else 0
-        due = any(every > 0 and self.epoch % every == 0 for every in (self.job.recipe.checkpoint.epochs, looks))
-        return due and not self.phase.average_every_steps
+    def _is_looked_at(self) -> bool:
+        """Whether groups wait for each other after this epoch: they save before, since they may be asked to stop while they wait."""
+        every = self.job.recipe.refine.evaluate_average if self.group is not None else 0
+        return every > 0 and self.epoch % every == 0
 
     def _steps(self, stream: Iterator[Batch], rates: list[float]) -> Generator[SavePoint, None, bool]:
         """The rest of an epoch, one step per learning rate. Returns whether a save is due at its end."""
         self.model.train()
         seen: list[_Step] = []  # since the last look
+        saves = self.job.recipe.checkpoint.epochs
+        is_saved = saves > 0 and (self.epoch + 1) % saves == 0
         due, started = False, perf_counter()
+        following: Batch | None = None
         while self.step < len(rates):
-            batch = next(stream)
+            batch = following or next(stream)
             seed_all(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
             rate = rates[self.step]
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
             self.optimizer.zero_grad()
             loss, hits = backward(self.forward, batch, self.job, self.phase.accumulate)
+            samples, ends = len(batch[1]), self.step + 1 == len(rates)
+            following = None if ends else next(stream)  # before the step, which waits for the other ranks' gradients
             self.optimizer.step()
             self.step += 1
-            seen.append(_Step(loss, hits, len(batch[1]), rate, self.where))
+            seen.append(_Step(loss, hits, samples, rate, self.where))
             self.job.control.beat(self.where)
             every = self.phase.average_every_steps
             meets = every is not None and (self.epoch * len(rates) + self.step) % every == 0
-            if len(seen) >= self.look_steps or self.step == len(rates) or meets:
-                due = self._look(seen, started) and not every  # groups that go on from their average save where they meet, all at once
+            if len(seen) >= self.look_steps or ends or meets:
+                # groups that go on from their average save where they meet, all at once
+                due = self._look(seen, started, ends and is_saved) and not every
                 seen, started = [], perf_counter()
                 if (due or meets) and self.step < len(rates):
                     yield self._checked(self.savepoint(due), f"at a learning rate of {rate:.4g}")
@@ -193,13 +202,16 @@ class _Training:
         phase = self.phase_name + ("" if self.group is None else f" of group {self.group}")
         return f"{phase}, epoch {self.epoch + 1}, step {self.step}"
 
-    def _look(self, seen: list["_Step"], started: float) -> bool:
-        """Adds the steps' losses and hits to the running sums. Returns whether any rank of the team is due to save."""
+    def _look(self, seen: list["_Step"], started: float, wanted: bool) -> bool:
+        """Adds the steps' losses and hits to the running sums. Returns whether any rank of the team is due to save.
+
+        `wanted`: the recipe asks for a save here.
+        """
         losses = torch.stack([step.loss for step in seen]).tolist()
         hits = torch.stack([step.hits for step in seen]).tolist()
         seconds = perf_counter() - started
         bad = [(step, loss) for step, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
-        fails, due, per_step = self.team.maximum(len(bad), self.job.control.due(), seconds / len(seen))
+        fails, due, per_step = self.team.maximum(len(bad), self.job.control.due(wanted), seconds / len(seen))
         if fails:
             self.team.agree(lambda: _refuse(*bad[0]) if bad else None)
         for step, loss, correct in zip(seen, losses, hits, strict=True):
@@ -212,6 +224,7 @@ class _Training:
         """`point`. Raises RunError, on all ranks, rather than let weights be saved that training cannot go on from."""
         if point.due:
             self.team.agree(lambda: _check_finite(point, f"{self.where}, {rate}"))
+            check_agreement(self.model, self.team, self.where)
         return point
 
 
@@ -222,7 +235,7 @@ def backward(forward: Callable[[Tensor], Tensor], batch: Batch, job: Job, parts:
     """
     objective = job.objective
     losses, hits = [], []
-    for images, labels in zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
+    for images, labels in [batch] if parts == 1 else zip(*(tensor.chunk(parts) for tensor in batch), strict=True):
         with job.autocast():
             outputs = forward(images)
         outputs = as_float32(outputs)
@@ -256,11 +269,6 @@ def _refuse(step: _Step, loss: float) -> None:
 def _means(running: Running, team: Team) -> Evaluation:
     loss, correct, samples = team.sums(running.loss, running.correct, running.samples)
     return Evaluation(loss / samples, correct / samples)
-
-
-def _peak_memory() -> int:
-    """The most that this process has had in memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Refinement:

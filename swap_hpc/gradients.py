@@ -122,7 +122,10 @@ class _Bucket:
     @torch.no_grad()
     def receive(self, hvd: Any) -> None:
         """Waits for the mean, and makes it the gradients."""
-        hvd.synchronize(self.handle)
+        try:
+            hvd.synchronize(self.handle)
+        except RuntimeError as error:
+            raise RunError(f"Horovod could not average gradients: {' '.join(str(error).split())}") from error
         self.handle = None
         if self.host is not None:
             real(self.packed).copy_(self.host)

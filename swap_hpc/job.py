@@ -61,7 +61,8 @@ class Job:
             built = self.make()
         else:
             built = models.build(self.recipe.model, len(self.dataset.classes), self.dataset.channels, self.recipe.seed)
-        return built.train().to(self.device.torch)
+        built = built.train().to(self.device.torch)
+        return built.to(memory_format=torch.channels_last) if self.recipe.channels_last else built
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """A model built as `model` was, with its weights, buffers and extra states.

@@ -42,7 +42,9 @@ def epoch_fields(epoch: Epoch) -> Line:
         "images_per_second": epoch.images / epoch.train_seconds,
         "train_seconds": epoch.train_seconds,
         "evaluate_seconds": epoch.evaluate_seconds,
-        "peak_memory_mib": epoch.peak_memory / 2**20,
+        "peak_memory_mib": epoch.peak_memory.host / 2**20,
+        "peak_gpu_allocated_mib": epoch.peak_memory.gpu_allocated / 2**20 or None,
+        "peak_gpu_reserved_mib": epoch.peak_memory.gpu_reserved / 2**20 or None,
     }
 
 

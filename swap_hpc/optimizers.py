@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimize
         for group in groups:
             group["trust"] = 0.0 if "weight_decay" in group else recipe.trust
         return Lars(groups, lr=0.0, **settings)
-    return Sgd(groups, lr=0.0, **settings)
+    return Sgd(groups, lr=0.0, fused=recipe.fused or None, **settings)
 
 
 class _Plain(torch.optim.Optimizer):

@@ -74,14 +74,16 @@ def predict(work: Work, costs: Costs, ranks: int) -> dict[str, float]:
     saved = 2 * GRADIENT * size / costs.disk  # weights and momentum
     refine = recipe.refine.epochs * recipe.refine.cycles
     batches = (recipe.batchnorm.samples or work.samples) // recipe.batchnorm.batch_size  # whole ones are dealt out
-    every = recipe.checkpoint.epochs
+    first = epoch(work, costs, recipe.large_batch, ranks, ranks)
+    second = epoch(work, costs, recipe.refine, per_group, ranks)
+    # groups write at once, and share the file system
+    saves = recipe.checkpoint.saves(recipe.large_batch.epochs, first) + recipe.checkpoint.saves(refine, second) * recipe.groups
     return {
-        "large_batch": recipe.large_batch.epochs * epoch(work, costs, recipe.large_batch, ranks, ranks),
-        "refine": refine * in_turn * epoch(work, costs, recipe.refine, per_group, ranks),
+        "large_batch": recipe.large_batch.epochs * first,
+        "refine": refine * in_turn * second,
         "average": costs.allreduce(SUM * size, min(ranks, recipe.groups)) if refine else 0.0,  # over peers
         "batchnorm": costs.compute(FORWARD * math.ceil(batches / ranks) * recipe.batchnorm.batch_size, 0, ranks) if refine else 0.0,
-        # groups write at once, and share the file system
-        "save": saved * (recipe.large_batch.epochs // every + refine // every * recipe.groups) if every else 0.0,
+        "save": saved * saves,
     }
 
 

@@ -1,10 +1,15 @@
 """All that can fail before training, on all ranks alike: the device, the data, the model."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from swap_hpc.data import Arrays, Dataset, load
-from swap_hpc.devices import choose_device
+from swap_hpc.devices import BF16, Device, told, use_device
 from swap_hpc.errors import UserError
 from swap_hpc.files import load_weights_
 from swap_hpc.gradients import check_horovod
@@ -16,21 +21,55 @@ from swap_hpc.recipe import Recipe
 
 def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     """The job that a recipe describes, and its model as training begins, on this rank's device. Raises UserError, on all ranks."""
-    device = world.agree(lambda: choose_device(node, recipe.device))
-    kinds = world.allgather(device.torch.type)
-    if len(set(kinds)) > 1:
-        raise UserError(f"rank {kinds.index('cpu')} sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu")
+    device = use_device(world, node, recipe.device)
+    world.agree(lambda: _check_device(recipe, device))
     if world.size > 1:
         world.agree(lambda: check_horovod(device))
-    torch.set_num_threads(device.threads)
-    if device.torch.type == "cuda":
-        torch.cuda.set_device(device.torch)
+    choose_algorithms(recipe)
     dataset = load(recipe.data, world, device.threads)
     job = Job(recipe, dataset, device)
     model = world.agree(lambda: _model(job))
     world.agree(lambda: _check_sizes(recipe, dataset, bool(batchnorm_layers(model))))
     world.agree(lambda: job.objective)  # may be a user's own
     return job, model
+
+
+def _check_device(recipe: Recipe, device: Device) -> None:
+    """Raises UserError where this rank's device, or its host, cannot do what the recipe asks for."""
+    if recipe.precision == "bf16" and device.capability and device.capability < BF16:
+        raise UserError(
+            f'precision = "bf16" needs a GPU of compute capability {told(BF16)} (A100) or newer, and {device.name} has '
+            f"{told(device.capability)}: --set precision=fp32 (fp16, which it does have, is not supported yet)"
+        )
+    if recipe.compile:
+        check_compiler(device)
+
+
+def check_compiler(device: Device) -> None:
+    """Raises UserError where torch.compile would find no compiler: on a GPU, too, it compiles C that launches its kernels."""
+    names = ["CC", "gcc", "clang"] if device.torch.type == "cuda" else ["CXX", "g++"]
+    variable, *programs = names
+    told_by_site = os.environ.get(variable, "").split()
+    lacking = [] if any(map(shutil.which, [*told_by_site[:1], *programs])) else [f"a compiler ({programs[0]})"]
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
+    if lacking:
+        raise UserError(
+            f"compile = true: torch.compile needs {' and '.join(lacking)} where the ranks run: "
+            "install them (Debian: apt-get install g++ python3-dev), or --set compile=false"
+        )
+
+
+def choose_algorithms(recipe: Recipe) -> None:
+    """Tells torch and cuDNN, for this process, what a recipe says of their algorithms; leaves alone what it does not."""
+    if recipe.cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that nobody wrote
 
 
 def _model(job: Job) -> nn.Module:

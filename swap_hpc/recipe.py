@@ -217,11 +217,15 @@ class Optimizer(_Section):
     """Weight decay also of batch norm's parameters and of biases; false: LARS, too, leaves them alone."""
     trust: Annotated[float, Field(gt=0)] = 0.001
     """LARS: a step's size as a share of the weights', at a learning rate of 1."""
+    fused: bool = False
+    """SGD: a step in one kernel for each few tensors, which a GPU is given sooner; rounds differently."""
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> "Optimizer":
+    def _settings_that_fit(self) -> "Optimizer":
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov = true needs a momentum above 0")
+        if self.fused and self.name != "sgd":
+            raise ValueError(f"fused is SGD's: {self.name} has no such step")
         return self
 
 
@@ -289,10 +293,19 @@ class Checkpoint(_Section):
 
     epochs: CountOrZero = 1
     """Epochs between saves at epochs' ends; 0: only where `minutes` have passed, where groups wait for each other, and at a phase's end."""
+    min_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """At least so many between saves at epochs' ends, where epochs are short; 0: a save at each that `epochs` names."""
     minutes: Annotated[float, Field(ge=0)] = 10.0
     """At most so many between saves inside an epoch; 0: none there."""
     snapshots: CountOrZero = 0
     """Epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are."""
+
+    def saves(self, epochs: int, seconds: float) -> int:
+        """How many saves at epochs' ends are made in that many epochs, each of that many seconds."""
+        if not self.epochs:
+            return 0
+        rest = math.ceil(self.min_seconds / (self.epochs * seconds)) if seconds else 1
+        return epochs // (self.epochs * max(1, rest))
 
 
 class Watchdog(_Section):
@@ -314,7 +327,14 @@ class Recipe(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; weights and gradients stay float32. `fp32` on a GPU: convolutions in TF32, as is torch's default."""
     compile: bool = False
-    """A step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute."""
+    """A step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute. Needs a C compiler and Python's
+    headers where the ranks run."""
+    channels_last: bool = False
+    """Convolutions' weights lie in memory with the channels last, as images do here: faster on some GPUs; rounds differently."""
+    cudnn_benchmark: bool = False
+    """cuDNN tries its algorithms for each new shape and takes the fastest: faster, and another run may take other ones."""
+    deterministic: bool = False
+    """Only algorithms of torch and cuDNN that repeat to the bit on a GPU, slower ones; what has none is refused in the first step."""
     loss: _name("cross_entropy") = "cross_entropy"  # type: ignore[valid-type]
     """Mean loss of `(outputs, targets)`, a scalar: `cross_entropy` or `package.module:function`."""
     metric: _name("accuracy") = "accuracy"  # type: ignore[valid-type]
@@ -341,6 +361,8 @@ class Recipe(_Section):
     def _something_to_do(self) -> "Recipe":
         if self.large_batch.epochs == 0 and self.refine.epochs == 0:
             raise ValueError("large_batch.epochs and refine.epochs are both 0: there is nothing to train")
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError("deterministic and cudnn_benchmark exclude each other: what is chosen by its speed does not repeat")
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError("label_smoothing is of cross_entropy: a loss of your own brings its own")
         if self.large_batch.epochs == 0 and self.model.weights is None:

@@ -1,21 +1,29 @@
 """What `result.json` holds, from the lines of a run's metrics and its times."""
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
+from swap_hpc.devices import Memory
 from swap_hpc.metrics import Line
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Recipe
 
 
 def result_of(
-    recipe: Recipe, lines: Mapping[str, list[Line]], seconds: Mapping[str, float], ranks: tuple[int, int | None], digest: str, world: Team
+    recipe: Recipe,
+    lines: Mapping[str, list[Line]],
+    seconds: Mapping[str, float],
+    memory: Memory,
+    ranks: tuple[int, int | None],
+    digest: str,
+    world: Team,
 ) -> dict[str, Any]:
     """Alike on all ranks of `world`; the keys are those of the design.
 
-    `lines`: of the parts that this rank tells of, "world" and its groups'. `seconds`: the slowest rank's, by name. `ranks`:
-    their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on other numbers of ranks). `digest`: of
-    the final weights.
+    `lines`: of the parts that this rank tells of, "world" and its groups'. `seconds`: the slowest rank's, by name.
+    `memory`: this rank's peak. `ranks`: their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on
+    other numbers of ranks). `digest`: of the final weights.
     """
     first = [line for line in lines["world"] if line["phase"] == "large_batch"]
     finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
@@ -34,8 +42,18 @@ def result_of(
         "test_loss": _figures("test_loss", finals, ends),
         "seconds": dict(seconds),
         "images_per_second": {phase: count / seconds[phase] if seconds[phase] else None for phase, count in trained.items()},
+        "peak_memory_mib": _peak_memory(lines, memory, world),
         "weights_sha256": digest,
     }
+
+
+def _peak_memory(lines: Mapping[str, list[Line]], memory: Memory, world: Team) -> dict[str, float | None]:
+    """The largest rank's, of this start of the run and of those before."""
+    names = ("peak_memory_mib", "peak_gpu_allocated_mib", "peak_gpu_reserved_mib")
+    before = [max((line.get(name) or 0.0 for part in lines.values() for line in part), default=0.0) for name in names]
+    now = [size / 2**20 for size in astuple(memory)]
+    host, allocated, reserved = world.maximum(*map(max, before, now))
+    return {"host": host, "gpu_allocated": allocated or None, "gpu_reserved": reserved or None}
 
 
 _Ends = dict[tuple[int, int], Line]  # (group, cycle) -> the line of the cycle's last epoch

@@ -38,7 +38,7 @@ def swap(model: nn.Module, job: Job, ranks: Ranks) -> Generator[Event, None, Non
         average_weights_(model, ranks.peers, total)
         yield Done("average", model, meeting)
         if meeting.then == "go_on":  # not SWAP, but post-local SGD: back to phase 2, from the average
-            due = ranks.world.any(meeting.saves or job.control.due())
+            due = ranks.world.any(job.control.due(meeting.saves))
             for copy in copies:
                 yield copy.go_on_from_(model, due)
             yield Done("go_on", model, meeting)

@@ -27,6 +27,7 @@ def recipe(**overrides: Any) -> Recipe:
         "refine": {"batch_size": 12, "epochs": 1, "learning_rate": [[0, 0.05], [1, 0.0]]},
         "batchnorm": {"batch_size": 20, "samples": 90},
         "evaluate": {"batch_size": 7},
+        "checkpoint": {"min_seconds": 0},
     }
     for section, value in overrides.items():
         fields[section] = fields[section] | value if isinstance(value, dict) and section in fields else value

@@ -31,6 +31,7 @@ BENCHES = {
     "loader": Bench("loading:in_memory", (1,), "CIFAR's augmentation in memory: DALI beside a DataLoader, and plain torch"),
     "decode": Bench("loading:from_files", (1,), "JPEG files, random resized crops: DALI beside ImageFolder and DataLoader"),
     "step": Bench("training:step", (2,), "a step of phase 1: Horovod beside DistributedDataParallel"),
+    "overhead": Bench("overhead:overhead", (1,), "what a step costs on the host beside the model's own work, in microseconds"),
     "loop": Bench("training:loop", (1,), "fit() beside a bare loop"),
     "refine": Bench("training:refine", (2,), "a rank that refines among others beside a rank alone"),
     "average": Bench("averages:average", (2, 4), "averaged weights beside a bare allreduce"),

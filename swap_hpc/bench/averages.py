@@ -12,7 +12,7 @@ from torch import nn
 from swap_hpc import models
 from swap_hpc.averaging import CHUNK, average_weights_, refresh_batchnorm_
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
-from swap_hpc.devices import choose_device
+from swap_hpc.devices import use_device
 from swap_hpc.ranks import Team, node_of
 from swap_hpc.recipe import Model
 
@@ -22,8 +22,7 @@ BATCHES, BATCH = 24, 256  # of the refresh, together
 def average(world: Team, peers: ModuleType) -> list[Comparison]:
     """25.6 million parameters, averaged over all ranks."""
     with node_of(world) as node:
-        device = choose_device(node, "auto")
-    torch.set_num_threads(device.threads)
+        device = use_device(world, node, "auto")
     model = models.build(Model(name="torchvision:resnet50"), 1000, 3, world.rank).to(device.torch)
     parameters = sum(p.numel() for p in model.parameters())
     on_gpu, clock = device.torch.type == "cuda", Clock(world)
@@ -78,8 +77,7 @@ def _extra_memory(model: nn.Module, world: Team) -> float:
 def batchnorm(world: Team, peers: ModuleType) -> list[Comparison]:
     """The statistics of the same batches, shared out to the ranks or all on one."""
     with node_of(world) as node:
-        device = choose_device(node, "auto")
-    torch.set_num_threads(device.threads)
+        device = use_device(world, node, "auto")
     model = models.build(Model(name="resnet9", width=16), 10, 3, 0).to(device.torch)  # type: ignore[call-arg]
     batches = torch.randn(BATCHES, BATCH, 3, 32, 32, device=device.torch).unbind()
     clock = Clock(world)

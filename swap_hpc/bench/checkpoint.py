@@ -88,7 +88,7 @@ def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Rank
     events.close()
     ranks.world.barrier()
     epochs = phase.epochs * phase.cycles * (1 if first else len(ranks.groups))
-    every, minutes = job.recipe.checkpoint.epochs, job.recipe.checkpoint.minutes
+    minutes = job.recipe.checkpoint.minutes
     inside = int(epoch_seconds / (60 * minutes)) if minutes else 0
-    saves = epochs * inside + (epochs // every if every else 1)
+    saves = epochs * inside + (job.recipe.checkpoint.saves(epochs, epoch_seconds) or 1)
     return Cost(size / 2**20, sorted(seconds), ranks.world.maximum(epoch_seconds)[0], epochs, saves)

@@ -17,7 +17,7 @@ from swap_hpc.bench.measure import Comparison, alternately, images_per_second, w
 from swap_hpc.data import load, loader
 from swap_hpc.data.sampling import Key, Phase, training_picks
 from swap_hpc.data.splits import Arrays, Dataset, with_statistics
-from swap_hpc.devices import Device, choose_device
+from swap_hpc.devices import Device, use_device
 from swap_hpc.optimizers import build_optimizer
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment, Data, Model, Optimizer
@@ -33,8 +33,7 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, IMAGES)
     dataset = with_statistics(Arrays(images, labels), Arrays(images[:1], labels[:1]), tuple(map(str, range(10))))
-    device = choose_device(world, "auto")
-    torch.set_num_threads(device.threads)
+    device = use_device(world, world, "auto")
 
     def ours() -> float:
         return images_per_second(_training(dataset, AUGMENT, BATCH, device, 2))
@@ -81,8 +80,7 @@ def _consumed(device: Device, steps: int = 50) -> float:
 
 def from_files(world: Team, peers: ModuleType) -> list[Comparison]:
     """Random resized crops of JPEG files."""
-    device = choose_device(world, "auto")
-    torch.set_num_threads(device.threads)
+    device = use_device(world, world, "auto")
     with tempfile.TemporaryDirectory() as name:
         root = peers.jpeg_folder(Path(name), FILES)
         dataset = load(Data(name="folder", path=root, image_size=((0, 224),), memory_gib=0), world, device.threads)

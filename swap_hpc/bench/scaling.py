@@ -5,12 +5,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from swap_hpc import models
 from swap_hpc.bench.traffic import Traffic
 from swap_hpc.data import load
-from swap_hpc.devices import choose_device
+from swap_hpc.devices import use_device
 from swap_hpc.events import Done, Epoch
 from swap_hpc.figures import drawn
 from swap_hpc.job import Job
@@ -38,8 +36,7 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
     """One case, a group for each rank: two epochs of phase 1 (the second counts), one of phase 2, the average. The largest rank's."""
     traffic = Traffic(world)
     with node_of(world) as node:
-        device = choose_device(node, "auto")
-    torch.set_num_threads(device.threads)
+        device = use_device(world, node, "auto")
     recipe = load_recipe(
         "cifar10-cpu", (*FIELDS, f"groups={world.size}", f"model.width={case['width']}", f"data.samples={case['samples']}")
     )
@@ -51,7 +48,7 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
         sent, since = traffic.sent(), perf_counter()
         for event in swap(model, job, ranks):
             if isinstance(event, Epoch):
-                memory = max(memory, event.peak_memory)
+                memory = max(memory, event.peak_memory.host)
                 figures[event.phase] = (event.train_seconds, traffic.sent() - sent)
             elif isinstance(event, Done) and event.what in PHASES[2:]:
                 figures[event.what] = (perf_counter() - since, traffic.sent() - sent)

@@ -15,7 +15,7 @@ from swap_hpc import models
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
 from swap_hpc.data.sampling import Key, Phase
-from swap_hpc.devices import Device, choose_device
+from swap_hpc.devices import Device, use_device
 from swap_hpc.events import Epoch
 from swap_hpc.fit import fit
 from swap_hpc.gradients import averaged_gradients
@@ -76,8 +76,8 @@ class _Step:
 def step(world: Team, peers: ModuleType) -> list[Comparison]:
     """A step of phase 1: two sizes of gradients."""
     with node_of(world) as node:
-        device = choose_device(node, "auto")
-    torch.set_num_threads(device.threads)
+        device = use_device(world, node, "auto")
+    backend = ddp_backend(device, world)
     comparisons = []
     for name, arguments, share, pixels, steps in (("resnet9", {"width": 16}, 128, 32, 6), ("torchvision:resnet50", {}, 8, 64, 3)):
         build = Model.model_validate({"name": name, **arguments})
@@ -85,15 +85,20 @@ def step(world: Team, peers: ModuleType) -> list[Comparison]:
         images = torch.randn(share, 3, pixels, pixels, device=device.torch).contiguous(memory_format=torch.channels_last)
         labels = torch.randint(10, (share,), device=device.torch)
         case = _Step(model, images, labels, steps, world, device, peers)
-        with peers.process_group(world.rank, world.size, world.broadcast(peers.store_file()), device.torch):
+        with peers.process_group(world.rank, world.size, world.broadcast(peers.store_file()), backend):
             one, other = alternately(case.ours, case.peer)
             most, another = alternately(case.silent, case.peer, 3)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         what = f"{name}, {parameters:.1f} million gradients, batch {share} x {world.size}"
-        peer = f"DistributedDataParallel ({'NCCL' if device.torch.type == 'cuda' else 'gloo'})"
+        peer = f"DistributedDataParallel ({backend})"
         comparisons.append(Comparison("step", f"{what}, Horovod", peer, "images/s", one, other, 1.0))
         comparisons.append(Comparison("step", f"its ceiling: {what}, nothing sent", peer, "images/s", most, another))
     return comparisons
+
+
+def ddp_backend(device: Device, world: Team) -> str:
+    """What DistributedDataParallel sends gradients with. NCCL refuses two ranks on one GPU."""
+    return "nccl" if device.torch.type == "cuda" and not device.is_shared(world) else "gloo"
 
 
 def loop(world: Team, peers: ModuleType) -> list[Comparison]:
@@ -113,7 +118,10 @@ def loop(world: Team, peers: ModuleType) -> list[Comparison]:
 def refine(world: Team, peers: ModuleType) -> list[Comparison]:
     """A rank's refinement while all ranks refine, and the same alone."""
     comparisons = []
-    precisions: dict[str, float | None] = {"fp32": 0.97}
+    with node_of(world) as node:
+        device = use_device(world, node, "auto")
+    # ranks that share a GPU wait for each other there, whoever drives them: a bar would say nothing
+    precisions: dict[str, float | None] = {"fp32": None if device.is_shared(world) else 0.97}
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():  # others imitate bfloat16, slowly
         precisions["bf16"] = None
     for precision, bar in precisions.items():
@@ -146,8 +154,7 @@ def refine(world: Team, peers: ModuleType) -> list[Comparison]:
 def _job(name: str, world: Team, *overrides: str) -> tuple[Job, nn.Module]:
     recipe: Recipe = load_recipe(name, (*SMALL, *overrides))
     with node_of(world) as node:
-        device = choose_device(node, "auto")
-    torch.set_num_threads(device.threads)
+        device = use_device(world, node, "auto")
     dataset = load(recipe.data, world, device.threads)
     model = models.build(recipe.model, len(dataset.classes), dataset.channels, 0).to(device.torch)
     return Job(recipe, dataset, device), model

@@ -15,9 +15,10 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from torch import Tensor
 from torch.nn import functional as F
 
+from swap_hpc.data.crops import crop_places, cropped, draws, mirrored, to_device
 from swap_hpc.data.encoded import Encoded, encoded, explain_decode_error, whole_image
 from swap_hpc.data.pieces import Piece, pieces
-from swap_hpc.data.sampling import DRAWS, Picks
+from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Arrays, Batches, Dataset, Graph, Split
 from swap_hpc.devices import Device
 from swap_hpc.errors import RunError, UserError
@@ -52,6 +53,9 @@ def batches(
     if isinstance(split, Batches):
         yield from _own_batches(split, picks, view.augment is not None, batch_size, device)
         return
+    if isinstance(split, Arrays) and device.torch.type == "cuda":
+        yield from cropped(dataset, split, picks, view.augment, device.torch)
+        return
     ahead: deque[tuple[np.ndarray, bool]] = deque()  # samples that DALI was asked for and has not returned yet; whether a pick ends there
 
     def noted(parts: Iterator[Piece]) -> Iterator[Piece]:
@@ -61,7 +65,7 @@ def batches(
 
     seen: Callable[..., Tensor] = _as_they_are
     if isinstance(split, Arrays):
-        graph = _array_graph(dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment, device)
+        graph = _array_graph(dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment)
     else:
         shorter = None if view.augment else _shorter(dataset, view)
         cut = pieces(split, picks, dataset.pixels_at_once, device.threads, (shorter, shorter) if shorter else None)
@@ -90,7 +94,7 @@ def batches(
         samples.append(indices)
         if ends:
             whole = images[0] if len(images) == 1 else torch.cat(images)
-            yield whole.permute(0, 3, 1, 2), labels[_on_device(np.concatenate(samples), device)]
+            yield whole.permute(0, 3, 1, 2), labels[to_device(np.concatenate(samples), device.torch)]
             images, samples = [], []
 
 
@@ -127,16 +131,16 @@ def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size:
     stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
     while True:
         try:
-            inputs, targets = pipeline.run(stream)
+            outputs = pipeline.run(stream)
         except StopIteration:
             return
-        yield torch.from_dlpack(inputs.as_tensor()), torch.from_dlpack(targets.as_tensor())
+        inputs, targets = (_kept(torch.from_dlpack(output.as_tensor()), device) for output in outputs)
+        yield inputs, targets
 
 
-def _on_device(indices: np.ndarray, device: Device) -> Tensor:
-    """(n,) int64, copied to a GPU without making the host wait for it."""
-    tensor = torch.from_numpy(indices)
-    return tensor.pin_memory().to(device.torch, non_blocking=True) if device.torch.type == "cuda" else tensor
+def _kept(output: Tensor, device: Device) -> Tensor:
+    """A graph's output. What lies on the CPU and goes to a GPU is copied now: DALI uses its memory, which is pinned, again."""
+    return to_device(output.numpy(), device.torch) if device.torch.type == "cuda" and not output.is_cuda else output
 
 
 def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
@@ -145,26 +149,22 @@ def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipe
     return pipeline_def(graph)(batch_size=batch_size, num_threads=device.threads, device_id=index, seed=0, prefetch_queue_depth=2)
 
 
-def _array_graph(dataset: Dataset, split: Arrays, parts: Iterator[Piece], augment: Augment | None, device: Device) -> Callable[[], Any]:
-    """Crop, flip, normalise and cut out images that lie in memory: the host's, or on a GPU the GPU's."""
+def _array_graph(dataset: Dataset, split: Arrays, parts: Iterator[Piece], augment: Augment | None) -> Callable[[], Any]:
+    """Crop, flip, normalise and cut out images that lie in the host's memory."""
     augment = augment or Augment()
     pad, cutout = augment.pad, augment.cutout
     height, width = dataset.image_size
-    on_gpu = device.torch.type == "cuda"
-    images: Any = split.on_gpu(pad, device.torch) if on_gpu else split.padded(pad)
+    images = split.padded(pad)
 
     def feed() -> Feed:
         for part in parts:
-            pick, u = part.pick, _draws(part.pick)
-            place = np.floor(u[:, :2] * (2 * pad + 1)) / max(1, 2 * pad)  # of the crop, from 0 to 1, in whole pixels
-            where = _on_device(pick.indices, device) if on_gpu else pick.indices
-            corner = [_column(np.floor(u[:, 3:5] * [width - cutout + 1, height - cutout + 1]))] if cutout else []
-            yield images[where], _column(place[:, 0]), _column(place[:, 1]), _mirror(u, augment), *corner
+            x, y, mirror, left, top = crop_places(part.pick, augment, (height, width))
+            place = (_column(each) / np.float32(max(1, 2 * pad)) for each in (x, y))  # of the crop, from 0 to 1, in whole pixels
+            corner = [_column(np.stack([left, top], 1))] if cutout else []
+            yield images[part.pick.indices], *place, mirror.astype(np.int32), *corner
 
     def graph() -> Any:
-        first, rest = itertools.tee(feed())
-        image = fn.external_source((row[0] for row in first), device="gpu" if on_gpu else "cpu", batch=True)
-        x, y, mirror, *corner = fn.external_source((row[1:] for row in rest), num_outputs=4 if cutout else 3, batch=True)
+        image, x, y, mirror, *corner = fn.external_source(feed(), num_outputs=5 if cutout else 4, batch=True)
         image = _normalised(image, dataset, crop=(height, width), crop_pos_x=x, crop_pos_y=y, mirror=mirror)
         return fn.erase(image, anchor=corner[0], shape=(cutout, cutout), axis_names="WH", fill_value=0.0) if cutout else image
 
@@ -184,14 +184,14 @@ def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], vie
 
     def feed() -> Feed:
         for part in parts:
-            u = _draws(part.pick)
+            u = draws(part.pick)
             share = areas[0] + u[:, 3] * (areas[1] - areas[0])
             aspect = np.exp(np.log(ratios[0]) + u[:, 4] * np.log(ratios[1] / ratios[0]))
             yield (
                 part.sources,
                 _column(share),
                 _column(aspect),
-                _mirror(u, augment),
+                mirrored(u, augment),
                 u[:, 1::-1].copy(),
             )
 
@@ -253,16 +253,6 @@ def _resized(size: tuple[int, int], dataset: Dataset, crops: Any, mirrored: Any)
         rows.copy_((resized.flip(3) if mirror else resized).permute(0, 2, 3, 1).view(rows.shape)).sub_(mean).div_(deviation)
     torch.set_num_threads(threads)
     return images
-
-
-def _draws(pick: Picks) -> np.ndarray:
-    """(n, DRAWS) float32; zeros where nothing is augmented."""
-    return pick.draws if pick.draws is not None else np.zeros((len(pick.indices), DRAWS), np.float32)
-
-
-def _mirror(draws: np.ndarray, augment: Augment | None) -> np.ndarray:
-    """(n,) int32: 1 for the images to mirror."""
-    return ((draws[:, 2] >= 0.5) & bool(augment and augment.flip)).astype(np.int32)
 
 
 def _column(values: np.ndarray) -> np.ndarray:

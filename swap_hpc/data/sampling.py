@@ -6,6 +6,7 @@ So the samples of a step do not depend on how many ranks share them, and resumin
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -51,24 +52,46 @@ class Picks:
         return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """All samples of one epoch."""
+
+    order: np.ndarray  # (N,) int64
+    draws: np.ndarray  # (N, DRAWS) float32 in [0, 1), by sample
+
+    @classmethod
+    def drawn(cls, key: Key, epoch: int, samples: int) -> "Epoch":
+        """`epoch` counts from 0 since the phase began, over all its cycles."""
+        generator = key.generator(epoch)
+        return cls(generator.permutation(samples), generator.random((samples, DRAWS), dtype=np.float32))
+
+    def picks(self, first: int, end: int) -> Picks:
+        """The samples from one place in the order to another."""
+        indices = self.order[first:end]
+        return Picks(indices, self.draws[indices])
+
+
 def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:
     """All samples of one epoch, in its order. `epoch` counts from 0 since the phase began, over all its cycles."""
-    generator = key.generator(epoch)
-    order = generator.permutation(samples)
-    return Picks(order, generator.random((samples, DRAWS), dtype=np.float32)[order])
+    return Epoch.drawn(key, epoch, samples).picks(0, samples)
 
 
 def training_picks(key: Key, samples: int, batch_size: int, rank: int, size: int, epochs: range, first_step: int = 0) -> Iterator[Picks]:
     """A rank's share of each step of `epochs`: contiguous, and together with the other ranks' the step's whole batch.
 
-    An epoch's last partial batch is dropped. `first_step` skips that many steps of the first epoch.
+    An epoch's last partial batch is dropped. `first_step` skips that many steps of the first epoch. Each epoch is drawn by a
+    thread while the one before is trained on.
     """
     share = batch_size // size
-    for epoch in epochs:
-        whole = epoch_picks(key, epoch, samples)
-        for step in range(first_step if epoch == epochs.start else 0, samples // batch_size):
-            mine = slice(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
-            yield Picks(whole.indices[mine], whole.draws[mine])  # type: ignore[index]
+    with ThreadPoolExecutor(1, "picks") as ahead:
+        drawing = ahead.submit(Epoch.drawn, key, epochs.start, samples)
+        for epoch in epochs:
+            whole = drawing.result()
+            if epoch + 1 in epochs:
+                drawing = ahead.submit(Epoch.drawn, key, epoch + 1, samples)
+            for step in range(first_step if epoch == epochs.start else 0, samples // batch_size):
+                first = step * batch_size + rank * share
+                yield whole.picks(first, first + share)
 
 
 def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
@@ -79,7 +102,6 @@ def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Ite
 
 def batchnorm_picks(seed: int, samples: int, use: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
     """`use // batch_size` whole batches of augmented training samples, cut independently of the number of ranks, dealt out."""
-    whole = epoch_picks(Key(seed, Phase.BATCHNORM), 0, samples)
+    whole = Epoch.drawn(Key(seed, Phase.BATCHNORM), 0, samples)
     for batch in range(rank, use // batch_size, size):
-        mine = slice(batch * batch_size, (batch + 1) * batch_size)
-        yield Picks(whole.indices[mine], whole.draws[mine])  # type: ignore[index]
+        yield whole.picks(batch * batch_size, (batch + 1) * batch_size)

@@ -40,8 +40,8 @@ class Arrays:
         return self._pad(pad)
 
     @lru_cache(maxsize=2)  # noqa: B019
-    def on_gpu(self, pad: int, device: torch.device) -> torch.Tensor:
-        """`padded(pad)`, resident on the GPU."""
+    def on_device(self, pad: int, device: torch.device) -> torch.Tensor:
+        """`padded(pad)`, resident on a device."""
         return torch.from_numpy(self._pad(pad)).to(device)
 
     def _pad(self, pad: int) -> np.ndarray:

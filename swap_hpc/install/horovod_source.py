@@ -111,8 +111,7 @@ EDITS = (
         'dlopen("libcuda.so.1", RTLD_LAZY)',
     ),
     Edit(
-        "A kernel that cannot be launched, on a GPU that it was not built for, is an error: each rank would"
-        " keep its own gradients.",
+        "A kernel that cannot be launched, on a GPU that it was not built for, is an error: each rank would keep its own gradients.",
         KERNELS,
         *after(
             "#include <stdexcept>\n#include <cuda_fp16.h>\n\nnamespace horovod {\nnamespace common {",

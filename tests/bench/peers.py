@@ -127,8 +127,7 @@ def store_file() -> str:
 
 
 @contextmanager
-def process_group(rank: int, size: int, store: str, device: torch.device) -> Iterator[None]:
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def process_group(rank: int, size: int, store: str, backend: str) -> Iterator[None]:
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     yield
     dist.destroy_process_group()

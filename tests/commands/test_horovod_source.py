@@ -96,7 +96,8 @@ def test_every_launch_of_a_kernel_is_checked(configured: Path) -> None:
 @pytest.mark.parametrize("cuda, architectures", [("13", "75,80,90"), ("12", "70,75,80,90")])
 def test_kernels_are_built_for_the_gpus_of_torchs_wheels(cuda: str, architectures: str) -> None:
     """The newest one as PTX, too, which the driver compiles for newer GPUs. Another list is another wheel, but for CPUs."""
-    script = f". {INSTALL}/common.sh; gpu_architectures {cuda}; for kind in nccl cpu; do horovod_depends cpython-311 2.14.1 {cuda} MPI $kind; done"
+    depends = f"horovod_depends cpython-311 2.14.1 {cuda} MPI $kind"
+    script = f". {INSTALL}/common.sh; gpu_architectures {cuda}; for kind in nccl cpu; do {depends}; done"
     default = command("bash", "-c", script)
     lines = default.stdout.splitlines()
     assert default.code == 0 and lines[0] == architectures

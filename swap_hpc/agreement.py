@@ -1,0 +1,65 @@
+"""Whether the ranks that train one model still hold the same weights, to the bit."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swap_hpc.errors import RunError
+from swap_hpc.kinds import averaged_tensors
+from swap_hpc.ranks import Team
+from swap_hpc.tensors import once, real
+
+AT_ONCE = 2**20  # elements whose products are in memory together: 8 MiB
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+
+
+def check_agreement(model: nn.Module, team: Team, where: str) -> None:
+    """Raises RunError, on all ranks of `team`, where the weights of `model` are not alike on them.
+
+    They start alike and take the same steps, so they differ only where gradients were not averaged: by a GPU for which
+    Horovod was not built, or by a fault of the network or of memory. One small collective; the weights stay where they are.
+
+    `where`: the place in training, for the message.
+    """
+    if team.size == 1:
+        return
+    mine = fingerprint(averaged_tensors(model).values())
+    halves = (float(mine >> 32), float(mine & 0xFFFFFFFF))  # which float64 holds exactly
+    largest = team.maximum(*halves, *(-half for half in halves))
+    if largest[:2] == [-least for least in largest[2:]]:
+        return
+    others = team.allgather(mine)
+    rank = next(rank for rank, other in enumerate(others) if other != others[0])
+    raise RunError(
+        f"the weights of rank {rank} differ from those of rank 0 after {where}: their gradients were not averaged; "
+        "mpirun ... swap-hpc doctor tries a step on these devices"
+    )
+
+
+@torch.no_grad()
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """64 bits that tell tensors apart, from all of their bits and their order. Computed where the tensors lie.
+
+    Each tensor's elements, taken as integers, are summed modulo 2^64, each times an odd number of its own: a change of one
+    element always changes the sum.
+    """
+    sums = [_sum(tensor) for tensor in tensors]
+    if len({each.device for each in sums}) == 1:  # one copy from the GPU instead of one for each tensor
+        sums = list(torch.stack(sums).cpu())
+    told = np.array([int(each) for each in sums], np.int64).tobytes()
+    return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Scalar int64, on the tensor's device."""
+    plain = real(once(tensor.detach())).contiguous().view(-1)
+    bits = plain.view(INTEGERS[plain.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), AT_ONCE):
+        part = bits[start : start + AT_ONCE].to(torch.int64)
+        first = 2 * start + 1
+        total += (part * torch.arange(first, first + 2 * len(part), 2, device=bits.device)).sum()
+    return total

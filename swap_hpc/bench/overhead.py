@@ -1,0 +1,119 @@
+"""`overhead`: what a step costs on the host beside the model's own work, in microseconds.
+
+A GPU takes a few milliseconds for a step of ResNet-9, and is idle where the host is slower. Here the model does nothing, and
+the images have one pixel, so that what is left is the host's work.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swap_hpc.bench.measure import Comparison, alternately
+from swap_hpc.data.crops import cropped
+from swap_hpc.data.sampling import Key, Phase, training_picks
+from swap_hpc.data.splits import Arrays, with_statistics
+from swap_hpc.devices import choose_device
+from swap_hpc.events import Epoch
+from swap_hpc.fit import fit
+from swap_hpc.job import Batch, Job
+from swap_hpc.optimizers import build_optimizer
+from swap_hpc.ranks import Team
+from swap_hpc.recipe import LargeBatch, Refine, load_recipe
+from swap_hpc.seeding import seed_all
+
+BATCH, STEPS, EPOCHS = 512, 32, 4
+FIELDS = (
+    f"large_batch.batch_size={BATCH}", f"large_batch.epochs={EPOCHS}", "large_batch.learning_rate=0.1", "refine.epochs=0",
+    "augment.pad=0", "augment.cutout=1", "evaluate.every=0", "checkpoint.epochs=0", "precision=bf16", "device=cpu",
+)  # fmt: skip
+KEY = Key(0, Phase.LARGE_BATCH)
+MOST = 400.0  # microseconds
+
+
+class Nothing(nn.Module):
+    """(n, ...) -> (n, 10) logits that do not depend on the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bias.expand(len(images), 10)
+
+
+class AsOnGpu(Job):
+    """A job on the CPU whose batches are made as on a GPU, by torch's operators instead of DALI's."""
+
+    def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+        assert isinstance(self.dataset.train, Arrays)
+        span = range(epoch, phase.epochs * phase.cycles)
+        picks = training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, step)
+        return cropped(self.dataset, self.dataset.train, picks, self.recipe.augment, self.device.torch)
+
+
+def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
+    """A step of `fit()` beside the same model's forward pass, backward pass and step in a bare loop on one batch."""
+    device = replace(choose_device(world, "cpu"), threads=1)
+    torch.set_num_threads(1)
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (BATCH * STEPS, 1, 1, 3), dtype=np.uint8), generator.integers(0, 10, BATCH * STEPS)
+    dataset = with_statistics(Arrays(images, labels), Arrays(images[:10], labels[:10]), tuple("0123456789"))
+    recipe = load_recipe("cifar10", FIELDS)
+    cases = {
+        "crops as on a GPU": AsOnGpu(recipe, dataset, device),
+        "crops by DALI, its work on the pixels too": Job(recipe, dataset, device),
+    }
+    comparisons = []
+    for (name, job), bar in zip(cases.items(), (MOST, None), strict=True):
+        one, other = alternately(lambda job=job: _fitted(job), lambda job=job: _bare(job, peers))  # type: ignore[misc]
+        parts = {"the next batch": _batches(job), "seeding": _seeding(), "the steps' end": 0.0}
+        parts["the steps' end"] = max(0.0, median(one) - median(other) - sum(parts.values()))
+        note = ", ".join(f"{part} {microseconds:.0f}" for part, microseconds in parts.items())
+        comparisons.append(
+            Comparison("overhead", f"fit(), a step of {BATCH}, {name}", "a bare loop on one batch", "us", one, other, bar, True, True, note)
+        )
+    return comparisons
+
+
+def _fitted(job: Job) -> float:
+    """Microseconds of a step, the median of the epochs."""
+    epochs = [event for event in fit(Nothing(), job, job.recipe.large_batch, KEY, Team.alone()) if isinstance(event, Epoch)]
+    return 1e6 * median(epoch.train_seconds for epoch in epochs) / STEPS
+
+
+def _bare(job: Job, peers: ModuleType) -> float:
+    model = Nothing()
+    optimizer = build_optimizer(model, job.recipe.optimizer)
+    batch = next(job.training_batches(job.recipe.large_batch, KEY, Team.alone()))
+    return _microseconds(lambda: peers.bare_loop(model, optimizer, iter([batch] * STEPS), job.autocast), STEPS)
+
+
+def _batches(job: Job) -> float:
+    stream = job.training_batches(job.recipe.large_batch, KEY, Team.alone())
+    for _ in range(STEPS):
+        next(stream)
+    return _microseconds(lambda: [next(stream) for _ in range(STEPS // 2)], STEPS // 2)
+
+
+def _seeding() -> float:
+    def seed() -> None:
+        for step in range(STEPS):
+            seed_all(KEY.torch_seed(step, 0))
+
+    return _microseconds(seed, STEPS)
+
+
+def _microseconds(function: Callable[[], object], times: int) -> float:
+    """Of one of `times` that `function` does: the median of five calls."""
+    seconds = []
+    for _ in range(5):
+        begin = perf_counter()
+        function()
+        seconds.append(perf_counter() - begin)
+    return 1e6 * median(seconds) / times

@@ -1,0 +1,209 @@
+"""A whole run on a stand-in for a GPU: tensors that say they lie on "cuda", hold CPU data, and refuse to meet CPU tensors.
+
+    python tests/gpu_stand_in.py FOLDER [FIELD=VALUE ...]
+
+It shows which line of the package mixes devices, on a host without a GPU. Everything runs but the autograd engine, which
+wants a driver: a backward pass gives each parameter that took part a gradient made of its own values, and calls its hooks.
+Prints the hashes of what the commands made, one line each.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+CROSSING = {aten.copy_.default, aten._to_copy.default}  # what moves values from one device to the other
+ONE_NUMBER = {
+    aten.add,
+    aten.sub,
+    aten.mul,
+    aten.div,
+    aten.where,
+    aten.eq,
+    aten.ge,
+    aten.lt,
+    aten.gt,
+}  # a CPU scalar may stand beside
+
+
+class OnGpu(Tensor):
+    """A tensor of the stand-in. `held`: its values, on the CPU; views share them."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "OnGpu":
+        layout: Any = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype, "layout": held.layout}
+        return Tensor._make_wrapper_subclass(cls, held.shape, device=GPU, requires_grad=held.requires_grad, **layout)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __repr__(self, **how: Any) -> str:  # type: ignore[override]
+        return f"OnGpu({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return dispatch(function, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def new_tensor(self, data: Any, *unused: Any, **how: Any) -> Tensor:
+        return OnGpu(self.held.new_tensor(data, **how))
+
+
+class StandIn(TorchDispatchMode):
+    """Everything inside goes through `dispatch`, also what makes tensors of none."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(function, args, kwargs or {})
+
+
+def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on the values that tensors hold. Raises RuntimeError where a GPU would, for tensors of two devices."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    there = [each for each in tensors if isinstance(each, OnGpu)]
+    here = [each for each in tensors if not isinstance(each, OnGpu)]
+    if function not in CROSSING and there and here:
+        scalars = function.overloadpacket in ONE_NUMBER and all(each.ndim == 0 for each in here)
+        if not scalars:
+            shapes = [[tuple(each.shape) for each in side] for side in (there, here)]
+            raise RuntimeError(f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+    asked = kwargs.get("device")
+    plain = {**kwargs, **({"device": torch.device("cpu")} if asked is not None else {})}
+    if plain.get("pin_memory"):
+        plain["pin_memory"] = False
+    values: Any = lambda each: each.held if isinstance(each, OnGpu) else each  # noqa: E731
+    result = function(*tree_map(values, args), **tree_map(values, plain))
+    if function._schema.is_mutable and isinstance(result, Tensor):
+        return kwargs.get("out", args[0])
+    on_gpu = torch.device(asked).type == "cuda" if asked is not None else bool(there)
+    return tree_map(lambda each: OnGpu(each) if on_gpu and isinstance(each, Tensor) else each, result)
+
+
+def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
+    """Gives the parameters behind `loss` gradients, and calls their hooks, as the engine does."""
+    for parameter in leaves(loss.grad_fn):
+        with torch.no_grad():
+            step = (parameter.detach() * (1 + loss.detach())).cos() * 0.1
+            parameter.grad = step if parameter.grad is None else parameter.grad + step
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            hook(parameter)
+
+
+def leaves(root: Any) -> Iterator[Tensor]:
+    """The parameters from which a value was computed, the last ones first."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [each for each, _ in node.next_functions]
+
+
+def pretend() -> None:
+    """Makes torch say that there is a GPU, and use the stand-in for it."""
+    properties = SimpleNamespace(name="stand-in", major=9, minor=0, uuid="the only one")
+    replaced: dict[str, Callable[..., Any]] = {
+        "device_count": lambda: 1,
+        "get_device_properties": lambda index: properties,
+        "get_device_name": lambda device=None: properties.name,
+        "get_arch_list": lambda: ["sm_90"],
+        "set_device": lambda device: None,
+        "_lazy_init": lambda: None,
+    }
+    for name, function in replaced.items():
+        setattr(torch.cuda, name, function)
+    torch._C._ensureCUDADeviceGuardSet()  # views ask for one
+    torch.backends.cudnn.enabled = False
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot change its kind in place
+    Tensor.backward = backward  # type: ignore[assignment,method-assign]
+
+
+def main(folder: Path, fields: list[str]) -> None:
+    """A run, the same again, stopped and gone on with; what the commands make of it."""
+    from rich.console import Console
+
+    from swap_hpc import gradients, prepare, saved
+    from swap_hpc.control import Control
+    from swap_hpc.errors import Stopped
+    from swap_hpc.landscape import landscape
+    from swap_hpc.ranks import Team
+    from swap_hpc.recipe import load_recipe
+    from swap_hpc.run import train
+    from swap_hpc.trajectory import trajectory
+
+    gradients.check_horovod = prepare.check_horovod = lambda device: None  # ranks that share a GPU need no NCCL
+    world = Team.world()
+    quick = ["groups=2", "large_batch.epochs=2", "large_batch.stop_accuracy=1.0", "refine.epochs=2", "checkpoint.snapshots=1"]
+    recipe = load_recipe("digits", [*quick, *(fields or ["model.width=4"])])
+
+    def tell(name: str, value: object) -> None:
+        if world.rank == 0:
+            print(name, value, flush=True)
+
+    console = Console(quiet=True)
+    with StandIn():
+        whole = train(recipe, folder / "whole", world, console, Control(), perf_counter())
+        assert whole is not None
+        tell("train", whole["weights_sha256"])
+        stops = StopsAfter(40)
+        try:
+            train(recipe, folder / "again", world, console, stops, perf_counter())
+        except Stopped:
+            tell("stopped", stops.beats)
+        again = train(recipe, folder / "again", world, console, Control(), perf_counter())
+        assert again is not None
+        tell("went on", again["weights_sha256"])
+        tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
+        tell("evaluate", saved.evaluate(folder / "whole" / "swap.safetensors", None, world).weights_sha256)
+        if world.size == 1 and not recipe.refine.average_every_steps:  # else groups lie too close together for a plane
+            landscape(folder / "whole", None, 3, 100, world, lambda text: None)
+            tell("landscape", (folder / "whole" / "landscape.png").is_file())
+            trajectory(folder / "whole", None, 100, world, lambda text: None)
+            tell("trajectory", (folder / "whole" / "trajectory.png").is_file())
+
+
+class Mixed(torch.nn.Module):
+    """A model whose forward pass forgets that its input may lie on a GPU. As a builder, for a recipe."""
+
+    def __init__(self, classes: int, channels: int, width: int = 0) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels, classes, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).mean((2, 3)) + torch.ones(10)
+
+
+if __name__ == "__main__":
+    from swap_hpc.control import Control
+
+    class StopsAfter(Control):
+        """Is asked to stop after that many steps."""
+
+        def __init__(self, beats: int) -> None:
+            super().__init__()
+            self.last = beats
+
+        def beat(self, where: str) -> None:
+            super().beat(where)
+            self.stop = self.stop or self.beats >= self.last
+
+    pretend()
+    main(Path(sys.argv[1]), sys.argv[2:])
