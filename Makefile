@@ -22,7 +22,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test test-slurm test-image test-bundle test-mpi bench soak fuzz lint doctor image bundle clean
+.PHONY: help setup run test test-gpu test-slurm test-image test-bundle test-mpi bench soak fuzz lint doctor image bundle clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 
 test: setup  ## lint, and every test at 1 to 4 ranks (8 in one)
 	@$(activate) && $(linters) && python -m pytest $(ARGS)
+
+test-gpu: setup  ## what needs a GPU, on a host with one (2 minutes); make test hides it
+	@$(activate) && python -m pytest tests/gpu $(ARGS)
 
 test-slurm: setup  ## the batch scripts on a Slurm cluster of two nodes, which the tests start themselves (root; 15 minutes)
 	@$(activate) && python -m pytest tests/cluster $(ARGS)

@@ -13,7 +13,7 @@ from swap_hpc.ranks import Team
 from swap_hpc.tensors import once, real
 
 AT_ONCE = 2**20  # elements whose products are in memory together: 8 MiB
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of an element, which of 8 are two
 
 
 def check_agreement(model: nn.Module, team: Team, where: str) -> None:
@@ -43,8 +43,8 @@ def check_agreement(model: nn.Module, team: Team, where: str) -> None:
 def fingerprint(tensors: Iterable[Tensor]) -> int:
     """64 bits that tell tensors apart, from all of their bits and their order. Computed where the tensors lie.
 
-    Each tensor's elements, taken as integers, are summed modulo 2^64, each times an odd number of its own: a change of one
-    element always changes the sum.
+    Each tensor's elements, taken as integers of at most 32 bits, are summed modulo 2^64, each times an odd number of its
+    own: a change of one element always changes the sum.
     """
     sums = [_sum(tensor) for tensor in tensors]
     if len({each.device for each in sums}) == 1:  # one copy from the GPU instead of one for each tensor

@@ -22,7 +22,7 @@ from swap_hpc.recipe import Recipe
 def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     """The job that a recipe describes, and its model as training begins, on this rank's device. Raises UserError, on all ranks."""
     device = use_device(world, node, recipe.device)
-    world.agree(lambda: _check_device(recipe, device))
+    world.agree(lambda: check_device(recipe, device))
     if world.size > 1:
         world.agree(lambda: check_horovod(device))
     choose_algorithms(recipe)
@@ -34,7 +34,7 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     return job, model
 
 
-def _check_device(recipe: Recipe, device: Device) -> None:
+def check_device(recipe: Recipe, device: Device) -> None:
     """Raises UserError where this rank's device, or its host, cannot do what the recipe asks for."""
     if recipe.precision == "bf16" and device.capability and device.capability < BF16:
         raise UserError(

@@ -134,11 +134,11 @@ def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size:
             outputs = pipeline.run(stream)
         except StopIteration:
             return
-        inputs, targets = (_kept(torch.from_dlpack(output.as_tensor()), device) for output in outputs)
+        inputs, targets = (kept(torch.from_dlpack(output.as_tensor()), device) for output in outputs)
         yield inputs, targets
 
 
-def _kept(output: Tensor, device: Device) -> Tensor:
+def kept(output: Tensor, device: Device) -> Tensor:
     """A graph's output. What lies on the CPU and goes to a GPU is copied now: DALI uses its memory, which is pinned, again."""
     return to_device(output.numpy(), device.torch) if device.torch.type == "cuda" and not output.is_cuda else output
 

@@ -19,7 +19,10 @@ from swap_hpc.fit import fit
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu on a host with one"),
+]
 
 GPU = Device(torch.device("cuda", 0), threads=1, uuid="the only one")
 KEY = Key(5, Phase.LARGE_BATCH)

@@ -1,0 +1,108 @@
+"""Crops by torch are DALI's, to the bit: what a GPU trains on is what a CPU trains on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from swap_hpc.data import crops, loader
+from swap_hpc.data.crops import cropped
+from swap_hpc.data.sampling import Key, Phase, Picks, evaluation_picks, training_picks
+from swap_hpc.data.splits import Arrays, Dataset, with_statistics
+from swap_hpc.devices import Device
+from swap_hpc.recipe import Augment
+
+CPU = Device(torch.device("cpu"), 1)
+SAMPLES, BATCH = 301, 50
+
+
+def dataset(height: int, width: int, channels: int) -> Dataset:
+    generator = np.random.default_rng(3)
+
+    def split(samples: int) -> Arrays:
+        images = generator.integers(0, 256, (samples, height, width, channels), dtype=np.uint8)
+        return Arrays(images, generator.integers(0, 10, samples))
+
+    return with_statistics(split(SAMPLES), split(9), tuple("0123456789"))
+
+
+def picks(epochs: int = 2) -> Iterator[Picks]:
+    return training_picks(Key(7, Phase.LARGE_BATCH), SAMPLES, BATCH, 0, 1, range(epochs))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("size", "augment"),
+    [
+        ((8, 8, 3), Augment(pad=1, flip=True, cutout=2)),
+        ((32, 32, 3), Augment(pad=4, flip=True, cutout=8)),
+        ((9, 7, 1), Augment(pad=3, flip=True)),
+        ((8, 6, 4), Augment(cutout=3)),
+        ((6, 8, 3), Augment(pad=2)),
+        ((5, 5, 3), Augment()),
+        ((8, 7, 3), None),
+    ],
+)
+def test_pixels_and_labels_are_dalis(
+    size: tuple[int, int, int], augment: Augment | None, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number of steps is made at once; the last one may hold fewer."""
+    monkeypatch.setattr(crops, "STEPS_AT_ONCE", steps)
+    data = dataset(*size)
+    by_dali = loader.batches(data, data.train, picks(), loader.View(augment), BATCH, CPU)
+    by_torch = cropped(data, data.train, picks(), augment, CPU.torch)
+    count = 0
+    for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
+        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+        count += 1
+    assert count == 2 * (SAMPLES // BATCH)
+
+
+def test_evaluation_sees_whole_images_once_the_last_batch_smaller() -> None:
+    data = dataset(8, 8, 3)
+    by_dali = loader.batches(data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), loader.View(None), 64, CPU)
+    by_torch = list(cropped(data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), None, CPU.torch))
+    assert [len(labels) for _, labels in by_torch] == [64, 64, 64, 64, 45]
+    for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_no_more_steps_are_made_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "BYTES_AT_ONCE", 2 * BATCH * 8 * 8 * 3 * 4 + 1)
+    data, asked = dataset(8, 8, 3), []
+
+    def noted() -> Iterator[Picks]:
+        for pick in picks():
+            asked.append(pick)
+            yield pick
+
+    stream = cropped(data, data.train, noted(), Augment(), CPU.torch)
+    seen = [len(asked) for _ in stream]
+    assert seen == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12]
+    monkeypatch.setattr(crops, "BYTES_AT_ONCE", 1)  # but at least one
+    assert len(list(cropped(data, data.train, picks(), Augment(), CPU.torch))) == 12
+
+
+def test_targets_of_any_shape_come_along() -> None:
+    data = dataset(8, 8, 3)
+    split = Arrays(data.train.images, np.stack([data.train.labels, data.train.labels + 1], 1))  # type: ignore[union-attr]
+    for (_, targets), pick in zip(cropped(data, split, picks(), Augment(), CPU.torch), picks(), strict=True):
+        assert torch.equal(targets, torch.from_numpy(split.labels[pick.indices]))
+
+
+def test_a_graphs_output_on_the_cpu_is_copied_before_dali_uses_its_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy to the GPU goes on while DALI fills its buffers again. (The GPU is left out: the copy stays on the CPU.)"""
+    sent: list[torch.Tensor] = []
+
+    def copied(values: np.ndarray, device: torch.device) -> torch.Tensor:
+        sent.append(torch.from_numpy(values.copy()))
+        return sent[-1]
+
+    monkeypatch.setattr(loader, "to_device", copied)
+    output = torch.arange(4.0)
+    kept = loader.kept(output, Device(torch.device("cuda", 0), 1))
+    output.zero_()
+    assert kept is sent[0] and kept.tolist() == [0, 1, 2, 3]
+    assert loader.kept(output, CPU) is output
