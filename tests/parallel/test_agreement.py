@@ -39,8 +39,13 @@ def test_equal_weights_agree_and_others_do_not(world: Team) -> None:
 
 @pytest.mark.ranks(2, 4)
 def test_one_small_collective_tells_that_all_agree(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(Team, "maximum", lambda self, *values, plain=Team.maximum: calls.append(len(values)) or plain(self, *values))
+    calls, plain = [], Team.maximum
+
+    def counted(team: Team, *values: float) -> list[float]:
+        calls.append(len(values))
+        return plain(team, *values)
+
+    monkeypatch.setattr(Team, "maximum", counted)
     monkeypatch.setattr(Team, "allgather", lambda self, value: pytest.fail("grows with the ranks"))
     model = tiny.model(tiny.job())
     check_agreement(model, world, "here")

@@ -27,6 +27,11 @@ def dataset(height: int, width: int, channels: int) -> Dataset:
     return with_statistics(split(SAMPLES), split(9), tuple("0123456789"))
 
 
+def arrays(data: Dataset) -> Arrays:
+    assert isinstance(data.train, Arrays)
+    return data.train
+
+
 def picks(epochs: int = 2) -> Iterator[Picks]:
     return training_picks(Key(7, Phase.LARGE_BATCH), SAMPLES, BATCH, 0, 1, range(epochs))
 
@@ -51,7 +56,7 @@ def test_pixels_and_labels_are_dalis(
     monkeypatch.setattr(crops, "STEPS_AT_ONCE", steps)
     data = dataset(*size)
     by_dali = loader.batches(data, data.train, picks(), loader.View(augment), BATCH, CPU)
-    by_torch = cropped(data, data.train, picks(), augment, CPU.torch)
+    by_torch = cropped(data, arrays(data), picks(), augment, CPU.torch)
     count = 0
     for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
         assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
@@ -63,7 +68,7 @@ def test_pixels_and_labels_are_dalis(
 def test_evaluation_sees_whole_images_once_the_last_batch_smaller() -> None:
     data = dataset(8, 8, 3)
     by_dali = loader.batches(data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), loader.View(None), 64, CPU)
-    by_torch = list(cropped(data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), None, CPU.torch))
+    by_torch = list(cropped(data, arrays(data), evaluation_picks(SAMPLES, 64, 0, 1), None, CPU.torch))
     assert [len(labels) for _, labels in by_torch] == [64, 64, 64, 64, 45]
     for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
@@ -78,11 +83,11 @@ def test_no_more_steps_are_made_at_once_than_fit(monkeypatch: pytest.MonkeyPatch
             asked.append(pick)
             yield pick
 
-    stream = cropped(data, data.train, noted(), Augment(), CPU.torch)
+    stream = cropped(data, arrays(data), noted(), Augment(), CPU.torch)
     seen = [len(asked) for _ in stream]
     assert seen == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12]
     monkeypatch.setattr(crops, "BYTES_AT_ONCE", 1)  # but at least one
-    assert len(list(cropped(data, data.train, picks(), Augment(), CPU.torch))) == 12
+    assert len(list(cropped(data, arrays(data), picks(), Augment(), CPU.torch))) == 12
 
 
 def test_targets_of_any_shape_come_along() -> None:
