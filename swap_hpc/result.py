@@ -42,12 +42,12 @@ def result_of(
         "test_loss": _figures("test_loss", finals, ends),
         "seconds": dict(seconds),
         "images_per_second": {phase: count / seconds[phase] if seconds[phase] else None for phase, count in trained.items()},
-        "peak_memory_mib": _peak_memory(lines, memory, world),
+        "peak_memory_mib": peak_memory(lines, memory, world),
         "weights_sha256": digest,
     }
 
 
-def _peak_memory(lines: Mapping[str, list[Line]], memory: Memory, world: Team) -> dict[str, float | None]:
+def peak_memory(lines: Mapping[str, list[Line]], memory: Memory, world: Team) -> dict[str, float | None]:
     """The largest rank's, of this start of the run and of those before."""
     names = ("peak_memory_mib", "peak_gpu_allocated_mib", "peak_gpu_reserved_mib")
     before = [max((line.get(name) or 0.0 for part in lines.values() for line in part), default=0.0) for name in names]

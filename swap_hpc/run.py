@@ -195,5 +195,7 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     ]
     lines += job.dataset.notes
     if device.is_shared(ranks.world):
-        lines.append("ranks share a GPU: gradients go through host memory")
+        lines.append(
+            "ranks share a GPU: gradients go through host memory (in Slurm, --ntasks-per-node as large as --gpus-per-node gives each one)"
+        )
     return lines

@@ -24,6 +24,7 @@ KEYS = {
     "test_loss": {"large_batch", "groups", "mean_of_groups", "averaged"},
     "seconds": {"setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "save", "total"},
     "images_per_second": {"large_batch", "refine"},
+    "peak_memory_mib": {"host", "gpu_allocated", "gpu_reserved"},
 }  # fmt: skip
 # A small and quick variant of digits
 QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=1", "--set", "model.width=2")

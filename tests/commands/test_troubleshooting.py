@@ -57,6 +57,19 @@ def split_by_chance(tmp: Path) -> Finished:
     return train("data.name=mine:load", ranks=2, cwd=tmp)
 
 
+def on_gpu(tmp: Path, properties: str) -> Finished:
+    """A run that sees a GPU of these properties, as far as it comes."""
+    (tmp / "sitecustomize.py").write_text(
+        "import torch\nfrom types import SimpleNamespace\n\n\n"
+        "def old():\n    raise RuntimeError('The NVIDIA driver on your system is too old')\n\n\n"
+        f"torch.cuda.device_count = lambda: 1\ntorch.cuda.get_device_properties = lambda index: {properties}\n"
+        "torch.cuda.set_device = lambda device: None\ntorch.cuda.get_device_name = lambda device: 'Tesla T4'\n"
+    )
+    return train("precision=bf16", cwd=tmp, variables={"PYTHONPATH": str(tmp)})
+
+
+T4 = "SimpleNamespace(name='Tesla T4', major=7, minor=5, uuid='one')"
+
 PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "ranks cannot share": lambda tmp: train(ranks=3, cwd=tmp),
     "does not divide": lambda tmp: train("large_batch.batch_size=255", ranks=2, cwd=tmp),
@@ -70,6 +83,11 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "other data": split_by_chance,
     "cannot decode": decoding,
     "sees no GPU": lambda tmp: train("device=cuda", cwd=tmp, variables={"CUDA_VISIBLE_DEVICES": ""}),
+    "the weights of rank": lambda tmp: train(
+        "model.name=unaveraged:build", ranks=2, cwd=tmp, variables={"PYTHONPATH": str(ROOT / "tests")}
+    ),
+    "driver": lambda tmp: on_gpu(tmp, "old()"),
+    "bf16": lambda tmp: on_gpu(tmp, T4),
     "cannot be imported": lambda tmp: train("model.name=nets:build", cwd=tmp),
     "no calibration": lambda tmp: swap_hpc("plan", "digits", cwd=tmp),
 }

@@ -1,6 +1,8 @@
 """Several ranks train as one does."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -9,12 +11,15 @@ from mpi4py import MPI
 from torch.nn import functional as F
 
 from swap_hpc.averaging import broadcast_weights_
+from swap_hpc.control import Control
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.evaluation import evaluate, evaluate_job
 from swap_hpc.events import Epoch, SavePoint
 from swap_hpc.fit import fit
 from swap_hpc.gradients import averaged_gradients
+from swap_hpc.job import Batch, Job
+from swap_hpc.optimizers import Sgd
 from swap_hpc.ranks import Team
 
 KEY = Key(seed=3, phase=Phase.LARGE_BATCH)
@@ -70,6 +75,54 @@ def test_groups_that_wait_for_each_other_have_saved() -> None:
     job = tiny.job(refine={"epochs": 4, "evaluate_average": 2}, checkpoint={"epochs": 0})
     events = fit(tiny.model(job), job, job.recipe.refine, Key(3, Phase.REFINE, 0), Team.alone())
     assert [(e.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [(0, False), (1, False), (2, True), (3, False), (4, True)]
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("busy", [True, False])
+def test_saves_of_short_epochs_are_apart(busy: bool, world: Team) -> None:
+    """Where one rank finds that enough time has passed, all save; a phase's end is always saved."""
+    job = tiny.job(large_batch={"epochs": 3})
+    rests = 1e6 if busy or world.rank else 0.0
+    job = replace(job, control=Control(rest_seconds=rests))
+    events = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    saves = [e.epoch for e in events if isinstance(e, SavePoint) and e.due]
+    assert saves == ([3] if busy else [1, 2, 3])
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("fields", [{"channels_last": True}, {"optimizer": {"fused": True}}], ids=["channels_last", "fused"])
+def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], world: Team) -> None:
+    jobs = [tiny.job(model={"name": "tiny:batch_normed"}, **more) for more in (fields, {})]
+    models = [job.build() for job in jobs]
+    if "channels_last" in fields:
+        assert models[0].get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
+    for job, model in zip(jobs, models, strict=True):
+        list(fit(model, job, job.recipe.large_batch, KEY, world))
+    torch.testing.assert_close(tiny.weights(models[0]), tiny.weights(models[1]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.ranks(1, 2)
+def test_the_next_batch_is_fetched_while_gradients_are_averaged(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not an epoch's first one: an evaluation comes before, and the images may have another size then."""
+    done: list[str] = []
+    plain_batches, plain_step = Job.training_batches, Sgd.step
+
+    def batches(job: Job, *arguments: Any) -> Iterator[Batch]:
+        for batch in plain_batches(job, *arguments):
+            done.append("batch")
+            yield batch
+
+    def step(optimizer: Sgd, *arguments: Any) -> None:
+        done.append("step")
+        plain_step(optimizer, *arguments)
+
+    monkeypatch.setattr(Job, "training_batches", batches)
+    monkeypatch.setattr(Sgd, "step", step)
+    job = tiny.job(large_batch={"epochs": 2})
+    list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+    steps = job.steps(job.recipe.large_batch)
+    epoch = ["batch", *["batch", "step"] * (steps - 1), "step"]
+    assert steps > 2 and done == 2 * epoch
 
 
 def test_ranks_give_one_ranks_weights(world: Team) -> None:

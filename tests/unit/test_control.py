@@ -37,6 +37,18 @@ def test_a_second_interrupt_does_not_wait(control: Control) -> None:
         time.sleep(1)
 
 
+def test_a_save_that_the_recipe_asks_for_waits_for_its_time() -> None:
+    control = Control(rest_seconds=0.2)
+    assert not control.due(wanted=True)
+    time.sleep(0.25)
+    assert control.due(wanted=True) and not control.due()
+    control.saved()
+    assert not control.due(wanted=True)
+    control.stop = True
+    assert control.due(wanted=True)
+    assert Control().due(wanted=True)  # no time was named
+
+
 def test_a_save_is_due_when_its_time_has_come() -> None:
     control = Control(save_seconds=0.05)
     assert not control.due()

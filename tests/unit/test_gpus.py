@@ -13,9 +13,11 @@ import torch
 from launch import command
 
 from swap_hpc import devices, prepare
-from swap_hpc.devices import Capability, Device, choose_device, serves
+from swap_hpc.devices import Capability, Device, Memory, choose_device, serves
 from swap_hpc.errors import UserError
+from swap_hpc.metrics import Line
 from swap_hpc.ranks import Team
+from swap_hpc.result import peak_memory
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1's wheel
 CUDA_12 = ["sm_70", *CUDA_13]  # of torch 2.10.0's
@@ -185,3 +187,12 @@ def test_peak_memory_is_told_of_host_and_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert (peak.gpu_allocated, peak.gpu_reserved) == (3 * 2**20, 5 * 2**20) and peak.host > 2**20
     here = Device(torch.device("cpu"), 1).peak_memory()
     assert (here.gpu_allocated, here.gpu_reserved) == (0, 0)
+
+
+def test_a_result_holds_the_most_of_all_starts() -> None:
+    before = {"peak_memory_mib": 700.0, "peak_gpu_allocated_mib": 50.0, "peak_gpu_reserved_mib": 60.0}
+    lines = {"world": [{"phase": "evaluation"}, before], "group-000": [before | {"peak_gpu_reserved_mib": 90.0}]}
+    found = peak_memory(lines, Memory(600 * 2**20, 70 * 2**20, 80 * 2**20), Team.alone())
+    assert found == {"host": 700.0, "gpu_allocated": 70.0, "gpu_reserved": 90.0}
+    on_cpu: dict[str, list[Line]] = {"world": [{"peak_memory_mib": 5.0, "peak_gpu_allocated_mib": None, "peak_gpu_reserved_mib": None}]}
+    assert peak_memory(on_cpu, Memory(2**20), Team.alone()) == {"host": 5.0, "gpu_allocated": None, "gpu_reserved": None}

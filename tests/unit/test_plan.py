@@ -11,7 +11,7 @@ import tiny
 from swap_hpc import plan
 from swap_hpc.errors import UserError
 from swap_hpc.plan import Costs, Work
-from swap_hpc.recipe import load_recipe
+from swap_hpc.recipe import Checkpoint, load_recipe
 
 RECIPE = tiny.recipe(
     groups=2,
@@ -43,6 +43,13 @@ def test_the_average_is_that_of_peers_and_whole_batches_are_dealt_out() -> None:
     seconds = plan.predict(WORK, COSTS, 8)
     assert seconds["average"] == plan.predict(WORK, COSTS, 2)["average"]
     assert seconds["batchnorm"] == pytest.approx(20 * 0.01 / 3)
+
+
+def test_saves_are_as_rare_as_short_epochs_make_them() -> None:
+    checkpoint = Checkpoint(epochs=2, min_seconds=10)
+    # every 2nd epoch of 7 s; of 3 s, where 2 epochs take 6 s, every 4th; of 0.1 s every 100th
+    assert [checkpoint.saves(200, seconds) for seconds in (7.0, 3.0, 0.1, 0.0)] == [100, 50, 2, 100]
+    assert Checkpoint(epochs=0).saves(200, 1.0) == 0 and Checkpoint(min_seconds=0).saves(200, 0.01) == 200
 
 
 def test_saves_are_as_rare_as_the_recipe_says() -> None:
