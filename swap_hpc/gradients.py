@@ -65,6 +65,8 @@ def averaged_gradients(
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
     # Nothing is fused here; and Horovod 0.28.1 crashes when it starts a second time with both of these set.
     os.environ.pop("HOROVOD_FUSION_THRESHOLD", None)
+    if hvd.is_initialized():  # left by a training that an error ended: its communicator may be another one, and init() would keep it
+        hvd.shutdown()
     hvd.init(team.comm)
     try:
         reduction = _Reduction(model, team, hvd, passes, through_host)

@@ -190,8 +190,8 @@ def test_peak_memory_is_told_of_host_and_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_result_holds_the_most_of_all_starts() -> None:
-    before = {"peak_memory_mib": 700.0, "peak_gpu_allocated_mib": 50.0, "peak_gpu_reserved_mib": 60.0}
-    lines = {"world": [{"phase": "evaluation"}, before], "group-000": [before | {"peak_gpu_reserved_mib": 90.0}]}
+    before: Line = {"peak_memory_mib": 700.0, "peak_gpu_allocated_mib": 50.0, "peak_gpu_reserved_mib": 60.0}
+    lines: dict[str, list[Line]] = {"world": [{"phase": "evaluation"}, before], "group-000": [before | {"peak_gpu_reserved_mib": 90.0}]}
     found = peak_memory(lines, Memory(600 * 2**20, 70 * 2**20, 80 * 2**20), Team.alone())
     assert found == {"host": 700.0, "gpu_allocated": 70.0, "gpu_reserved": 90.0}
     on_cpu: dict[str, list[Line]] = {"world": [{"peak_memory_mib": 5.0, "peak_gpu_allocated_mib": None, "peak_gpu_reserved_mib": None}]}
