@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image with whichever of docker, podman and buildah is there. `make image`, `make image BASE=debian:trixie ...`
 #
-#   IMAGE=swap_hpc  TOOL=docker|podman|buildah  BASE=  RUNTIME=  CUDA=13|12  HOROVOD_BUILD=nccl|cpu  MPI_PACKAGES=   image.sh [options of the tool's build]
+#   IMAGE=swap_hpc  TOOL=docker|podman|buildah  BASE=  RUNTIME=  CUDA=13|12  HOROVOD_BUILD=nccl|cpu  MPI_PACKAGES=  RUN_PACKAGES=   image.sh [options of the tool's build]
 #
 # Tools' own options: BUILDAH_ISOLATION=chroot and STORAGE_DRIVER=vfs make buildah work inside a container.
 set -euo pipefail
@@ -17,7 +17,7 @@ if [ -z "$tool" ] || ! command -v "$tool" >/dev/null; then
 fi
 
 arguments=()
-for name in BASE RUNTIME CUDA HOROVOD_BUILD MPI_PACKAGES; do
+for name in BASE RUNTIME CUDA HOROVOD_BUILD MPI_PACKAGES RUN_PACKAGES; do
   if [ -n "${!name:-}" ]; then arguments+=(--build-arg "$name=${!name}"); fi
 done
 if [ "$tool" = docker ]; then export DOCKER_BUILDKIT=1; else arguments+=(--format docker); fi

@@ -56,7 +56,7 @@ def check_compiler(device: Device) -> None:
     if lacking:
         raise UserError(
             f"compile = true: torch.compile needs {' and '.join(lacking)} where the ranks run: "
-            "install them (Debian: apt-get install g++ python3-dev), or --set compile=false"
+            "install them (Debian: apt-get install g++ python3-dev; an image: RUN_PACKAGES), or --set compile=false"
         )
 
 

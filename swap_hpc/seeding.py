@@ -7,9 +7,9 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global generators of torch (on all devices), numpy.random and random. `seed`: of 64 bits, not negative."""
+    """Seeds the global generators of torch (on the CPU and the current GPU), numpy.random and random. `seed`: of 64 bits, not negative."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # torch.manual_seed notes a stack trace where it is not: a millisecond each
-        torch.cuda.manual_seed_all(seed)
+        torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)  # all that it takes
     random.seed(seed)

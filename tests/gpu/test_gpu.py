@@ -1,21 +1,29 @@
 """What needs a GPU: the same code there gives what it gives on the CPU."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from launch import swap_hpc
+from nvidia.dali import fn
 from PIL import Image
+from torch.nn import functional as F
 
+from swap_hpc import gradients
+from swap_hpc.agreement import fingerprint
 from swap_hpc.averaging import WeightSum, average_weights_
-from swap_hpc.data import Dataset, Files, loader
-from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks
+from swap_hpc.data import Dataset, Files, Graph, loader
+from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, training_picks
 from swap_hpc.devices import Device
 from swap_hpc.fit import fit
+from swap_hpc.optimizers import Sgd
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment
 
@@ -24,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu on a host with one"),
 ]
 
-GPU = Device(torch.device("cuda", 0), threads=1, uuid="the only one")
+GPU = Device(torch.device("cuda", 0), threads=1, uuid="the only one", capability=(9, 0))
 KEY = Key(5, Phase.LARGE_BATCH)
 
 
@@ -34,8 +42,85 @@ def test_batches_hold_the_cpus_pixels() -> None:
     there = replace(job, device=GPU).training_batches(job.recipe.large_batch, KEY, Team.alone())
     for (images, labels), (images_gpu, labels_gpu) in zip(here, there, strict=True):
         assert images_gpu.is_cuda and images_gpu.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(images_gpu.cpu(), images, rtol=1e-4, atol=1e-4)
-        assert torch.equal(labels_gpu.cpu(), labels)
+        assert torch.equal(images_gpu.cpu(), images) and torch.equal(labels_gpu.cpu(), labels)
+
+
+def test_a_fingerprint_is_the_cpus() -> None:
+    tensors = [
+        torch.randn(10, 3, 3, 3),
+        torch.randn(7, dtype=torch.complex64),
+        torch.randn(5).half(),
+        torch.randn(3).double(),
+        torch.arange(9),
+    ]
+    assert fingerprint([tensor.cuda() for tensor in tensors]) == fingerprint(tensors)
+
+
+def test_a_graphs_output_on_the_cpu_comes_whole() -> None:
+    """The GPU lags behind while DALI fills its buffers again."""
+
+    def graph(picks: Iterator[Picks], training: bool) -> tuple[Any, Any]:
+        def batch(pick: Picks) -> tuple[np.ndarray, np.ndarray]:
+            return np.repeat(pick.indices[:, None], 100_000, 1).astype(np.float32), pick.indices
+
+        return tuple(fn.external_source((batch(pick) for pick in picks), num_outputs=2, batch=True))
+
+    split = Graph(64, graph)
+    data = Dataset(split, split, ("a",))
+    busy = torch.randn(4096, 4096, device="cuda")
+    seen = []
+    picks = training_picks(KEY, 64, 16, 0, 1, range(10))
+    for inputs, targets in loader.batches(data, split, picks, loader.View(Augment()), 16, GPU):
+        busy = busy @ busy / 64  # what comes next is queued behind it
+        seen.append((inputs.clone(), targets.clone()))
+    assert len(seen) == 40 and all(torch.equal(inputs, targets[:, None].float().expand_as(inputs)) for inputs, targets in seen)
+
+
+def test_horovods_kernels_and_nccl_average_as_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that poses as two: buckets, fusion and scaling kernels and NCCL run. Twice, as in phases 1 and 2."""
+    if not gradients.load_horovod().nccl_built():
+        pytest.skip("this Horovod was built without NCCL")
+    job = replace(tiny.job(model={"name": "tiny:batch_normed"}), device=GPU)
+    together = Team.alone()
+    together.size = 2
+    weights = []
+    for team in (together, together, Team.alone()):
+        model = tiny.model(job).cuda()
+        with use_deterministic_cudnn(), gradients.averaged_gradients(model, Sgd(model.parameters(), lr=0.1), team, GPU) as optimizer:
+            for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        weights.append(tiny.weights(model.cpu()))
+    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[2])
+
+
+@contextmanager
+def use_deterministic_cudnn() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
+def test_deterministic_runs_repeat(tmp_path: Path) -> None:
+    hashes = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        done = swap_hpc("train", "digits", "--set", "device=cuda", "--set", "deterministic=true", "--out", out, ranks=1)
+        assert done.code == 0, done.stderr
+        hashes.append(json.loads((out / "result.json").read_text())["weights_sha256"])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("field", ["channels_last=true", "cudnn_benchmark=true", "optimizer.fused=true", "precision=bf16"])
+def test_faster_ways_train_as_well(field: str, tmp_path: Path) -> None:
+    done = swap_hpc("train", "digits", "--set", "device=cuda", "--set", field, "--out", tmp_path / "out", ranks=1)
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["test_accuracy"]["averaged"] >= 0.97
+
+
+def test_doctor_finds_no_problem_on_ranks_that_share_the_gpu() -> None:
+    done = swap_hpc("doctor", ranks=2)
+    assert done.code == 0, done.stderr
+    assert "a step's gradients, averaged by Horovod over world: right on all ranks" in done.stdout, done.stdout
 
 
 def test_training_gives_the_cpus_weights() -> None:
@@ -63,8 +148,10 @@ def test_the_average_is_the_cpus_to_the_bit() -> None:
 def test_digits_with_ranks_that_share_the_gpu(ranks: int, tmp_path: Path) -> None:
     done = swap_hpc("train", "digits", "--set", "device=cuda", "--out", tmp_path / "out", ranks=ranks)
     assert done.code == 0, done.stderr
-    accuracy = json.loads((tmp_path / "out" / "result.json").read_text())["test_accuracy"]
-    assert accuracy["averaged"] >= 0.975
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["test_accuracy"]["averaged"] >= 0.975
+    memory = result["peak_memory_mib"]
+    assert 1 < memory["gpu_allocated"] <= memory["gpu_reserved"] < 20_000
     assert ("ranks share a GPU: gradients go through host memory" in done.stdout) == (ranks > torch.cuda.device_count())
 
 
