@@ -12,7 +12,7 @@ from swap_hpc.kinds import averaged_tensors
 from swap_hpc.ranks import Team
 from swap_hpc.tensors import once, real
 
-AT_ONCE = 2**20  # elements whose products are in memory together: 8 MiB
+AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # elements whose products are in memory together: in a cache; few kernels
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of an element, which of 8 are two
 
 
@@ -57,9 +57,9 @@ def _sum(tensor: Tensor) -> Tensor:
     """Scalar int64, on the tensor's device."""
     plain = real(once(tensor.detach())).contiguous().view(-1)
     bits = plain.view(INTEGERS[plain.element_size()])
+    odd = torch.arange(1, 2 * min(AT_ONCE[bits.device.type], len(bits)) + 1, 2, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), AT_ONCE):
-        part = bits[start : start + AT_ONCE].to(torch.int64)
-        first = 2 * start + 1
-        total += (part * torch.arange(first, first + 2 * len(part), 2, device=bits.device)).sum()
+    for start in range(0, len(bits), AT_ONCE[bits.device.type]):
+        part = bits[start : start + len(odd)].to(torch.int64)
+        total += (part * odd[: len(part)]).sum() + 2 * start * part.sum()  # each times 2 * its place + 1
     return total

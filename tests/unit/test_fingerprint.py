@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.com
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_bit_counts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "AT_ONCE", 64)  # several parts
+    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 64})  # several parts
     tensor = values(dtype)
     known = {fingerprint([tensor])}
     raw = tensor.view(torch.uint8)
@@ -44,7 +44,7 @@ def test_order_counts_and_layout_does_not() -> None:
 def test_parts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = values(torch.float32)
     whole = fingerprint([tensor])
-    monkeypatch.setattr(agreement, "AT_ONCE", 7)
+    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 7})
     assert fingerprint([tensor]) == whole
 
 
