@@ -140,7 +140,7 @@ def record(out: Path) -> dict[str, Any]:
     kept = {key: result[key] for key in ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")}
     for path in sorted((out / "metrics").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept[path.name] = [{k: v for k, v in line.items() if "second" not in k and k != "peak_memory_mib"} for line in lines]
+        kept[path.name] = [{k: v for k, v in line.items() if "second" not in k and not k.startswith("peak_")} for line in lines]
     return kept
 
 
