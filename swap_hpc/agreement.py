@@ -19,8 +19,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # b
 def check_agreement(model: nn.Module, team: Team, where: str) -> None:
     """Raises RunError, on all ranks of `team`, where the weights of `model` are not alike on them.
 
-    They start alike and take the same steps, so they differ only where gradients were not averaged: by a GPU for which
-    Horovod was not built, or by a fault of the network or of memory. One small collective; the weights stay where they are.
+    They start alike and take the same steps, so they differ only where gradients were not averaged, by a fault of Horovod,
+    NCCL, the network or memory, or where processors round a step in other ways. One small collective; the weights stay
+    where they are.
 
     `where`: the place in training, for the message.
     """

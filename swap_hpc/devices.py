@@ -68,9 +68,17 @@ def use_device(world: Team, node: Team, wanted: Wanted) -> Device:
     if len(set(kinds)) > 1:
         raise UserError(f"rank {kinds.index('cpu')} sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu")
     torch.set_num_threads(device.threads)
-    if device.torch.type == "cuda":
-        torch.cuda.set_device(device.torch)
+    world.agree(lambda: _set(device))
     return device
+
+
+def _set(device: Device) -> None:
+    if device.torch.type != "cuda":
+        return
+    try:
+        torch.cuda.set_device(device.torch)
+    except RuntimeError as error:  # another process may have the GPU to itself
+        raise UserError(_unusable(str(error))) from None
 
 
 def choose_device(node: Team, wanted: Wanted) -> Device:

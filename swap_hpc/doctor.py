@@ -79,10 +79,12 @@ def report(world: Team, groups: int) -> list[str]:
         facts = environment(world, node, device)
         nodes = world.allgather(host())
         timed = {name: _seconds_of_allreduce(team) for name, team in (("world", world), ("group", ranks.group), ("peers", ranks.peers))}
-        tries = world.size > 1 and not unusable and can_average(facts["horovod"], device)
+        shared = device.is_shared(world)
+        tries = world.size > 1 and not unusable and can_average(facts["horovod"], device, shared)
         unaveraged = _averaging_problem(world, device) if tries else None
         spans = world.any(len(set(ranks.group.allgather(host()))) > 1)
         problems = [line for line in (unusable, unaveraged) if line] + _problems(world, ranks, node, facts, spans)
+        problems += crowding(world, device)
     lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     lines.append(f"MPI: {facts['mpi']['library']} ({facts['mpi']['file'] or 'file unknown'}), thread level {facts['mpi']['thread_level']}")
@@ -109,9 +111,9 @@ def _device(world: Team, node: Team) -> tuple[Device, str | None]:
         return use_device(world, node, "cpu"), str(error)
 
 
-def can_average(built: dict[str, bool] | None, device: Device) -> bool:
-    """Whether a Horovod was built that can be tried on this device."""
-    return built is not None and (built["nccl"] or device.torch.type == "cpu")
+def can_average(built: dict[str, bool] | None, device: Device, shared: bool) -> bool:
+    """Whether a Horovod was built that can be tried on this device. `shared`: as of `check_horovod`."""
+    return built is not None and (built["nccl"] or shared or device.torch.type == "cpu")
 
 
 def _averaging_problem(world: Team, device: Device) -> str | None:
@@ -129,7 +131,17 @@ def _averaging_problem(world: Team, device: Device) -> str | None:
     if not wrong:
         return None
     ranks = ", ".join(map(str, wrong))
-    return f"gradients are not averaged on the devices of ranks {ranks}: was Horovod built for these GPUs? make setup builds it anew"
+    return (
+        f"gradients are not averaged on the devices of ranks {ranks}: a fault of Horovod, NCCL or the network; NCCL_DEBUG=INFO tells more"
+    )
+
+
+def crowding(world: Team, device: Device) -> list[str]:
+    """A line where a rank with a GPU may use one core only, on which its threads then wait for each other."""
+    alone = world.allgather(device.torch.type == "cuda" and len(os.sched_getaffinity(0)) == 1)
+    if not any(alone):
+        return []
+    return [f"rank {alone.index(True)} has a GPU and one core: mpirun --bind-to none, or srun --cpus-per-task, gives it more"]
 
 
 def _seconds_of_allreduce(team: Team) -> float:

@@ -140,6 +140,8 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor], job: Job, phase: Large
             )
     optimizer.step()
     model.zero_grad()
+    if job.device.torch.type == "cuda":
+        torch.cuda.synchronize()  # what the GPU finds wrong, a label out of range, is said here
 
 
 def _check_comes_back(model: nn.Module, other: nn.Module, name: str) -> None:

@@ -27,8 +27,9 @@ def evaluate(model: nn.Module, batches: "Iterable[Batch]", team: Team, objective
     with evaluating(model):
         for images, labels in batches:
             outputs = as_float32(model(images))
-            losses.append(objective.total_loss(outputs, labels))
-            hits.append(objective.score(outputs, labels).sum(dtype=torch.float64))
+            with torch.autocast(labels.device.type, enabled=False):  # as in training
+                losses.append(objective.total_loss(outputs, labels))
+                hits.append(objective.score(outputs, labels).sum(dtype=torch.float64))
             samples += len(labels)
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
     correct = torch.stack(hits).sum().item() if hits else 0

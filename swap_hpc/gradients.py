@@ -37,9 +37,12 @@ def load_horovod() -> Any:
     return hvd
 
 
-def check_horovod(device: Device) -> None:
-    """Raises UserError where several ranks cannot train one model on this device, with the command that mends it."""
-    if not load_horovod().nccl_built() and device.torch.type == "cuda":
+def check_horovod(device: Device, shared: bool) -> None:
+    """Raises UserError where several ranks cannot train one model on this device, with the command that mends it.
+
+    `shared`: two ranks use one GPU; then gradients go through host memory, without NCCL.
+    """
+    if not load_horovod().nccl_built() and device.torch.type == "cuda" and not shared:
         raise UserError("this Horovod was built without NCCL and cannot reduce gradients on GPUs: make setup HOROVOD_BUILD=nccl")
 
 

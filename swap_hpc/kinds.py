@@ -7,6 +7,7 @@ README's section on guarantees has the table.
 Layers that keep their statistics while the model trains (frozen batch norm) keep them everywhere.
 """
 
+import copy
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,10 +120,31 @@ def is_extra(name: str) -> bool:
 
 
 def encoded(value: Any) -> Tensor:
-    """Any value as the bytes of `torch.save`, (n,) uint8."""
+    """Any value as the bytes of `torch.save`, (n,) uint8; they do not tell on which device its tensors are."""
     file = io.BytesIO()
-    torch.save(value, file)
+    torch.save(_on_cpu(value), file)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same value, the tensors of dictionaries, lists and tuples on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = {key: _on_cpu(each) for key, each in value.items()}
+        return moved if type(value) is dict else _like(value, moved)
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(each) for each in value)
+    return value
+
+
+def _like(value: dict[Any, Any], moved: dict[Any, Any]) -> dict[Any, Any]:
+    """A dictionary of another class, such as OrderedDict, with other values; as it is where nothing moved."""
+    if all(moved[key] is each for key, each in value.items()):
+        return value
+    other = copy.copy(value)
+    other.update(moved)
+    return other
 
 
 def decoded(tensor: Tensor) -> Any:

@@ -26,7 +26,8 @@ def iterate_power_methods_(model: nn.Module, training: set[nn.Module], team: Tea
     for iterate, vectors in _power_methods(model, training):
         for _ in range(ROUNDS):
             before = [vector.clone() for vector in vectors]
-            iterate()
+            with torch.autocast(vectors[0].device.type, enabled=False):  # bfloat16 would never settle
+                iterate()
             if all(torch.allclose(old, new, rtol=0, atol=SETTLED) for old, new in zip(before, vectors, strict=True)):
                 break
         if team.size > 1:  # processors of other kinds may round in another way

@@ -24,7 +24,8 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     device = use_device(world, node, recipe.device)
     world.agree(lambda: check_device(recipe, device))
     if world.size > 1:
-        world.agree(lambda: check_horovod(device))
+        shared = device.is_shared(world)
+        world.agree(lambda: check_horovod(device, shared))
     choose_algorithms(recipe)
     dataset = load(recipe.data, world, device.threads)
     job = Job(recipe, dataset, device)
@@ -66,6 +67,7 @@ def choose_algorithms(recipe: Recipe) -> None:
         torch.backends.cudnn.benchmark = True
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # switches of NVLink may sum in another order each time
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)

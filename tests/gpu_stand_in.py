@@ -140,7 +140,7 @@ def main(folder: Path, fields: list[str]) -> None:
     """A run, the same again, stopped and gone on with; what the commands make of it."""
     from rich.console import Console
 
-    from swap_hpc import gradients, prepare, saved
+    from swap_hpc import saved
     from swap_hpc.control import Control
     from swap_hpc.errors import Stopped
     from swap_hpc.landscape import landscape
@@ -149,7 +149,6 @@ def main(folder: Path, fields: list[str]) -> None:
     from swap_hpc.run import train
     from swap_hpc.trajectory import trajectory
 
-    gradients.check_horovod = prepare.check_horovod = lambda device: None  # ranks that share a GPU need no NCCL
     world = Team.world()
     quick = ["groups=2", "large_batch.epochs=2", "large_batch.stop_accuracy=1.0", "refine.epochs=2", "checkpoint.snapshots=1"]
     recipe = load_recipe("digits", [*quick, *(fields or ["model.width=4"])])

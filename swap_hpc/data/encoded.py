@@ -29,7 +29,7 @@ def whole_image(file: Any, device: str = "cpu") -> Any:
     leaving while its threads go on; `peek_image_shape` fails as it should.
     """
     size = fn.peek_image_shape(file, dtype=types.INT32)[:2]
-    return fn.decoders.image_slice(file, end=size, axis_names="HW", device=device, output_type=types.RGB)
+    return fn.decoders.image_slice(file, end=size, axis_names="HW", device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
 
 
 def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exception) -> None:

@@ -25,6 +25,8 @@ from swap_hpc.errors import RunError, UserError
 from swap_hpc.recipe import Augment
 from swap_hpc.seeding import seed_all
 
+ON_GPU = 2  # DLPack's number for CUDA's memory
+
 Feed = Iterator[tuple[Any, ...]]  # per batch: what DALI's graph takes in, arrays whose first dimension is the batch's
 
 
@@ -134,13 +136,16 @@ def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size:
             outputs = pipeline.run(stream)
         except StopIteration:
             return
-        inputs, targets = (kept(torch.from_dlpack(output.as_tensor()), device) for output in outputs)
+        inputs, targets = (kept(output.as_tensor(), device) for output in outputs)
         yield inputs, targets
 
 
-def kept(output: Tensor, device: Device) -> Tensor:
-    """A graph's output. What lies on the CPU and goes to a GPU is copied now: DALI uses its memory, which is pinned, again."""
-    return to_device(output.numpy(), device.torch) if device.torch.type == "cuda" and not output.is_cuda else output
+def kept(output: Any, device: Device) -> Tensor:
+    """A graph's output, anything with a DLPack interface. What lies on the CPU and goes to a GPU is copied at once: DALI uses
+    its memory again. (It may be pinned, which torch does not take by DLPack, and numpy does.)"""
+    if device.torch.type == "cuda" and output.__dlpack_device__()[0] != ON_GPU:
+        return to_device(np.array(np.from_dlpack(output)), device.torch)
+    return torch.from_dlpack(output)
 
 
 def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
@@ -209,6 +214,7 @@ def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], vie
             axis_names="HW",
             device=decode_on,
             output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # of colours, as the CPU's decoder does it
         )
         if decode_on == "cpu":
             return image, mirror

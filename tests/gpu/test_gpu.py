@@ -1,6 +1,7 @@
 """What needs a GPU: the same code there gives what it gives on the CPU."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from swap_hpc.data import Dataset, Files, Graph, loader
 from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, training_picks
 from swap_hpc.devices import Device
 from swap_hpc.fit import fit
+from swap_hpc.kinds import encoded
 from swap_hpc.optimizers import Sgd
 from swap_hpc.prepare import choose_algorithms
 from swap_hpc.ranks import Team
@@ -55,6 +57,12 @@ def test_a_fingerprint_is_the_cpus() -> None:
         torch.arange(9),
     ]
     assert fingerprint([tensor.cuda() for tensor in tensors]) == fingerprint(tensors)
+
+
+def test_extra_states_do_not_tell_their_device() -> None:
+    state = OrderedDict(scale=torch.arange(3.0), more=[torch.ones(2), "text"])
+    there = OrderedDict(scale=torch.arange(3.0).cuda(), more=[torch.ones(2).cuda(), "text"])
+    assert torch.equal(encoded(there), encoded(state))
 
 
 def test_a_graphs_output_on_the_cpu_comes_whole() -> None:
@@ -131,7 +139,8 @@ def test_doctor_finds_no_problem_on_ranks_that_share_the_gpu() -> None:
     assert "a step's gradients, averaged by Horovod over world: right on all ranks" in done.stdout, done.stdout
 
 
-def test_training_gives_the_cpus_weights() -> None:
+def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     job = tiny.job()
     here, there = tiny.model(job), tiny.model(job).cuda()
     list(fit(here, job, job.recipe.large_batch, KEY, Team.alone()))
@@ -154,7 +163,7 @@ def test_the_average_is_the_cpus_to_the_bit() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_digits_with_ranks_that_share_the_gpu(ranks: int, tmp_path: Path) -> None:
-    done = swap_hpc("train", "digits", "--set", "device=cuda", "--out", tmp_path / "out", ranks=ranks)
+    done = swap_hpc("train", "digits", "--set", "device=cuda", "--out", tmp_path / "out", ranks=ranks, timeout=300)
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test_accuracy"]["averaged"] >= 0.975
@@ -186,3 +195,35 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
         ((images, labels),) = loader.batches(data, split, iter([pick]), loader.View(augment), 12, GPU)
         assert images.shape == (12, 3, 32, 32) and labels.tolist() == pick.indices.tolist()
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)
+
+
+def coloured(folder: Path, number: int) -> Dataset:
+    """JPEG files of coarse colours, whose channels are stored at half the resolution."""
+    generator, paths = np.random.default_rng(0), []
+    for i in range(number):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        paths.append(str(folder / f"{i}.jpg"))
+        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(paths[-1], quality=95, subsampling="4:2:0")
+    split = Files(tuple(paths), np.arange(number))
+    return Dataset(split, split, tuple(map(str, range(number))), (42, 42), 3, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_streamed_colours_are_nearly_the_cpus(tmp_path: Path) -> None:
+    data = coloured(tmp_path, 8)
+    picks = [Picks(np.arange(8), None)]
+    ((here, _),) = loader.batches(data, data.test, iter(picks), loader.View(None), 8, tiny.CPU)
+    ((there, _),) = loader.batches(data, data.test, iter(picks), loader.View(None), 8, GPU)
+    off = (there.cpu() - here).abs()
+    assert off.mean() < 1 and off.max() < 12, (off.mean(), off.max())  # of 255
+
+
+def test_streamed_batches_that_run_ahead_keep_their_pixels(tmp_path: Path) -> None:
+    """Batches dropped while the GPU still reads them: DALI must not use their memory before."""
+    data = coloured(tmp_path, 8)
+    picks = [Picks(np.arange(i, i + 4), None) for i in range(5)] * 20
+    waited = [i.double().sum().item() for i, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU)]
+    busy, sums = torch.randn(4096, 4096, device="cuda"), []
+    for images, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU):
+        busy = busy @ busy / 64  # the sum below is queued behind it
+        sums.append(images.double().sum())
+    assert [s.item() for s in sums] == waited

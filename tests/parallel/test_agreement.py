@@ -102,10 +102,8 @@ def test_doctor_tries_a_step(world: Team) -> None:
 @pytest.mark.ranks(2, 3)
 def test_doctor_tells_that_a_step_averages_nothing(world: Team, unaveraged: None) -> None:
     ranks = "0, 1" if world.size == 2 else "0, 2"  # rank 1 of 3 has the mean by chance
-    says = (
-        f"PROBLEM: gradients are not averaged on the devices of ranks {ranks}: was Horovod built for these GPUs? make setup builds it anew"
-    )
-    assert says in doctor.report(world, 1)
+    says = f"PROBLEM: gradients are not averaged on the devices of ranks {ranks}: a fault of Horovod, NCCL or the network"
+    assert any(line.startswith(says) for line in doctor.report(world, 1))
 
 
 @pytest.mark.ranks(1, 2)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from mpi4py import MPI
+from torch import Tensor
 from torch.nn import functional as F
 
 from swap_hpc.averaging import broadcast_weights_
@@ -19,6 +20,7 @@ from swap_hpc.events import Epoch, SavePoint
 from swap_hpc.fit import fit
 from swap_hpc.gradients import averaged_gradients
 from swap_hpc.job import Batch, Job
+from swap_hpc.objective import Objective
 from swap_hpc.optimizers import Sgd
 from swap_hpc.ranks import Team
 
@@ -176,6 +178,22 @@ def test_an_evaluation_leaves_the_modes_as_they_were(world: Team) -> None:
     assert [module for module in model.modules() if not module.training] == [frozen]
     with pytest.raises(ValueError, match="no rank has a sample to evaluate on"):
         evaluate(model, [], world)
+
+
+@pytest.mark.ranks(1)
+def test_an_evaluations_measures_are_computed_in_float32(world: Team) -> None:
+    """As those of training: autocast is for the model's forward pass, and on GPUs forbids some losses."""
+    seen = []
+
+    def measured(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append((outputs.dtype, torch.is_autocast_enabled("cpu"), (outputs @ outputs.T).dtype))
+        return torch.zeros(len(targets))
+
+    job = tiny.job(precision="bf16")
+    objective = Objective(measured, lambda outputs, targets: measured(outputs, targets).sum(), measured)
+    with job.autocast():
+        evaluate(tiny.model(job), job.test_batches(world), world, objective)
+    assert set(seen) == {(torch.float32, False, torch.float32)}
 
 
 def test_evaluation_counts_each_sample_once(world: Team) -> None:

@@ -13,11 +13,13 @@ import torch
 from launch import command
 
 from swap_hpc import devices, prepare
-from swap_hpc.devices import Capability, Device, Memory, choose_device, serves
+from swap_hpc.devices import Capability, Device, Memory, choose_device, serves, use_device
+from swap_hpc.doctor import crowding
 from swap_hpc.errors import UserError
 from swap_hpc.metrics import Line
 from swap_hpc.ranks import Team
 from swap_hpc.result import peak_memory
+from swap_hpc.run import explaining_full_memory
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1's wheel
 CUDA_12 = ["sm_70", *CUDA_13]  # of torch 2.10.0's
@@ -171,6 +173,35 @@ def test_the_suite_hides_the_gpu_but_for_its_own_tests(arguments: list[str], see
     )
     done = command(sys.executable, "-c", code, *arguments, cwd=Path(__file__).parents[2], variables={"CUDA_VISIBLE_DEVICES": "3"})
     assert f"seen:{seen}." in done.stdout, done.stdout + done.stderr
+
+
+def test_a_gpu_that_another_process_has_to_itself_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be ...")
+
+    shows(monkeypatch, "H100", (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(UserError, match="torch sees a GPU and cannot use it .*busy or unavailable") as refused:
+        use_device(Team.alone(), Team.alone(), "auto")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_gpu_whose_memory_is_full_gets_one_line() -> None:
+    says = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which ..."
+    line = r"the GPU's memory is full \(CUDA out of memory\. Tried.*or large_batch\.accumulate"
+    with pytest.raises(UserError, match=line) as refused, explaining_full_memory():
+        raise torch.OutOfMemoryError(says)
+    assert "\n" not in str(refused.value)
+
+
+def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Device(torch.device("cuda", 0), 1, "one")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    (line,) = crowding(Team.alone(), gpu)
+    assert line == "rank 0 has a GPU and one core: mpirun --bind-to none, or srun --cpus-per-task, gives it more"
+    assert crowding(Team.alone(), Device(torch.device("cpu"), 1)) == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4})
+    assert crowding(Team.alone(), gpu) == []
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:

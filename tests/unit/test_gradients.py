@@ -15,19 +15,20 @@ def test_without_horovod_one_line_names_the_command(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "horovod", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "horovod.torch", raising=False)
     with pytest.raises(UserError, match="make setup builds it") as error:
-        check_horovod(tiny.CPU)
+        check_horovod(tiny.CPU, shared=False)
     assert "\n" not in str(error.value)
 
 
 def test_a_gpu_needs_a_horovod_with_nccl() -> None:
     """Refused or not by what this build says of itself."""
     gpu = Device(torch.device("cuda", 0), threads=1, uuid="a GPU")
-    check_horovod(tiny.CPU)
+    check_horovod(tiny.CPU, shared=False)
+    check_horovod(gpu, shared=True)  # whose ranks send through host memory
     if load_horovod().nccl_built():
-        check_horovod(gpu)
+        check_horovod(gpu, shared=False)
         return
     with pytest.raises(UserError, match="make setup HOROVOD_BUILD=nccl"):
-        check_horovod(gpu)
+        check_horovod(gpu, shared=False)
 
 
 def test_buckets_hold_every_trained_parameter_once_in_backwards_order() -> None:
