@@ -15,6 +15,7 @@ import torch
 from launch import swap_hpc
 from nvidia.dali import fn
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from swap_hpc import gradients
@@ -26,6 +27,7 @@ from swap_hpc.devices import Device
 from swap_hpc.fit import fit
 from swap_hpc.kinds import encoded
 from swap_hpc.optimizers import Sgd
+from swap_hpc.power import iterate_power_methods_
 from swap_hpc.prepare import choose_algorithms
 from swap_hpc.ranks import Team
 from swap_hpc.recipe import Augment
@@ -57,6 +59,15 @@ def test_a_fingerprint_is_the_cpus() -> None:
         torch.arange(9),
     ]
     assert fingerprint([tensor.cuda() for tensor in tensors]) == fingerprint(tensors)
+
+
+def test_power_iterations_settle_in_float32() -> None:
+    """Also where a refresh of batch norm runs under autocast, which takes their products to bfloat16 on a GPU."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(30, 20)).cuda().train()
+    with torch.autocast("cuda", torch.bfloat16):
+        iterate_power_methods_(layer, set(layer.modules()), Team.alone())
+    layer.eval()
+    assert abs(torch.linalg.matrix_norm(layer.weight, 2).item() - 1) < 1e-4
 
 
 def test_extra_states_do_not_tell_their_device() -> None:
