@@ -86,7 +86,7 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "the weights of rank": lambda tmp: train(
         "model.name=unaveraged:build", ranks=2, cwd=tmp, variables={"PYTHONPATH": str(ROOT / "tests")}
     ),
-    "driver": lambda tmp: on_gpu(tmp, "old()"),
+    "too old for": lambda tmp: on_gpu(tmp, "old()"),
     "bf16": lambda tmp: on_gpu(tmp, T4),
     "cannot be imported": lambda tmp: train("model.name=nets:build", cwd=tmp),
     "no calibration": lambda tmp: swap_hpc("plan", "digits", cwd=tmp),

@@ -19,7 +19,7 @@ from swap_hpc.swap import swap
 @pytest.fixture
 def unaveraged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank keeps its own gradients."""
-    monkeypatch.setattr(hvd, "grouped_allreduce_async_", lambda tensors, **how: None)
+    monkeypatch.setattr(hvd, "grouped_allreduce_async_", lambda tensors, **how: "a handle")
     monkeypatch.setattr(hvd, "synchronize", lambda handle: None)
 
 
@@ -76,7 +76,7 @@ def test_a_group_of_several_ranks_ends_with_a_line(world: Team, monkeypatch: pyt
         events = swap(tiny.model(job), job, ranks)
         for event in events:
             if isinstance(event, Done) and event.what == "large_batch":
-                monkeypatch.setattr(hvd, "grouped_allreduce_async_", lambda tensors, **how: None)
+                monkeypatch.setattr(hvd, "grouped_allreduce_async_", lambda tensors, **how: "a handle")
                 monkeypatch.setattr(hvd, "synchronize", lambda handle: None)
                 break
         with pytest.raises(RunError, match="the weights of rank 1 differ from those of rank 0 after refine of group"):
