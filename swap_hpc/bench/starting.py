@@ -12,6 +12,7 @@ from types import ModuleType
 
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.errors import RunError
+from swap_hpc.launcher import CROWDED
 from swap_hpc.ranks import Team
 
 RANKS = 4
@@ -40,7 +41,8 @@ def _seconds_until(command: Sequence[str], text: str) -> float:
     """From the launch to the first line that holds `text`; then to the end, uncounted."""
     launcher = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", *(() if command[0] == "srun" else ("SLURM_",)))
     settings = ("OMPI_MCA_", "PRTE_MCA_", "OMPI_ALLOW_")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(launcher) or k.startswith(settings)}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(launcher) or k.startswith(settings)}
+    inherited = CROWDED | own  # Open MPI's launcher keeps its settings from what it starts
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=inherited)
     assert process.stdout is not None
