@@ -16,7 +16,7 @@ import typer
 
 from swap_hpc import __version__
 from swap_hpc.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
-from swap_hpc.errors import RunError, Stopped, UserError
+from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.part import Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.recipe import DataName, from_disk, load_recipe, on_disk
 
@@ -347,4 +347,6 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself is wrong
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
+        if isinstance(known := explained(error), UserError):
+            fail(2, f"swap-hpc: {known}")
         fail(3, _traceback(error))

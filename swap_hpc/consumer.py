@@ -51,7 +51,7 @@ class Consumer:
                 checkpoints.forget_after(self.together, part_name(group), ranks.group)
         self.job = replace(job, control=control, load=self._load, met=self._met(job))
         control.save_seconds = job.recipe.checkpoint.minutes * 60 or float("inf")
-        control.rest_seconds = job.recipe.checkpoint.min_seconds
+        control.min_seconds = job.recipe.checkpoint.min_seconds
 
     def consume(self, model: nn.Module) -> dict[str, Any] | None:
         self.watch.own["setup"] = perf_counter() - self.watch.started

@@ -15,7 +15,7 @@ class Control:
     """Of one rank. Training asks it at step boundaries and tells it of every step; it never acts by itself."""
 
     save_seconds: float = float("inf")  # between saves inside an epoch, at most
-    rest_seconds: float = 0.0  # between saves that the recipe asks for, at least
+    min_seconds: float = 0.0  # between saves that the recipe asks for, at least
     stop: bool = False  # a signal asked for it
     saved_at: float = field(default_factory=monotonic)
     beats: int = 0  # grows with every step, batch and file: a rank whose number stands still hangs
@@ -25,7 +25,7 @@ class Control:
     def due(self, wanted: bool = False) -> bool:
         """Whether this rank wants a save at the next step boundary. `wanted`: the recipe asks for one there."""
         since = monotonic() - self.saved_at
-        return self.stop or since >= self.save_seconds or (wanted and since >= self.rest_seconds)
+        return self.stop or since >= self.save_seconds or (wanted and since >= self.min_seconds)
 
     def beat(self, where: str) -> None:
         self.where = where

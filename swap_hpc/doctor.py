@@ -83,7 +83,7 @@ def report(world: Team, groups: int) -> list[str]:
         tries = world.size > 1 and not unusable and can_average(facts["horovod"], device, shared)
         unaveraged = _averaging_problem(world, device) if tries else None
         spans = world.any(len(set(ranks.group.allgather(host()))) > 1)
-        problems = [line for line in (unusable, unaveraged) if line] + _problems(world, ranks, node, facts, spans)
+        problems = [line for line in (unusable, unaveraged) if line] + _problems(world, ranks, node, facts, spans, shared)
         problems += crowding(world, device)
     lines = [f"swap_hpc {facts['swap_hpc']}, Python {facts['python']}, {facts['cpu']}"]
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -156,11 +156,11 @@ def _seconds_of_allreduce(team: Team) -> float:
     return team.maximum(sorted(times[1:])[2])[0] if team.size > 1 else 0.0
 
 
-def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], spans: bool) -> list[str]:
+def _problems(world: Team, ranks: Ranks, node: Team, facts: dict[str, Any], spans: bool, shared: bool) -> list[str]:
     problems = [line] if (line := launcher_mismatch(world)) else []
     if facts["horovod"] is None:
         problems.append("Horovod cannot be loaded: make setup builds it; without it only one rank can train a model")
-    elif torch.cuda.is_available() and not facts["horovod"]["nccl"]:
+    elif torch.cuda.is_available() and not facts["horovod"]["nccl"] and not shared:
         problems.append("there are GPUs, but Horovod was built without NCCL: make setup HOROVOD_BUILD=nccl")
     if facts["mpi"]["thread_level"] != "multiple":
         problems.append("MPI does not give thread level multiple, which Horovod and mpi4py side by side need: use another build of MPI")

@@ -21,3 +21,16 @@ class Diverged(RunError):
 
 class Stopped(Exception):
     """The run was asked to stop, by a signal, and everything is saved; raised on all ranks. Exit code 75 (EX_TEMPFAIL)."""
+
+
+def explained(error: Exception) -> Exception:
+    """A UserError, of one line, for torch's error where a GPU's memory is full; any other error as it is.
+
+    Another start would end at the same place.
+    """
+    if type(error).__name__ != "OutOfMemoryError":  # torch need not be loaded
+        return error
+    why = " ".join(str(error).split())[:100]
+    return UserError(
+        f"the GPU's memory is full ({why}): smaller batches, or large_batch.accumulate and refine.accumulate, which take them in parts"
+    )

@@ -48,10 +48,9 @@ def check_device(recipe: Recipe, device: Device) -> None:
 
 def check_compiler(device: Device) -> None:
     """Raises UserError where torch.compile would find no compiler: on a GPU, too, it compiles C that launches its kernels."""
-    names = ["CC", "gcc", "clang"] if device.torch.type == "cuda" else ["CXX", "g++"]
-    variable, *programs = names
-    told_by_site = os.environ.get(variable, "").split()
-    lacking = [] if any(map(shutil.which, [*told_by_site[:1], *programs])) else [f"a compiler ({programs[0]})"]
+    variable, *programs = ("CC", "gcc", "clang") if device.torch.type == "cuda" else ("CXX", "g++")
+    named = os.environ.get(variable, "").split()[:1]
+    lacking = [] if any(map(shutil.which, [*named, *programs])) else [f"a compiler ({programs[0]})"]
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
     if lacking:

@@ -25,7 +25,7 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 from mpi4py import MPI
 
-from swap_hpc.errors import RunError, UserError
+from swap_hpc.errors import RunError, UserError, explained
 from swap_hpc.launcher import advice, launched
 
 T = TypeVar("T")
@@ -133,6 +133,7 @@ class Team:
 
 def _portable(error: Exception | None) -> UserError | RunError | None:
     """An error that another rank can raise too, with its traceback as its message where it is an unexpected one."""
+    error = explained(error) if error else None
     if error is None or isinstance(error, UserError | RunError):
         return error
     return RunError("".join(traceback.format_exception(error)))

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -75,8 +74,7 @@ def train(
             end_stalls(recipe.watchdog.minutes * 60)
             tell_launcher("training")
             over = phase_1_of is not None or bool(world.broadcast(world.first(lambda: (out / "large_batch.safetensors").is_file())))
-            watch = watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks)
-            with display.running(), watch, noting_divergence(out, part), explaining_full_memory():
+            with display.running(), watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks), noting_divergence(out, part):
                 control.beat("the dry step before training")
                 model, warnings = _dry_step(model, job, ranks, part, over)
                 for line in warnings:
@@ -112,18 +110,6 @@ def _dry_step(model: nn.Module, job: Job, ranks: Ranks, part: Part, phase_1_is_o
         key = Key(recipe.seed, Phase.REFINE, ranks.groups[0])
         return ranks.world.agree(lambda: dry_step(model, job, recipe.refine, key, ranks.group))
     return model, []
-
-
-@contextmanager
-def explaining_full_memory() -> Iterator[None]:
-    """Raises UserError where a GPU's memory is full: another start would end at the same place."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        why = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"the GPU's memory is full ({why}): smaller batches, or large_batch.accumulate and refine.accumulate, which take them in parts"
-        ) from None
 
 
 @contextmanager

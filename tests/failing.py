@@ -1,10 +1,10 @@
-"""Models that fail: on one rank, in the middle of training; everywhere, with an output of another shape; by leaving; at a pipe."""
+"""Models that fail: on one rank in the middle of training, also for want of memory; everywhere by their output; by leaving; at a pipe."""
 
 import errno
 import time
 
 from mpi4py import MPI
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 
 
 class _Failing(nn.Module):
@@ -19,6 +19,14 @@ class _Failing(nn.Module):
             print("raising at", time.time(), flush=True)
             raise ArithmeticError("rank 1 cannot go on")
         return self.linear(images.flatten(1))
+
+
+class _Full(_Failing):
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            return super().forward(images)
+        except ArithmeticError:
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...") from None
 
 
 def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
@@ -50,3 +58,7 @@ class _Piping(nn.Module):
 
 def writes_into_a_broken_pipe(classes: int, channels: int, width: int) -> nn.Module:
     return _Piping(classes)
+
+
+def fills_the_memory_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
+    return _Full(classes)

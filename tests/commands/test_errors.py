@@ -139,6 +139,14 @@ def test_a_rank_that_raises_ends_all_ranks_with_its_traceback_once(tmp_path: Pat
     assert done.seconds < 60 and _now() - raised < 10
 
 
+def test_a_rank_whose_gpu_is_full_ends_all_with_one_line(tmp_path: Path) -> None:
+    """As wrong input: a batch script must not start it again."""
+    full = ("--set", "model.name=failing:fills_the_memory_on_rank_1", "--set", "groups=2")
+    done = swap_hpc("train", "digits", *full, "--out", tmp_path / "out", ranks=2, variables={"PYTHONPATH": str(TESTS)})
+    assert done.code == 2 and len(done.ours) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.ours[0].startswith("swap-hpc: the GPU's memory is full (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...):")
+
+
 def _now() -> float:
     import time
 

@@ -1,5 +1,7 @@
 """Ranks whose weights drift apart, because their gradients were not averaged, end with one line."""
 
+import re
+
 import horovod.torch as hvd
 import pytest
 import tiny
@@ -115,5 +117,5 @@ def test_doctor_goes_on_where_torch_cannot_use_the_gpu(world: Team, monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_properties", too_old)
     lines = doctor.report(world, 1)
     problems = [line for line in lines if line.startswith("PROBLEM: ")]
-    assert (len(problems) == 1 and "is too old for CUDA" in problems[0] and "needs 580 or newer" in problems[0]) or "525" in problems[0]
+    assert len(problems) == 1 and re.search("is too old for CUDA 1[23], which needs (525|580) or newer", problems[0]), problems
     assert any(line.startswith("rank 0 -> ") for line in lines)

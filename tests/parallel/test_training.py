@@ -85,7 +85,7 @@ def test_saves_of_short_epochs_are_apart(busy: bool, world: Team) -> None:
     """Where one rank finds that enough time has passed, all save; a phase's end is always saved."""
     job = tiny.job(large_batch={"epochs": 3})
     rests = 1e6 if busy or world.rank else 0.0
-    job = replace(job, control=Control(rest_seconds=rests))
+    job = replace(job, control=Control(min_seconds=rests))
     events = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
     saves = [e.epoch for e in events if isinstance(e, SavePoint) and e.due]
     assert saves == ([3] if busy else [1, 2, 3])

@@ -38,7 +38,7 @@ def test_a_second_interrupt_does_not_wait(control: Control) -> None:
 
 
 def test_a_save_that_the_recipe_asks_for_waits_for_its_time() -> None:
-    control = Control(rest_seconds=0.2)
+    control = Control(min_seconds=0.2)
     assert not control.due(wanted=True)
     time.sleep(0.25)
     assert control.due(wanted=True) and not control.due()
