@@ -167,10 +167,12 @@ class _Training:
         saves = self.job.recipe.checkpoint.epochs
         is_saved = saves > 0 and (self.epoch + 1) % saves == 0
         due, started = False, perf_counter()
+        # drawn together, since each alone costs ten times as much between a model's operators
+        seeds = [self.key.torch_seed(self.epoch * len(rates) + step, self.team.rank) for step in range(len(rates))]
         following: Batch | None = None
         while self.step < len(rates):
             batch = following or next(stream)
-            seed_all(self.key.torch_seed(self.epoch * len(rates) + self.step, self.team.rank))
+            seed_all(seeds[self.step])
             rate = rates[self.step]
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
