@@ -1,4 +1,4 @@
-"""Whether the ranks that train one model still hold the same weights, to the bit."""
+"""A check that the ranks which train one model still hold the same weights, to the bit."""
 
 import hashlib
 from collections.abc import Iterable

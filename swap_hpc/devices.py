@@ -114,7 +114,7 @@ def _gpu(local_rank: int, wanted: Wanted, threads: int) -> Device | None:
 
 
 def serves(architectures: list[str], capability: Capability) -> bool:
-    """Whether code for these architectures runs on a GPU of that capability.
+    """Tell whether code for these architectures runs on a GPU of that capability.
 
     `architectures`: as `torch.cuda.get_arch_list()` names them. Machine code ("sm_80") runs on its own major version from
     its minor version on, with a letter ("sm_90a") on its own capability alone; PTX ("compute_80") on all newer GPUs, too.

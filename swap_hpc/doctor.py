@@ -112,7 +112,7 @@ def _device(world: Team, node: Team) -> tuple[Device, str | None]:
 
 
 def can_average(built: dict[str, bool] | None, device: Device, shared: bool) -> bool:
-    """Whether a Horovod was built that can be tried on this device. `shared`: as of `check_horovod`."""
+    """Tell whether a Horovod was built that can be tried on this device. `shared`: as of `check_horovod`."""
     return built is not None and (built["nccl"] or shared or device.torch.type == "cpu")
 
 

@@ -156,7 +156,7 @@ class _Training:
             yield self._checked(self.savepoint(due), f"at a learning rate of {rates[-1]:.4g}")
 
     def _is_looked_at(self) -> bool:
-        """Whether groups wait for each other after this epoch: they save before, since they may be asked to stop while they wait."""
+        """Tell whether groups wait for each other after this epoch. They save first: they may be asked to stop while they wait."""
         every = self.job.recipe.refine.evaluate_average if self.group is not None else 0
         return every > 0 and self.epoch % every == 0
 

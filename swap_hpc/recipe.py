@@ -301,7 +301,7 @@ class Checkpoint(_Section):
     """Epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are."""
 
     def saves(self, epochs: int, seconds: float) -> int:
-        """How many saves at epochs' ends are made in that many epochs, each of that many seconds."""
+        """The number of saves at epochs' ends in that many epochs, each of that many seconds."""
         if not self.epochs:
             return 0
         rest = math.ceil(self.min_seconds / (self.epochs * seconds)) if seconds else 1
