@@ -126,6 +126,7 @@ def pretend() -> None:
         "get_device_name": lambda device=None: properties.name,
         "get_arch_list": lambda: ["sm_90"],
         "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
         "_lazy_init": lambda: None,
     }
     for name, function in replaced.items():
