@@ -17,6 +17,7 @@ from swap_hpc.tensors import is_dense, real
 # the buffer. Fixed buckets, never fused with each other, make two identical runs identical to the bit. A handful of
 # them still overlaps communication with the backward pass.
 BUCKETS = 4
+_starts = 0  # of this process's Horovod
 os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 
@@ -57,6 +58,8 @@ def averaged_gradients(
 
     Horovod is started on the team's communicator and shut down at the end, or when all leave training,
     so that no thread of it runs in other parts of a run. A team of one never touches Horovod.
+    A process has one Horovod: of several trainings, the last that began has it, and a step of an earlier one
+    raises RunError.
     """
     if team.size == 1:
         yield optimizer
@@ -71,18 +74,29 @@ def averaged_gradients(
     if hvd.is_initialized():  # left by a training that an error ended: its communicator may be another one, and init() would keep it
         hvd.shutdown()
     hvd.init(team.comm)
+    global _starts
+    _starts = start = _starts + 1
     try:
         reduction = _Reduction(model, team, hvd, passes, through_host)
-        hook = optimizer.register_step_pre_hook(lambda *_: reduction.finish())
+
+        def finish(*_: Any) -> None:
+            if _starts != start:
+                raise RunError("another training of this process has begun since, and has its Horovod: end one before the next begins")
+            reduction.finish()
+
+        hook = optimizer.register_step_pre_hook(finish)
         try:
             yield optimizer
         finally:
             hook.remove()
             reduction.remove_hooks()
     except GeneratorExit:  # all ranks leave training before its end; at an error of one rank the others may not be there to shut down with
-        hvd.shutdown()
+        # A generator that an error left suspended is closed when its memory is freed: Horovod may be another training's by then.
+        if _starts == start:
+            hvd.shutdown()
         raise
-    hvd.shutdown()
+    if _starts == start:
+        hvd.shutdown()
 
 
 class _Bucket:

@@ -48,6 +48,34 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
         torch.testing.assert_close((start - now.detach()).double(), torch.from_numpy(mean), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.ranks(1, 2)
+def test_a_training_that_was_left_does_not_end_the_next_ones_horovod(world: Team) -> None:
+    """An error keeps a generator suspended until its traceback is freed, at any time, on any rank."""
+    job = tiny.job()
+    alone, model = tiny.model(job), tiny.model(job)
+    list(fit(alone, job, job.recipe.large_batch, KEY, world))
+    left = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    next(left)
+    events = fit(model, job, job.recipe.large_batch, KEY, world)
+    next(events)
+    if world.rank == world.size - 1:
+        left.close()
+    list(events)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), alone.state_dict().values(), strict=True))
+
+
+@pytest.mark.ranks(2)
+def test_a_step_of_a_training_whose_horovod_another_has_is_refused(world: Team) -> None:
+    job = tiny.job()
+    left = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    next(left)
+    events = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    next(events)
+    with pytest.raises(RunError, match="another training of this process has begun since"):
+        list(left)
+    list(events)
+
+
 def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"}, large_batch={"epochs": 1})
     model, expected = tiny.model(job), tiny.model(job)
