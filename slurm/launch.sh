@@ -82,7 +82,7 @@ finish() {
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # its number may stand for the whole array
   if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # mpirun may say 0 where it lost a node
   case $2 in
-    stopped*) code=75 ;;  # srun ends a rank that is slower to leave than the others, and says 143
+    stopped*) code=75 ;;  # srun may kill a rank that is slower to leave than the others, and says 137
     *"failed with "*) code=${2##*failed with } ;;  # srun --mpi=pmi2 says 137 where a rank ends the others
   esac
   if [ "$code" = 75 ]; then told=1; fi

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from swap_hpc import __version__
+from swap_hpc.control import Control, ignore_stops
 from swap_hpc.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.part import Part, PhaseChoice, check_part, check_ranks
@@ -56,8 +57,6 @@ def train(
     phase_1_of: PhaseOneOf = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
-    from swap_hpc.control import Control
-
     control = Control()
     control.listen()
     part = Part(phase, group)
@@ -328,9 +327,11 @@ def main() -> None:
             fail(3, _traceback(leaving.__context__))
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
+        ignore_stops()
         tell_launcher("done")
         sys.exit(code)
     except Stopped as stopped:
+        ignore_stops()
         say(f"swap-hpc: {stopped}")
         tell_launcher("stopped")
         sys.exit(75)

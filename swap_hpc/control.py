@@ -10,6 +10,15 @@ from types import FrameType
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def ignore_stops() -> None:
+    """Keeps a process that has ended its work from being ended by a signal that asks for a stop, and its code with it.
+
+    Python gives up its handlers before it unloads torch; srun sends SIGTERM to ranks that are slower to leave than the first.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass
 class Control:
     """Of one rank. Training asks it at step boundaries and tells it of every step; it never acts by itself."""

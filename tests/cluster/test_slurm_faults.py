@@ -112,7 +112,7 @@ def test_the_time_limits_signal_saves_and_requeues(
         assert code == "75" and f"swap-hpc: stopped on request, all is saved in {out}: start it again to go on" in said
     else:
         assert code == "138", said  # on a crowded machine Python was still importing, and the signal ended it
-    assert ("goes on" in second) == ("epoch   1/" in first)  # a slow start may still have been at its beginning
+    assert "goes on" in second or "epoch   1/" not in first  # a slow start may still have been at its beginning
 
 
 def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(

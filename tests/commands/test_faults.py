@@ -135,6 +135,33 @@ def test_ctrl_c_stops_a_rank_alone_in_order(tmp_path: Path) -> None:
     assert f"swap-hpc: stopped on request, all is saved in {tmp_path / 'out'}: start it again to go on" in output
 
 
+LATE = """
+import os, signal
+from swap_hpc import models
+
+class Late:
+    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):
+        kill(own, number)
+
+late = Late()  # lives until Python unloads its modules
+
+def build(**arguments):
+    model = models.ResNet9(**arguments)
+    if STOPS:
+        model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    return model
+"""
+
+
+@pytest.mark.parametrize(("stops", "code"), [(True, 75), (False, 0)])
+def test_a_signal_at_the_very_end_changes_no_code(stops: bool, code: int, tmp_path: Path) -> None:
+    """As srun's to a rank that is slower to leave than another: Python has given up its handlers by then."""
+    (tmp_path / "late.py").write_text(LATE.replace("STOPS", str(stops)))
+    done = swap_hpc("train", "digits", *QUICK, "--set", "groups=1", "--set", "model.name=late:build", cwd=tmp_path)
+    assert done.code == code, done.stderr
+    assert (tmp_path / "runs" / "digits" / "result.json").exists() != stops
+
+
 def wait_for(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
