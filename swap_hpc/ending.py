@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import Literal, NoReturn
 
+from swap_hpc.control import ignore_stops
 from swap_hpc.launcher import launched
 
 
@@ -58,6 +59,7 @@ def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
     if not alone:
         time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
         ranks.abort(code)
+    ignore_stops()
     sys.exit(code)
 
 
