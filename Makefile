@@ -15,7 +15,7 @@ MODELS ?= 300
 SEED ?= 0
 
 activate := . "$(VENV)/bin/activate"
-linters := ruff check . && ruff format --check . && mypy && codespell
+linters := ruff check . && ruff format --check . && mypy && lint-imports && codespell
 # ranks may outnumber cores, and in a container one is root: Open MPI wants to be told
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1

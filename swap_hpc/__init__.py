@@ -8,19 +8,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swap_hpc.averaging import average_weights_, refresh_batchnorm_
+    from swap_hpc.average.batchnorm import refresh_batchnorm_
+    from swap_hpc.average.uniform import average_weights_
     from swap_hpc.data import Batches, Dataset, Graph
-    from swap_hpc.evaluation import evaluate
-    from swap_hpc.ranks import Team, grid
+    from swap_hpc.parallel.grid import grid
+    from swap_hpc.parallel.teams import Team
+    from swap_hpc.train.evaluation import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["Batches", "Dataset", "Graph", "Team", "average_weights_", "evaluate", "grid", "refresh_batchnorm_"]
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Graph",
+    "Team",
+    "average_weights_",
+    "evaluate",
+    "grid",
+    "refresh_batchnorm_",
+]
 
 _HOMES = {
-    **dict.fromkeys(("average_weights_", "refresh_batchnorm_"), "averaging"),
+    "average_weights_": "average.uniform",
+    "refresh_batchnorm_": "average.batchnorm",
     **dict.fromkeys(("Batches", "Dataset", "Graph"), "data"),
-    "evaluate": "evaluation",
-    **dict.fromkeys(("Team", "grid"), "ranks"),
+    "evaluate": "train.evaluation",
+    "Team": "parallel.teams",
+    "grid": "parallel.grid",
 }
 
 

@@ -4,12 +4,13 @@ from collections.abc import Generator
 
 from torch import nn
 
-from swap_hpc.averaging import WeightSum, average_weights_, refresh_batchnorm_
+from swap_hpc.average.batchnorm import refresh_batchnorm_
+from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.data.sampling import Key, Phase
-from swap_hpc.events import Done, Event, part_name
-from swap_hpc.fit import Refinement, fit
-from swap_hpc.job import Job
-from swap_hpc.ranks import Ranks
+from swap_hpc.parallel.grid import Ranks
+from swap_hpc.train.events import Done, Event, part_name
+from swap_hpc.train.fit import Refinement, fit
+from swap_hpc.train.job import Job
 
 
 def swap(model: nn.Module, job: Job, ranks: Ranks) -> Generator[Event, None, None]:
@@ -37,7 +38,9 @@ def swap(model: nn.Module, job: Job, ranks: Ranks) -> Generator[Event, None, Non
             copy.add_to_(total)
         average_weights_(model, ranks.peers, total)
         yield Done("average", model, meeting)
-        if meeting.then == "go_on":  # not SWAP, but post-local SGD: back to phase 2, from the average
+        if (
+            meeting.then == "go_on"
+        ):  # not SWAP, but post-local SGD: back to phase 2, from the average
             due = ranks.world.any(job.control.due(meeting.saves))
             for copy in copies:
                 yield copy.go_on_from_(model, due)

@@ -26,7 +26,16 @@ NODES = ("swap-n1", "swap-n2")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge libpmix-dev"  # the last one for srun --mpi=pmix
 MPI_TYPE = "pmi2" if hydra() else "pmix"  # of srun, for this environment's MPI
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
 
 # Nodes as the batch scripts expect them, with 64 CPUs and 8 GPUs: Slurm hands out what it is told, and a "GPU" is a device file.
 CONFIGURATION = """
@@ -75,7 +84,11 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Of a user's shell on the cluster's login node."""
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_", "PMI_"))}
+        keep = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_", "PMI_"))
+        }
         ours = {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PATH": f"{BIN}:{keep['PATH']}:/usr/sbin",
@@ -84,22 +97,41 @@ class Cluster:
         }
         # all ranks of both nodes share this host's cores: one that waits must let others work
         crowded = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
-        return keep | ours | crowded | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return (
+            keep
+            | ours
+            | crowded
+            | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        )
 
     def start(self) -> None:
         self.control_port, *ports = _free_ports(1 + len(NODES))
         self.ports = dict(zip(NODES, ports, strict=True))
         (self.folder / "state").mkdir(parents=True)
-        configuration = CONFIGURATION.format(host=socket.gethostname(), port=self.control_port, folder=self.folder)
-        configuration += "".join(NODE.format(name=name, port=port) for name, port in self.ports.items())
-        configuration += f"PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
+        configuration = CONFIGURATION.format(
+            host=socket.gethostname(), port=self.control_port, folder=self.folder
+        )
+        configuration += "".join(
+            NODE.format(name=name, port=port) for name, port in self.ports.items()
+        )
+        configuration += (
+            f"PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
+        )
         (self.folder / "slurm.conf").write_text(configuration)
-        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-7]\n" if Path("/dev/tty7").exists() else "Name=gpu Count=8\n")
+        (self.folder / "gres.conf").write_text(
+            "Name=gpu File=/dev/tty[0-7]\n" if Path("/dev/tty7").exists() else "Name=gpu Count=8\n"
+        )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
         munge = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
-        line = ["munged", "--foreground", "--force", "--num-threads=2", f"--key-file={self.folder / 'munge.key'}"]
+        line = [
+            "munged",
+            "--foreground",
+            "--force",
+            "--num-threads=2",
+            f"--key-file={self.folder / 'munge.key'}",
+        ]
         line += [f"--{option}={munge[name]}" for option, name in
                  (("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
         self._begin("munged", line)
@@ -107,7 +139,11 @@ class Cluster:
         self._begin("slurmctld", ["slurmctld", "-D", "-c"])
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), f"two idle nodes (logs in {self.folder})", 60)
+        wait_for(
+            lambda: self.node_states() == dict.fromkeys(NODES, "idle"),
+            f"two idle nodes (logs in {self.folder})",
+            60,
+        )
 
     def start_node(self, node: str) -> None:
         """Boots it: its spool is empty, as on a node that has it in memory. (Killed steps left PMIx sockets there.)"""
@@ -126,13 +162,28 @@ class Cluster:
     def _begin(self, name: str, line: list[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as output:
             self.daemons[name] = subprocess.Popen(
-                line, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                line,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def stop(self) -> None:
         """Ends all jobs and daemons; nothing is left but the folder."""
-        jobs = [pid for node in NODES if node in self.daemons for pid in _processes_of(self.daemons[node])]
-        subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=self.environment, capture_output=True, check=False)
+        jobs = [
+            pid
+            for node in NODES
+            if node in self.daemons
+            for pid in _processes_of(self.daemons[node])
+        ]
+        subprocess.run(
+            ["scancel", "--signal=KILL", "--full", "--user=root"],
+            env=self.environment,
+            capture_output=True,
+            check=False,
+        )
         for name in reversed(self.daemons):
             self.daemons[name].terminate()
         for daemon in self.daemons.values():
@@ -144,16 +195,33 @@ class Cluster:
             _kill(pid)
 
     # --- a user's commands ----------------------------------------------------------------------------------------------
-    def run(self, *line: str | Path, variables: Mapping[str, str] = MappingProxyType({}), cwd: Path | None = None) -> str:
+    def run(
+        self,
+        *line: str | Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        cwd: Path | None = None,
+    ) -> str:
         """A command's output. Fails where it fails."""
         done = subprocess.run(
-            list(map(str, line)), env=self.environment | dict(variables), cwd=cwd, capture_output=True, text=True, timeout=180, check=False
+            list(map(str, line)),
+            env=self.environment | dict(variables),
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout
 
     def node_states(self) -> dict[str, str]:
-        done = subprocess.run(["sinfo", "-hNo", "%N %T"], env=self.environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sinfo", "-hNo", "%N %T"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return dict(line.split() for line in done.stdout.splitlines())
 
     def jobs(self, job: int) -> list[dict[str, str]]:
@@ -181,7 +249,11 @@ def wait_for(ready: Callable[[], T], what: str, seconds: float, every: float = 0
 
 def missing() -> str | None:
     """Why no cluster can be started here, with the command that mends it."""
-    lacking = [program for program in NEEDED if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
+    lacking = [
+        program
+        for program in NEEDED
+        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]
     if lacking:
         return f"no {', '.join(lacking)}: {INSTALL}"
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode:
@@ -214,7 +286,11 @@ def _processes_of(daemon: "subprocess.Popen[bytes]") -> list[int]:
     own, node = _namespace("self"), _namespace(str(daemon.pid))
     if node in (None, own):
         return []
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _namespace(entry.name) == node]
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _namespace(entry.name) == node
+    ]
 
 
 def _namespace(process: str) -> str | None:

@@ -15,6 +15,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Losses and times are those of CPUs elsewhere. CUDA looks once, so that one session cannot do both.
     """
-    chosen = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
+    chosen = [
+        Path(config.invocation_params.dir, argument.partition("::")[0]).resolve()
+        for argument in config.args
+    ]
     if not all(path == GPU_TESTS or GPU_TESTS in path.parents for path in chosen):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

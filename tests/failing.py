@@ -26,7 +26,9 @@ class _Full(_Failing):
         try:
             return super().forward(images)
         except ArithmeticError:
-            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...") from None
+            raise OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ..."
+            ) from None
 
 
 def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:

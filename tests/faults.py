@@ -17,7 +17,11 @@ from typing import Any
 
 from mpi4py import MPI
 
-from swap_hpc import cli, consumer, control, files, fit, launcher, swap
+from swap_hpc import __main__ as cli
+from swap_hpc import swap
+from swap_hpc.parallel import atomic, launcher
+from swap_hpc.run import consumer
+from swap_hpc.train import control, fit
 
 KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
@@ -34,7 +38,12 @@ class Fault:
 
     def at(self, place: str, where: str = "") -> None:
         """Happens, where it is this rank's turn, and only once."""
-        if place != self.place or MPI.COMM_WORLD.rank != self.rank or not where.endswith(self.step) or Path(self.mark).exists():
+        if (
+            place != self.place
+            or MPI.COMM_WORLD.rank != self.rank
+            or not where.endswith(self.step)
+            or Path(self.mark).exists()
+        ):
             return
         if self.kind == "kill_in_save":
             self._kill_in_next_save()
@@ -68,7 +77,11 @@ class Fault:
             return []
         children = Path(f"/proc/{os.getppid()}/task").glob("*/children")
         pids = {int(pid) for file in children for pid in file.read_text().split()}
-        return [pid for pid in pids if pid != os.getpid() and b"faults.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in pids
+            if pid != os.getpid() and b"faults.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def _exception(self) -> None:
         raise ArithmeticError(f"rank {self.rank} cannot go on")
@@ -84,14 +97,16 @@ class Fault:
             self._mark()
             self._kill()
 
-        files._flush = flush
+        atomic._flush = flush
 
 
 def _launcher() -> int:
     """The process that a user started: this one's parent, or, of MPICH, that one's parent."""
     parent = os.getppid()
     if Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").startswith("hydra"):
-        return int(Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+        return int(
+            Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        )
     return parent
 
 
@@ -102,7 +117,10 @@ def install(fault: Fault) -> None:
     def watched_beat(self: control.Control, where: str) -> None:
         beat(self, where)
         place = {"l": "large_batch", "r": "refine"}.get(where[0]) if ", step " in where else None
-        fault.at(place or ("batchnorm" if where == "the batch-norm refresh" else ""), where if place else "")
+        fault.at(
+            place or ("batchnorm" if where == "the batch-norm refresh" else ""),
+            where if place else "",
+        )
 
     def watched_average(*arguments: Any) -> None:
         fault.at("average")

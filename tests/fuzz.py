@@ -28,10 +28,10 @@ from unittest.mock import patch
 from launch import command
 
 if TYPE_CHECKING:  # the process that starts the ranks needs neither torch nor MPI
-    from swap_hpc.control import Control
-    from swap_hpc.part import Part
-    from swap_hpc.ranks import Team
-    from swap_hpc.recipe import Recipe
+    from swap_hpc.parallel.teams import Team
+    from swap_hpc.recipe.schema import Recipe
+    from swap_hpc.run.part import Part
+    from swap_hpc.train.control import Control
 
 PER_START = 30  # models: importing torch is what costs, but each start of a run leaks communicators
 SECONDS = 10  # per model, before the ranks count as hung
@@ -125,7 +125,7 @@ def ingredients_of(seed: int, only: str) -> tuple[str, ...]:
 
 def judge_all(seeds: range, only: str, file: Path) -> None:
     """Judges models on all ranks; the first rank writes a line for each verdict."""
-    from swap_hpc.ranks import Team
+    from swap_hpc.parallel.teams import Team
 
     world = Team.world()
     with tempfile.TemporaryDirectory() as own:
@@ -163,7 +163,7 @@ def recipe(seed: int, only: str) -> "Recipe":
     """Two groups, two epochs of 2 steps and two of 3, and one batch to estimate batch norm on."""
     import fuzz_models
 
-    from swap_hpc.recipe import parse
+    from swap_hpc.recipe.loading import parse
 
     return parse(
         {
@@ -238,7 +238,7 @@ def checked(
 
 def evaluated(out: Path, result: dict[str, Any], world: "Team") -> list[str]:
     """Where the saved files give another average or accuracy than the run did."""
-    from swap_hpc import saved
+    from swap_hpc.run import saved
 
     wrong = []
     average = attempt(lambda: saved.average(out, None, None, world), world)
@@ -287,9 +287,9 @@ def train(
     """As `swap-hpc train` does, but for what it prints."""
     from rich.console import Console
 
-    from swap_hpc import run
-    from swap_hpc.control import Control
-    from swap_hpc.part import Part
+    from swap_hpc.run import run
+    from swap_hpc.run.part import Part
+    from swap_hpc.train.control import Control
 
     console = Console(file=io.StringIO())
     started, part = time.perf_counter(), part or Part()
@@ -323,7 +323,7 @@ def train_with_stops(
 
 def asked_at(beat: int | None) -> Any:
     """A control that is asked to stop at one of its beats, as a signal asks; None: at none."""
-    from swap_hpc.control import Control
+    from swap_hpc.train.control import Control
 
     class AskedControl(Control):
         asked_in = ""  # what the rank was doing then
@@ -373,7 +373,7 @@ def told(error: Exception) -> str:
 
 def await_others(world: "Team", error: str) -> None:
     """Waits for the other ranks; with an error not for long: they may wait for this one, inside."""
-    from swap_hpc.ranks import abort
+    from swap_hpc.parallel.mpi import abort
 
     deadline = time.monotonic() + PATIENCE
     request = world.comm.Ibarrier()
@@ -396,7 +396,8 @@ def end_horovod() -> None:
 @contextmanager
 def patched() -> Iterator[None]:
     """Ranks look at every step whether to stop, and no watchdog outlives a run that was stopped."""
-    from swap_hpc import fit, run
+    from swap_hpc.run import run
+    from swap_hpc.train import fit
 
     watching = run.watching
 

@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-CROSSING = {aten.copy_.default, aten._to_copy.default}  # what moves values from one device to the other
+CROSSING = {
+    aten.copy_.default,
+    aten._to_copy.default,
+}  # what moves values from one device to the other
 ONE_NUMBER = {
     aten.add,
     aten.sub,
@@ -42,8 +45,15 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnGpu":
-        layout: Any = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype, "layout": held.layout}
-        return Tensor._make_wrapper_subclass(cls, held.shape, device=GPU, requires_grad=held.requires_grad, **layout)
+        layout: Any = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+            "layout": held.layout,
+        }
+        return Tensor._make_wrapper_subclass(
+            cls, held.shape, device=GPU, requires_grad=held.requires_grad, **layout
+        )
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
@@ -52,7 +62,9 @@ class OnGpu(Tensor):
         return f"OnGpu({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return dispatch(function, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -68,7 +80,9 @@ class OnGpu(Tensor):
 class StandIn(TorchDispatchMode):
     """Everything inside goes through `dispatch`, also what makes tensors of none."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return dispatch(function, args, kwargs or {})
 
 
@@ -81,7 +95,9 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         scalars = function.overloadpacket in ONE_NUMBER and all(each.ndim == 0 for each in here)
         if not scalars:
             shapes = [[tuple(each.shape) for each in side] for side in (there, here)]
-            raise RuntimeError(f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+            raise RuntimeError(
+                f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU"
+            )
     asked = kwargs.get("device")
     plain = {**kwargs, **({"device": torch.device("cpu")} if asked is not None else {})}
     if plain.get("pin_memory"):
@@ -91,7 +107,9 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if function._schema.is_mutable and isinstance(result, Tensor):
         return kwargs.get("out", args[0])
     on_gpu = torch.device(asked).type == "cuda" if asked is not None else bool(there)
-    return tree_map(lambda each: OnGpu(each) if on_gpu and isinstance(each, Tensor) else each, result)
+    return tree_map(
+        lambda each: OnGpu(each) if on_gpu and isinstance(each, Tensor) else each, result
+    )
 
 
 def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
@@ -133,7 +151,9 @@ def pretend() -> None:
         setattr(torch.cuda, name, function)
     torch._C._ensureCUDADeviceGuardSet()  # views ask for one
     torch.backends.cudnn.enabled = False
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot change its kind in place
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # a parameter cannot change its kind in place
     Tensor.backward = backward  # type: ignore[assignment,method-assign]
 
 
@@ -141,17 +161,23 @@ def main(folder: Path, fields: list[str]) -> None:
     """A run, the same again, stopped and gone on with; what the commands make of it."""
     from rich.console import Console
 
-    from swap_hpc import saved
-    from swap_hpc.control import Control
     from swap_hpc.errors import Stopped
-    from swap_hpc.landscape import landscape
-    from swap_hpc.ranks import Team
-    from swap_hpc.recipe import load_recipe
-    from swap_hpc.run import train
-    from swap_hpc.trajectory import trajectory
+    from swap_hpc.parallel.teams import Team
+    from swap_hpc.recipe.loading import load_recipe
+    from swap_hpc.run import saved
+    from swap_hpc.run.run import train
+    from swap_hpc.study.landscape import landscape
+    from swap_hpc.study.trajectory import trajectory
+    from swap_hpc.train.control import Control
 
     world = Team.world()
-    quick = ["groups=2", "large_batch.epochs=2", "large_batch.stop_accuracy=1.0", "refine.epochs=2", "checkpoint.snapshots=1"]
+    quick = [
+        "groups=2",
+        "large_batch.epochs=2",
+        "large_batch.stop_accuracy=1.0",
+        "refine.epochs=2",
+        "checkpoint.snapshots=1",
+    ]
     recipe = load_recipe("digits", [*quick, *(fields or ["model.width=4"])])
 
     def tell(name: str, value: object) -> None:
@@ -172,8 +198,13 @@ def main(folder: Path, fields: list[str]) -> None:
         assert again is not None
         tell("went on", again["weights_sha256"])
         tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
-        tell("evaluate", saved.evaluate(folder / "whole" / "swap.safetensors", None, world).weights_sha256)
-        if world.size == 1 and not recipe.refine.average_every_steps:  # else groups lie too close together for a plane
+        tell(
+            "evaluate",
+            saved.evaluate(folder / "whole" / "swap.safetensors", None, world).weights_sha256,
+        )
+        if (
+            world.size == 1 and not recipe.refine.average_every_steps
+        ):  # else groups lie too close together for a plane
             landscape(folder / "whole", None, 3, 100, world, lambda text: None)
             tell("landscape", (folder / "whole" / "landscape.png").is_file())
             trajectory(folder / "whole", None, 100, world, lambda text: None)
@@ -192,7 +223,7 @@ class Mixed(torch.nn.Module):
 
 
 if __name__ == "__main__":
-    from swap_hpc.control import Control
+    from swap_hpc.train.control import Control
 
     class StopsAfter(Control):
         """Is asked to stop after that many steps."""

@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZES = ((500, 375), (375, 500), (333, 500), (500, 334), (61, 47), (1, 1), (640, 9), (257, 255))  # width, height
+SIZES = (
+    (500, 375),
+    (375, 500),
+    (333, 500),
+    (500, 334),
+    (61, 47),
+    (1, 1),
+    (640, 9),
+    (257, 255),
+)  # width, height
 
 
 def make(root: Path, classes: int = 1000, train: int = 2, test: int = 1, seed: int = 0) -> Path:
@@ -20,13 +29,23 @@ def make(root: Path, classes: int = 1000, train: int = 2, test: int = 1, seed: i
             folder = root / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for i in range(images):
-                _image(generator, label, SIZES[number % len(SIZES)], number).save(folder / f"n{label:08d}_{i}.JPEG", quality=85)
+                _image(generator, label, SIZES[number % len(SIZES)], number).save(
+                    folder / f"n{label:08d}_{i}.JPEG", quality=85
+                )
                 number += 1
     return root
 
 
-def _image(generator: np.random.Generator, label: int, size: tuple[int, int], number: int) -> Image.Image:
+def _image(
+    generator: np.random.Generator, label: int, size: tuple[int, int], number: int
+) -> Image.Image:
     colour = np.array([label % 10, label // 10 % 10, label // 100]) * 22 + 20
     coarse = np.clip(colour + generator.normal(0, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    return image.convert("L") if number % 10 == 3 else image.convert("CMYK") if number % 13 == 5 else image
+    return (
+        image.convert("L")
+        if number % 10 == 3
+        else image.convert("CMYK")
+        if number % 13 == 5
+        else image
+    )

@@ -27,7 +27,9 @@ class Finished:
     @property
     def ours(self) -> list[str]:
         """The lines on stderr that our program wrote: those of mpirun's banner and of warnings are not among them."""
-        lines = [line.strip("\0") for line in self.stderr.splitlines()]  # Open MPI ends its banner with a NUL
+        lines = [
+            line.strip("\0") for line in self.stderr.splitlines()
+        ]  # Open MPI ends its banner with a NUL
         return [line for line in lines if line.startswith("swap-hpc: ")]
 
 
@@ -46,19 +48,26 @@ def command(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"{arguments} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+        raise AssertionError(
+            f"{arguments} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
+        ) from None
     return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
 
 
 def launch(
-    *arguments: str | Path, ranks: int | None = None, cwd: Path | None = None, variables: Mapping[str, str] = MappingProxyType({})
+    *arguments: str | Path,
+    ranks: int | None = None,
+    cwd: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> "subprocess.Popen[str]":
     """Starts a command, in a session of its own."""
     line = [str(a) for a in arguments]
     if ranks is not None:
         line = [_mpirun(), "-n", str(ranks), *line]
     pipe, env = subprocess.PIPE, _environment() | dict(variables)
-    return subprocess.Popen(line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
@@ -73,7 +82,9 @@ def processes_of(out: Path, within: float) -> list[int]:
         alive = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and str(out).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                if entry.name.isdigit() and str(out).encode() in (
+                    entry / "cmdline"
+                ).read_bytes().split(b"\0"):
                     alive.append(int(entry.name))
             except OSError:
                 continue  # it has just ended
@@ -88,7 +99,11 @@ def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
     while below:
         pid = below.pop()
         try:
-            children = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+            children = [
+                int(child)
+                for file in Path(f"/proc/{pid}/task").glob("*/children")
+                for child in file.read_text().split()
+            ]
             below += children
             if pid != job.pid and Path(f"/proc/{pid}/exe").readlink().name.startswith("python"):
                 found.append(pid)
@@ -100,7 +115,11 @@ def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
 def exit_codes(launcher: str) -> dict[str, str]:
     """A launcher's column of the README's table of exit codes: what happens -> the cell."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    head, _, *rows = re.findall(r"^\|(.*)\|$", readme.partition("\n## Nothing is lost\n")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    head, _, *rows = re.findall(
+        r"^\|(.*)\|$",
+        readme.partition("\n## Nothing is lost\n")[2].partition("\n## ")[0],
+        flags=re.MULTILINE,
+    )
     column = [name.strip() for name in head.split("|")].index(launcher)
     return {row.split("|")[0].strip(): row.split("|")[column].strip() for row in rows}
 
@@ -113,7 +132,9 @@ def codes(cell: str) -> set[int]:
 @cache
 def hydra() -> bool:
     """Whether `mpirun` is Hydra, of MPICH and its descendants, whose exit codes are not those of Open MPI's."""
-    said = subprocess.run([_mpirun(), "--version"], capture_output=True, text=True, env=_environment(), check=False)
+    said = subprocess.run(
+        [_mpirun(), "--version"], capture_output=True, text=True, env=_environment(), check=False
+    )
     return "HYDRA" in said.stdout
 
 
@@ -127,7 +148,9 @@ def _mpirun() -> str:
 
 def _environment() -> dict[str, str]:
     """Of a fresh shell: without what an MPI in this process left, and with leave to be root and to oversubscribe."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))
+    }
     path = f"{BIN}:{clean['PATH']}"
     return clean | {
         "PATH": path,

@@ -29,7 +29,9 @@ def submit(
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """The number of the job."""
-    return int(cluster.run("sbatch", "--parsable", *options, script, *line, variables=variables, cwd=home))
+    return int(
+        cluster.run("sbatch", "--parsable", *options, script, *line, variables=variables, cwd=home)
+    )
 
 
 def complete(cluster: Cluster, job: int, out: Path, seconds: float = 300) -> dict[str, Any]:
@@ -50,12 +52,19 @@ def lines(file: Path) -> int:
 
 def read_lines(out: Path, part: str) -> list[dict[str, Any]]:
     """What a run's metrics tell of a part ("world", "group-000" ...)."""
-    return [json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()
+    ]
 
 
 def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
     """Waits until a part of a run ("world", "group-000" ...) is that far."""
-    wait_for(lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs, f"epoch {epochs} of {part} in {out}", seconds, every=0.02)
+    wait_for(
+        lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs,
+        f"epoch {epochs} of {part} in {out}",
+        seconds,
+        every=0.02,
+    )
 
 
 def further(out: Path, part: str, epochs: int) -> None:
@@ -65,7 +74,11 @@ def further(out: Path, part: str, epochs: int) -> None:
 
 def commands(text: str, word: str) -> list[str]:
     """The lines of a text, or of a script's comment, that are shell commands with `word` in them, as one types them."""
-    typed = [line.removeprefix("#   ").split("  #")[0].strip() for line in text.splitlines() if line[:1] != "#" or line.startswith("#   ")]
+    typed = [
+        line.removeprefix("#   ").split("  #")[0].strip()
+        for line in text.splitlines()
+        if line[:1] != "#" or line.startswith("#   ")
+    ]
     return [line for line in typed if word in line]
 
 
@@ -75,4 +88,7 @@ def digest(out: Path) -> str:
 
 def places(out: Path) -> list[tuple[str, int]]:
     """Host and local rank of each rank."""
-    return [(rank["host"], rank["local_rank"]) for rank in json.loads((out / "environment.json").read_text())["ranks"]]
+    return [
+        (rank["host"], rank["local_rank"])
+        for rank in json.loads((out / "environment.json").read_text())["ranks"]
+    ]

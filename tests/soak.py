@@ -22,7 +22,9 @@ from faults import KINDS, PLACES
 from launch import BIN, Finished, command, hydra, processes_of
 
 HERE = Path(__file__).parent
-HANG_SECONDS = 10  # watchdog.minutes of these runs: longer than a first step takes on a busy machine
+HANG_SECONDS = (
+    10  # watchdog.minutes of these runs: longer than a first step takes on a busy machine
+)
 
 RECIPE = {
     "model.width": 4,
@@ -43,7 +45,9 @@ class Layout:
     evaluate_average: int = 0  # the groups meet only at the end, or after every so many epochs
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks, {self.groups} groups" + (", meeting" if self.evaluate_average else "")
+        return f"{self.ranks} ranks, {self.groups} groups" + (
+            ", meeting" if self.evaluate_average else ""
+        )
 
 
 LAYOUTS = (Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2), Layout(2, 4))
@@ -81,40 +85,70 @@ class Outcome:
 
 
 def chain(
-    layout: Layout, kinds: list[str], draw: random.Random, expected: dict[str, Any], out: Path, patience: float = 1.0
+    layout: Layout,
+    kinds: list[str],
+    draw: random.Random,
+    expected: dict[str, Any],
+    out: Path,
+    patience: float = 1.0,
 ) -> list[Outcome]:
     """One run with a fault at every place, in their order: `kinds`, as many as there are places. `patience`: times the limits."""
-    outcomes = [fault(layout, kind, place, draw, out, patience) for kind, place in zip(kinds, PLACES, strict=True)]
+    outcomes = [
+        fault(layout, kind, place, draw, out, patience)
+        for kind, place in zip(kinds, PLACES, strict=True)
+    ]
     done = start(layout, out)
-    wrong = [] if done.code == 0 else [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
+    wrong = (
+        [] if done.code == 0 else [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
+    )
     if done.code == 0:
         wrong += differences(expected, record(out))
-        wrong += [f"left: {path.name}" for path in out.rglob("*") if path.name.startswith(".") or path.name == "checkpoints"]
+        wrong += [
+            f"left: {path.name}"
+            for path in out.rglob("*")
+            if path.name.startswith(".") or path.name == "checkpoints"
+        ]
     for outcome in outcomes:
         outcome.wrong += wrong
     return outcomes
 
 
-def fault(layout: Layout, kind: str, place: str, draw: random.Random, out: Path, patience: float) -> Outcome:
+def fault(
+    layout: Layout, kind: str, place: str, draw: random.Random, out: Path, patience: float
+) -> Outcome:
     """Starts the run, or starts it again, into one fault."""
     outcome = Outcome(layout, kind, place)
     mark = out.with_suffix(f".{place}")
     # where a save is to be met, the rank is one that saves: the first of the world, or of its group
     rank = draw.randrange(layout.ranks) if kind != "kill_in_save" else 0
-    at = draw.choice(["epoch 2, step 2", "epoch 2, step 3", "epoch 3, step 1"]) if place in ("large_batch", "refine") else ""
+    at = (
+        draw.choice(["epoch 2, step 2", "epoch 2, step 3", "epoch 3, step 1"])
+        if place in ("large_batch", "refine")
+        else ""
+    )
     what = {"kind": kind, "place": place, "rank": rank, "mark": str(mark), "step": at}
-    what["stopped"] = layout.ranks > 1 and draw.random() < 0.5  # a process that stands still alone is nobody's concern
+    what["stopped"] = (
+        layout.ranks > 1 and draw.random() < 0.5
+    )  # a process that stands still alone is nobody's concern
     done = start(layout, out, what)
     ended = time.time()
     if not mark.exists():
-        outcome.wrong.append(f"the fault did not happen; exit code {done.code}: {done.stderr[-1000:]}")
+        outcome.wrong.append(
+            f"the fault did not happen; exit code {done.code}: {done.stderr[-1000:]}"
+        )
         return outcome
     outcome.seconds = ended - json.loads(mark.read_text())["time"]
     code = CODES[kind][0 if layout.ranks > 1 else 1]
     stopped = "swap-hpc: stopped on request, all is saved" in done.stdout
-    if done.code != code and not (hydra() and layout.ranks > 1 and kind == "sigusr1" and (done.code, stopped) == (0, True)):
-        outcome.wrong.append(f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}")
-    if outcome.seconds > patience * LIMITS[kind] * (2 if layout.ranks > (os.cpu_count() or 1) else 1):
+    if done.code != code and not (
+        hydra() and layout.ranks > 1 and kind == "sigusr1" and (done.code, stopped) == (0, True)
+    ):
+        outcome.wrong.append(
+            f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}"
+        )
+    if outcome.seconds > patience * LIMITS[kind] * (
+        2 if layout.ranks > (os.cpu_count() or 1) else 1
+    ):
         outcome.wrong.append(f"took {outcome.seconds:.1f} s to end")
     left = processes_of(out, within=3)
     if left:
@@ -126,7 +160,9 @@ def fault(layout: Layout, kind: str, place: str, draw: random.Random, out: Path,
 
 
 def start(layout: Layout, out: Path, what: dict[str, Any] | None = None) -> Finished:
-    program: list[str | Path] = [sys.executable, HERE / "faults.py", json.dumps(what)] if what else [BIN / "swap-hpc"]
+    program: list[str | Path] = (
+        [sys.executable, HERE / "faults.py", json.dumps(what)] if what else [BIN / "swap-hpc"]
+    )
     ranks = layout.ranks if layout.ranks > 1 else None
     fields = {**RECIPE, "groups": layout.groups, "refine.evaluate_average": layout.evaluate_average}
     settings = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
@@ -137,10 +173,16 @@ def start(layout: Layout, out: Path, what: dict[str, Any] | None = None) -> Fini
 def record(out: Path) -> dict[str, Any]:
     """What must not depend on faults: the result's figures, and every logged line but its times and the memory."""
     result = json.loads((out / "result.json").read_text())
-    kept = {key: result[key] for key in ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")}
+    kept = {
+        key: result[key]
+        for key in ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")
+    }
     for path in sorted((out / "metrics").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept[path.name] = [{k: v for k, v in line.items() if "second" not in k and not k.startswith("peak_")} for line in lines]
+        kept[path.name] = [
+            {k: v for k, v in line.items() if "second" not in k and not k.startswith("peak_")}
+            for line in lines
+        ]
     return kept
 
 
@@ -163,7 +205,10 @@ def chains(seed: int) -> Iterator[tuple[Layout, list[str]]]:
     kinds = {layout: draw.sample(KINDS, len(KINDS)) for layout in LAYOUTS}
     draw.shuffle(every)
     for layout, first in every:
-        yield replace(layout, evaluate_average=first % 2), [kinds[layout][(first + place) % len(KINDS)] for place in range(len(PLACES))]
+        yield (
+            replace(layout, evaluate_average=first % 2),
+            [kinds[layout][(first + place) % len(KINDS)] for place in range(len(PLACES))],
+        )
 
 
 def soak(faults: int, seed: int, folder: Path) -> list[Outcome]:
@@ -199,7 +244,9 @@ def table(outcomes: list[Outcome]) -> str:
         spread = f"{seconds[len(seconds) // 2]:.1f}, {seconds[-1]:.1f}"
         rows.append([kind, *cells, str(len(of_kind)), str(len(of_kind) - lost), str(lost), spread])
     lost = sum(bool(o.wrong) for o in outcomes)
-    rows.append(["all", *[""] * len(PLACES), str(len(outcomes)), str(len(outcomes) - lost), str(lost), ""])
+    rows.append(
+        ["all", *[""] * len(PLACES), str(len(outcomes)), str(len(outcomes) - lost), str(lost), ""]
+    )
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swap_hpc import models
 from swap_hpc.data.splits import Arrays, Dataset, with_statistics
-from swap_hpc.devices import Device
-from swap_hpc.job import Job
-from swap_hpc.recipe import Recipe, parse
-from swap_hpc.tensors import real
+from swap_hpc.parallel.devices import Device
+from swap_hpc.parallel.tensors import real
+from swap_hpc.recipe.loading import parse
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.train import models
+from swap_hpc.train.job import Job
 
 CPU = Device(torch.device("cpu"), threads=1)
 
@@ -30,7 +31,9 @@ def recipe(**overrides: Any) -> Recipe:
         "checkpoint": {"min_seconds": 0},
     }
     for section, value in overrides.items():
-        fields[section] = fields[section] | value if isinstance(value, dict) and section in fields else value
+        fields[section] = (
+            fields[section] | value if isinstance(value, dict) and section in fields else value
+        )
     return parse(fields)
 
 
@@ -40,7 +43,9 @@ def dataset(train: int = 101, test: int = 37, size: int = 8, classes: int = 3) -
 
     def split(samples: int) -> Arrays:
         labels = generator.integers(0, classes, samples)
-        images = generator.integers(0, 120, (samples, size, size, 3)) + 60 * labels[:, None, None, None]
+        images = (
+            generator.integers(0, 120, (samples, size, size, 3)) + 60 * labels[:, None, None, None]
+        )
         return Arrays(images.astype(np.uint8), labels.astype(np.int64))
 
     return with_statistics(split(train), split(test), tuple("abcdefghij"[:classes]))
@@ -56,7 +61,13 @@ def model(job: Job) -> nn.Module:
 
 def plain(classes: int, channels: int) -> nn.Module:
     """Without batch norm: what N ranks compute is then what one computes."""
-    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(32, classes))
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32, classes),
+    )
 
 
 def batch_normed(classes: int, channels: int) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import horovod.torch as hvd
 from torch import nn
 
-from swap_hpc import models
+from swap_hpc.train import models
 
 
 def switch_off() -> None:

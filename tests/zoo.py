@@ -30,7 +30,9 @@ class Net(nn.Module):
 
     def __init__(self, classes: int, channels: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.head = nn.Linear(96, classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.figures import put
-from swap_hpc.launcher import CROWDED
+from swap_hpc.parallel.atomic import write_json
+from swap_hpc.parallel.launcher import CROWDED
 
 PEERS = Path("tests/bench/peers.py")
 
@@ -28,14 +28,32 @@ class Bench:
 
 
 BENCHES = {
-    "loader": Bench("loading:in_memory", (1,), "CIFAR's augmentation in memory: DALI beside a DataLoader, and plain torch"),
-    "decode": Bench("loading:from_files", (1,), "JPEG files, random resized crops: DALI beside ImageFolder and DataLoader"),
-    "step": Bench("training:step", (2,), "a step of phase 1: Horovod beside DistributedDataParallel"),
-    "overhead": Bench("overhead:overhead", (1,), "what a step costs on the host beside the model's own work, in microseconds"),
+    "loader": Bench(
+        "loading:in_memory",
+        (1,),
+        "CIFAR's augmentation in memory: DALI beside a DataLoader, and plain torch",
+    ),
+    "decode": Bench(
+        "loading:from_files",
+        (1,),
+        "JPEG files, random resized crops: DALI beside ImageFolder and DataLoader",
+    ),
+    "step": Bench(
+        "training:step", (2,), "a step of phase 1: Horovod beside DistributedDataParallel"
+    ),
+    "overhead": Bench(
+        "overhead:overhead",
+        (1,),
+        "what a step costs on the host beside the model's own work, in microseconds",
+    ),
     "loop": Bench("training:loop", (1,), "fit() beside a bare loop"),
-    "refine": Bench("training:refine", (2,), "a rank that refines among others beside a rank alone"),
+    "refine": Bench(
+        "training:refine", (2,), "a rank that refines among others beside a rank alone"
+    ),
     "average": Bench("averages:average", (2, 4), "averaged weights beside a bare allreduce"),
-    "batchnorm": Bench("averages:batchnorm", (2,), "the batch-norm refresh beside torch's update_bn"),
+    "batchnorm": Bench(
+        "averages:batchnorm", (2,), "the batch-norm refresh beside torch's update_bn"
+    ),
     "start": Bench("starting:start", (1,), "launch to first step beside import torch"),
 }
 
@@ -51,7 +69,9 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     from swap_hpc.bench.measure import Comparison, table
 
     if not PEERS.is_file():
-        raise UserError(f"no {PEERS} here: the benches run in a checkout of the source, beside their peers")
+        raise UserError(
+            f"no {PEERS} here: the benches run in a checkout of the source, beside their peers"
+        )
     rows: list[dict[str, Any]] = []
     host: dict[str, Any] = {}
     for name in names:
@@ -60,25 +80,44 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
             said = _launched(name, ranks, launcher)
             rows, host = rows + said["comparisons"], said["machine"]
     kept = Comparison.__dataclass_fields__
-    comparisons = [Comparison(**{key: value for key, value in row.items() if key in kept}) for row in rows]
+    comparisons = [
+        Comparison(**{key: value for key, value in row.items() if key in kept}) for row in rows
+    ]
     cores = f"{host['cores']} cores of {host['cpu']}, {host['gpu'] or 'GPU: not measured: no GPU'}"
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        put(out, json.dumps({"machine": host, "comparisons": rows}, indent=2) + "\n")
+        write_json(out, {"machine": host, "comparisons": rows})
     missed = [each for each in comparisons if each.met is False]
-    tell("all bars are met" if not missed else f"missed: {', '.join(sorted({each.bench for each in missed}))}")
+    tell(
+        "all bars are met"
+        if not missed
+        else f"missed: {', '.join(sorted({each.bench for each in missed}))}"
+    )
     return not missed
 
 
 def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said.json"
-        line = [*(part.format(ranks=ranks) for part in shlex.split(launcher)), sys.executable, "-m", "swap_hpc.bench", name, str(said)]
+        line = [
+            *(part.format(ranks=ranks) for part in shlex.split(launcher)),
+            sys.executable,
+            "-m",
+            "swap_hpc.bench",
+            name,
+            str(said),
+        ]
         try:
-            code = subprocess.run(line, env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher}, check=False).returncode
+            code = subprocess.run(
+                line,
+                env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher},
+                check=False,
+            ).returncode
         except FileNotFoundError:
-            raise UserError(f"no {line[0]} on the PATH: activate the environment, or say --launcher") from None
+            raise UserError(
+                f"no {line[0]} on the PATH: activate the environment, or say --launcher"
+            ) from None
         if code or not said.is_file():
             raise RunError(f"bench {name} ended with {code}: {' '.join(line)}")
         return json.loads(said.read_text(encoding="utf-8"))
@@ -99,22 +138,28 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
         said = _launched(f"scaling:{json.dumps(case)}", case["ranks"], launcher)
         cases, host = [*cases, said["case"]], said["machine"]
     out.mkdir(parents=True, exist_ok=True)
-    put(out / "scaling.json", json.dumps({"machine": host, "cases": cases}, indent=2) + "\n")
+    write_json(out / "scaling.json", {"machine": host, "cases": cases})
     scaling.figure(cases, host["cores"], out / "scaling.png")
-    tell(f"\n{scaling.table(cases)}\n\n{host['cores']} cores of {host['cpu']}: with more ranks than cores, several share one")
+    tell(
+        f"\n{scaling.table(cases)}\n\n{host['cores']} cores of {host['cpu']}: with more ranks than cores, several share one"
+    )
 
 
 def work(name: str, said: Path) -> None:
     """One bench, on one of its ranks."""
     from swap_hpc.bench.measure import as_json, machine
-    from swap_hpc.ranks import Team
+    from swap_hpc.parallel.teams import Team
 
     world = Team.world()
     if name.startswith("scaling:"):
         from swap_hpc.bench import scaling
 
         case = scaling.measure(world, json.loads(name.removeprefix("scaling:")))
-        world.first(lambda: said.write_text(json.dumps({"machine": machine(), "case": case}), encoding="utf-8"))
+        world.first(
+            lambda: said.write_text(
+                json.dumps({"machine": machine(), "case": case}), encoding="utf-8"
+            )
+        )
         return
     module, _, function = BENCHES[name].where.partition(":")
     compare = getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from swap_hpc import models
-from swap_hpc.averaging import CHUNK, average_weights_, refresh_batchnorm_
+from swap_hpc.average.batchnorm import refresh_batchnorm_
+from swap_hpc.average.uniform import CHUNK, average_weights_
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
-from swap_hpc.devices import use_device
-from swap_hpc.ranks import Team, node_of
-from swap_hpc.recipe import Model
+from swap_hpc.parallel.devices import use_device
+from swap_hpc.parallel.grid import node_of
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schema import Model
+from swap_hpc.train import models
 
 BATCHES, BATCH = 24, 256  # of the refresh, together
 
@@ -55,9 +57,34 @@ def average(world: Team, peers: ModuleType) -> list[Comparison]:
     note = f"in chunks of {CHUNK * 8 // 2**20} MiB; {grown:.0f} MiB more in memory after six runs"
     room = [_extra_memory(model, world)]
     return [
-        Comparison("average", f"average_weights_, {size}", peer, "s", one, other, 1.5 if on_gpu else 2.5, at_most=True, note=note),
-        Comparison("average", f"its floor: float64 allreduces alone, {size}", peer, "s", *alternately(floor, bare, 3)),
-        Comparison("average", f"its extra memory at the peak, {size}", "a chunk of 64 MiB and its copy", "MiB", room, [128.0], 1.0, True),
+        Comparison(
+            "average",
+            f"average_weights_, {size}",
+            peer,
+            "s",
+            one,
+            other,
+            1.5 if on_gpu else 2.5,
+            at_most=True,
+            note=note,
+        ),
+        Comparison(
+            "average",
+            f"its floor: float64 allreduces alone, {size}",
+            peer,
+            "s",
+            *alternately(floor, bare, 3),
+        ),
+        Comparison(
+            "average",
+            f"its extra memory at the peak, {size}",
+            "a chunk of 64 MiB and its copy",
+            "MiB",
+            room,
+            [128.0],
+            1.0,
+            True,
+        ),
     ]
 
 
@@ -99,4 +126,8 @@ def batchnorm(world: Team, peers: ModuleType) -> list[Comparison]:
     one, other = alternately(ours, alone)
     faster = [1 / seconds for seconds in one], [1 / seconds for seconds in other]
     what = f"refresh on {world.size} ranks, {BATCHES * BATCH:,} images"
-    return [Comparison("batchnorm", what, "torch's update_bn on one rank", "refreshes/s", *faster, bar=1.8)]
+    return [
+        Comparison(
+            "batchnorm", what, "torch's update_bn on one rank", "refreshes/s", *faster, bar=1.8
+        )
+    ]

@@ -9,15 +9,16 @@ from time import perf_counter
 
 from torch import nn
 
-from swap_hpc.checkpoint import Checkpoints
 from swap_hpc.data.sampling import Key, Phase
-from swap_hpc.events import Epoch, SavePoint, part_name
-from swap_hpc.fit import fit
-from swap_hpc.job import Job
-from swap_hpc.prepare import prepare
-from swap_hpc.ranks import Ranks, Team, grid, node_of
-from swap_hpc.recipe import LargeBatch, Recipe, Refine
-from swap_hpc.report import markdown
+from swap_hpc.parallel.grid import Ranks, grid, node_of
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.run.checkpoint import Checkpoints
+from swap_hpc.run.prepare import prepare
+from swap_hpc.train.events import Epoch, SavePoint, part_name
+from swap_hpc.train.fit import fit
+from swap_hpc.train.job import Job
 
 SAVES = 20
 
@@ -45,8 +46,14 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
     """Trains one epoch of each phase, saves its end 20 times into `folder`, and tells what that makes of a whole run."""
     with node_of(world) as node, grid(world, recipe.groups) as ranks:
         job, model = prepare(recipe, world, node)
-        checkpoints = Checkpoints(Path(world.broadcast(world.first(lambda: _empty_folder(folder)) or "")), recipe)
-        costs = {"large_batch": _measure(model, job, recipe.large_batch, ranks, checkpoints)} if recipe.large_batch.epochs else {}
+        checkpoints = Checkpoints(
+            Path(world.broadcast(world.first(lambda: _empty_folder(folder)) or "")), recipe
+        )
+        costs = (
+            {"large_batch": _measure(model, job, recipe.large_batch, ranks, checkpoints)}
+            if recipe.large_batch.epochs
+            else {}
+        )
         if recipe.refine.epochs:
             costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, checkpoints)
         checkpoints.remove(world)
@@ -57,8 +64,15 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
         shares = (f"{cost.epoch_seconds:.2f}", f"{cost.saves}", f"{100 * cost.saving / run:.3f} %")
         rows.append((phase, f"{cost.mib:.1f}", spread, *shares))
     total = 100 * sum(cost.saving for cost in costs.values()) / run
-    head = ("phase", "MiB per file", "seconds per save: median (least to most)", "seconds per epoch", "saves in a run", "share of the run")
-    return f"{recipe.name} on {world.size} ranks, {SAVES} saves into {folder}\n\n{markdown(head, rows)}\n\nshare of the run: {total:.3f} %"
+    head = (
+        "phase",
+        "MiB per file",
+        "seconds per save: median (least to most)",
+        "seconds per epoch",
+        "saves in a run",
+        "share of the run",
+    )
+    return f"{recipe.name} on {world.size} ranks, {SAVES} saves into {folder}\n\n{markdown_table(head, rows)}\n\nshare of the run: {total:.3f} %"
 
 
 def _empty_folder(inside: Path) -> str:
@@ -66,7 +80,9 @@ def _empty_folder(inside: Path) -> str:
     return tempfile.mkdtemp(prefix="saves-", dir=inside)
 
 
-def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Ranks, checkpoints: Checkpoints) -> Cost:
+def _measure(
+    model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Ranks, checkpoints: Checkpoints
+) -> Cost:
     first = isinstance(phase, LargeBatch)
     team, group = (ranks.world, None) if first else (ranks.group, ranks.groups[0])
     key = Key(job.recipe.seed, Phase.LARGE_BATCH if first else Phase.REFINE, group or 0)
@@ -84,7 +100,9 @@ def _measure(model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Rank
         begin = perf_counter()
         checkpoints.save(event, {"lines": []}, team)
         seconds.append(ranks.world.maximum(perf_counter() - begin)[0])
-    size = sum(path.stat().st_size for path in checkpoints.folder.glob(f"{part_name(group)}-*.safetensors"))
+    size = sum(
+        path.stat().st_size for path in checkpoints.folder.glob(f"{part_name(group)}-*.safetensors")
+    )
     events.close()
     ranks.world.barrier()
     epochs = phase.epochs * phase.cycles * (1 if first else len(ranks.groups))

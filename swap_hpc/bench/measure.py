@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from swap_hpc.ranks import Team
-from swap_hpc.report import markdown
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.markdown import markdown_table
 
 REPEATS = 5
 
@@ -32,7 +32,9 @@ class Comparison:
     @property
     def ratios(self) -> list[float]:
         """Or differences; ascending."""
-        return sorted(a - b if self.difference else a / b for a, b in zip(self.ours, self.peers, strict=True))
+        return sorted(
+            a - b if self.difference else a / b for a, b in zip(self.ours, self.peers, strict=True)
+        )
 
     @property
     def met(self) -> bool | None:
@@ -47,15 +49,39 @@ class Comparison:
         verdict = {None: "reported", True: "met", False: "**missed**"}[self.met]
         bar = f"{sign} {self.bar:g}" if self.bar is not None else "-"
         middles = (f"{median(self.ours):,.4g}", f"{median(self.peers):,.4g}", self.unit)
-        return (self.bench, self.what, self.peer, *middles, f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})", bar, verdict)
+        return (
+            self.bench,
+            self.what,
+            self.peer,
+            *middles,
+            f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+            bar,
+            verdict,
+        )
 
 
-HEAD = ("bench", "ours", "beside", "ours, median", "beside, median", "unit", "ratio, median (least to most)", "bar", "")
+HEAD = (
+    "bench",
+    "ours",
+    "beside",
+    "ours, median",
+    "beside, median",
+    "unit",
+    "ratio, median (least to most)",
+    "bar",
+    "",
+)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
     notes = [f"- {each.bench}, {each.what}: {each.note}" for each in comparisons if each.note]
-    return "\n".join([markdown(HEAD, [each.row() for each in comparisons]), *([""] if notes else []), *notes])
+    return "\n".join(
+        [
+            markdown_table(HEAD, [each.row() for each in comparisons]),
+            *([""] if notes else []),
+            *notes,
+        ]
+    )
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -66,9 +92,22 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def _lines(file: str) -> list[str]:
@@ -76,7 +115,9 @@ def _lines(file: str) -> list[str]:
         return text.read().splitlines()
 
 
-def alternately(ours: Callable[[], float], peer: Callable[[], float], repeats: int = REPEATS) -> tuple[list[float], list[float]]:
+def alternately(
+    ours: Callable[[], float], peer: Callable[[], float], repeats: int = REPEATS
+) -> tuple[list[float], list[float]]:
     """What each returns, in turn, after one run of each that does not count."""
     ours(), peer()
     pairs = [(ours(), peer()) for _ in range(repeats)]

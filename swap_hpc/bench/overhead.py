@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.data.crops import cropped
 from swap_hpc.data.sampling import Key, Phase, training_picks
+from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays, with_statistics
-from swap_hpc.devices import choose_device
-from swap_hpc.events import Epoch
-from swap_hpc.fit import fit
-from swap_hpc.job import Batch, Job
-from swap_hpc.optimizers import build_optimizer
-from swap_hpc.ranks import Team
-from swap_hpc.recipe import LargeBatch, Refine, load_recipe
-from swap_hpc.seeding import seed_all
+from swap_hpc.parallel.devices import choose_device
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.schema import LargeBatch, Refine
+from swap_hpc.train.events import Epoch
+from swap_hpc.train.fit import fit
+from swap_hpc.train.job import Batch, Job
+from swap_hpc.train.optimizers import build_optimizer
 
 BATCH, STEPS, EPOCHS = 512, 32, 4
 FIELDS = (
@@ -50,11 +51,17 @@ class Nothing(nn.Module):
 class AsOnGpu(Job):
     """A job on the CPU whose batches are made as on a GPU, by torch's operators instead of DALI's."""
 
-    def training_batches(self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+    def training_batches(
+        self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
+    ) -> Iterator[Batch]:
         assert isinstance(self.dataset.train, Arrays)
         span = range(epoch, phase.epochs * phase.cycles)
-        picks = training_picks(key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, step)
-        return cropped(self.dataset, self.dataset.train, picks, self.recipe.augment, self.device.torch)
+        picks = training_picks(
+            key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, step
+        )
+        return cropped(
+            self.dataset, self.dataset.train, picks, self.recipe.augment, self.device.torch
+        )
 
 
 def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
@@ -62,8 +69,13 @@ def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
     device = replace(choose_device(world, "cpu"), threads=1)
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
-    images, labels = generator.integers(0, 256, (BATCH * STEPS, 1, 1, 3), dtype=np.uint8), generator.integers(0, 10, BATCH * STEPS)
-    dataset = with_statistics(Arrays(images, labels), Arrays(images[:10], labels[:10]), tuple("0123456789"))
+    images, labels = (
+        generator.integers(0, 256, (BATCH * STEPS, 1, 1, 3), dtype=np.uint8),
+        generator.integers(0, 10, BATCH * STEPS),
+    )
+    dataset = with_statistics(
+        Arrays(images, labels), Arrays(images[:10], labels[:10]), tuple("0123456789")
+    )
     recipe = load_recipe("cifar10", FIELDS)
     cases = {
         "crops as on a GPU": AsOnGpu(recipe, dataset, device),
@@ -76,14 +88,29 @@ def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
         parts["the steps' end"] = max(0.0, median(one) - median(other) - sum(parts.values()))
         note = ", ".join(f"{part} {microseconds:.0f}" for part, microseconds in parts.items())
         comparisons.append(
-            Comparison("overhead", f"fit(), a step of {BATCH}, {name}", "a bare loop on one batch", "us", one, other, bar, True, True, note)
+            Comparison(
+                "overhead",
+                f"fit(), a step of {BATCH}, {name}",
+                "a bare loop on one batch",
+                "us",
+                one,
+                other,
+                bar,
+                True,
+                True,
+                note,
+            )
         )
     return comparisons
 
 
 def _fitted(job: Job) -> float:
     """Microseconds of a step, the median of the epochs."""
-    epochs = [event for event in fit(Nothing(), job, job.recipe.large_batch, KEY, Team.alone()) if isinstance(event, Epoch)]
+    epochs = [
+        event
+        for event in fit(Nothing(), job, job.recipe.large_batch, KEY, Team.alone())
+        if isinstance(event, Epoch)
+    ]
     return 1e6 * median(epoch.train_seconds for epoch in epochs) / STEPS
 
 
@@ -91,7 +118,9 @@ def _bare(job: Job, peers: ModuleType) -> float:
     model = Nothing()
     optimizer = build_optimizer(model, job.recipe.optimizer)
     batch = next(job.training_batches(job.recipe.large_batch, KEY, Team.alone()))
-    return _microseconds(lambda: peers.bare_loop(model, optimizer, iter([batch] * STEPS), job.autocast), STEPS)
+    return _microseconds(
+        lambda: peers.bare_loop(model, optimizer, iter([batch] * STEPS), job.autocast), STEPS
+    )
 
 
 def _batches(job: Job) -> float:

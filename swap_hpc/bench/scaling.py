@@ -5,17 +5,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from swap_hpc import models
 from swap_hpc.bench.traffic import Traffic
 from swap_hpc.data import load
-from swap_hpc.devices import use_device
-from swap_hpc.events import Done, Epoch
-from swap_hpc.figures import drawn
-from swap_hpc.job import Job
-from swap_hpc.ranks import Team, grid, node_of
-from swap_hpc.recipe import load_recipe
-from swap_hpc.report import markdown
+from swap_hpc.parallel.devices import use_device
+from swap_hpc.parallel.grid import grid, node_of
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.study.figures import drawn
 from swap_hpc.swap import swap
+from swap_hpc.train import models
+from swap_hpc.train.events import Done, Epoch
+from swap_hpc.train.job import Job
 
 Case = dict[str, int]
 
@@ -38,7 +39,13 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
     with node_of(world) as node:
         device = use_device(world, node, "auto")
     recipe = load_recipe(
-        "cifar10-cpu", (*FIELDS, f"groups={world.size}", f"model.width={case['width']}", f"data.samples={case['samples']}")
+        "cifar10-cpu",
+        (
+            *FIELDS,
+            f"groups={world.size}",
+            f"model.width={case['width']}",
+            f"data.samples={case['samples']}",
+        ),
     )
     job = Job(recipe, load(recipe.data, world, device.threads), device)
     model = models.build(recipe.model, 10, 3, 0).to(device.torch)
@@ -53,36 +60,63 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
             elif isinstance(event, Done) and event.what in PHASES[2:]:
                 figures[event.what] = (perf_counter() - since, traffic.sent() - sent)
             sent, since = traffic.sent(), perf_counter()
-    phases = {phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True)) for phase, pair in figures.items()}
-    size = {"parameters": sum(p.numel() for p in model.parameters()), "cores": device.threads * world.size}
+    phases = {
+        phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True))
+        for phase, pair in figures.items()
+    }
+    size = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cores": device.threads * world.size,
+    }
     batch_sizes = {"large_batch": recipe.large_batch.batch_size, "refine": recipe.refine.batch_size}
-    return case | size | {"batch_sizes": batch_sizes} | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
+    return (
+        case
+        | size
+        | {"batch_sizes": batch_sizes}
+        | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
+    )
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
     head = ["ranks", "parameters", "samples"]
-    head += [f"{name}, {unit}" for name in PHASES for unit in ("s", "MB sent")] + ["memory per rank, MiB"]
+    head += [f"{name}, {unit}" for name in PHASES for unit in ("s", "MB sent")] + [
+        "memory per rank, MiB"
+    ]
     rows = []
     for case in cases:
         cells = [f"{case['ranks']}", f"{case['parameters']:,}", f"{case['samples']:,}"]
         for phase in PHASES:
-            cells += [f"{case['phases'][phase]['seconds']:.2f}", f"{case['phases'][phase]['bytes'] / 1e6:.3g}"]
+            cells += [
+                f"{case['phases'][phase]['seconds']:.2f}",
+                f"{case['phases'][phase]['bytes'] / 1e6:.3g}",
+            ]
         rows.append((*cells, f"{case['peak_memory_mib']:.0f}"))
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def figure(cases: Sequence[dict[str, Any]], cores: int, file: Path) -> None:
     """Draws seconds, bytes per rank and memory against ranks, and bytes and memory against the sizes of model and data."""
-    views = (("ranks", ("width", "samples")), ("parameters", ("ranks", "samples")), ("samples", ("ranks", "width")))
+    views = (
+        ("ranks", ("width", "samples")),
+        ("parameters", ("ranks", "samples")),
+        ("samples", ("ranks", "width")),
+    )
     title = f"an epoch of each phase, {cores} cores (more ranks share them)"
     with drawn(file, title, 3, 3, (12, 9), sharex="col") as axes:
         for column, (across, same) in zip(axes.T, views, strict=True):
             usual = {"ranks": 2, **{name: CASES[0][name] for name in ("width", "samples")}}
-            mine = sorted((case for case in cases if all(case[name] == usual[name] for name in same)), key=lambda case: case[across])
+            mine = sorted(
+                (case for case in cases if all(case[name] == usual[name] for name in same)),
+                key=lambda case: case[across],
+            )
             x = [case[across] for case in mine]
             for phase in PHASES:
-                column[0].plot(x, [case["phases"][phase]["seconds"] for case in mine], "o-", label=phase)
-                column[1].plot(x, [case["phases"][phase]["bytes"] / 1e6 for case in mine], "o-", label=phase)
+                column[0].plot(
+                    x, [case["phases"][phase]["seconds"] for case in mine], "o-", label=phase
+                )
+                column[1].plot(
+                    x, [case["phases"][phase]["bytes"] / 1e6 for case in mine], "o-", label=phase
+                )
             column[2].plot(x, [case["peak_memory_mib"] for case in mine], "o-", color="black")
             column[2].set(xlabel=across, ylim=(0, None))
             column[2].set_xscale("log", base=2)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from swap_hpc.data.sampling import Picks
+from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, with_validation
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team, first_then_rest
-from swap_hpc.recipe import Data
-from swap_hpc.seeding import seed_all
+from swap_hpc.parallel.grid import first_then_rest
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schema import Data
 
 # Data of the user's own, and what lies in their folder.
 LOCAL = {
@@ -26,10 +27,20 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     (of a user's own `Batches`, whose number or classes do).
     """
     dataset = _loaded(data, team, threads)
-    mine = (dataset.classes, dataset.channels, len(dataset.train), len(dataset.test), dataset.train.contents, dataset.test.contents)
+    mine = (
+        dataset.classes,
+        dataset.channels,
+        len(dataset.train),
+        len(dataset.test),
+        dataset.train.contents,
+        dataset.test.contents,
+    )
     every = team.allgather(mine)
     if other := next((rank for rank, each in enumerate(every) if each != every[0]), None):
-        counts = [f"{train} training and {test} test images" for _, _, train, test, *_ in (every[other], every[0])]
+        counts = [
+            f"{train} training and {test} test images"
+            for _, _, train, test, *_ in (every[other], every[0])
+        ]
         raise UserError(
             f"rank {other} has other data than rank 0 ({counts[0]}, rank 0 {counts[1]}; in another order, maybe): "
             "give all nodes the same files, and what is random in a function of your own a seed"
@@ -41,10 +52,14 @@ def _loaded(data: Data, team: Team, threads: int) -> Dataset:
     from swap_hpc.data import sources
 
     if ":" in data.name:
-        return first_then_rest(team, lambda: with_validation(_seeded(data), data.validation))  # it may download
+        return first_then_rest(
+            team, lambda: with_validation(_seeded(data), data.validation)
+        )  # it may download
     if not data.test_every:
         first_then_rest(team, lambda: download(data.name, data.path))
-    return team.agree(lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation))
+    return team.agree(
+        lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation)
+    )
 
 
 def _seeded(data: Data) -> Dataset:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swap_hpc.data.sampling import DRAWS, Picks
 from swap_hpc.data.splits import Arrays, Dataset
-from swap_hpc.recipe import Augment
+from swap_hpc.recipe.schema import Augment
 
 STEPS_AT_ONCE = 16
 BYTES_AT_ONCE = 2**26  # of float32 images, but at least one batch
@@ -36,7 +36,9 @@ def crop_places(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndar
 
 def draws(pick: Picks) -> np.ndarray:
     """(n, DRAWS) float32; zeros where nothing is augmented."""
-    return pick.draws if pick.draws is not None else np.zeros((len(pick.indices), DRAWS), np.float32)
+    return (
+        pick.draws if pick.draws is not None else np.zeros((len(pick.indices), DRAWS), np.float32)
+    )
 
 
 def mirrored(u: np.ndarray, augment: Augment | None) -> np.ndarray:
@@ -45,7 +47,11 @@ def mirrored(u: np.ndarray, augment: Augment | None) -> np.ndarray:
 
 
 def cropped(
-    dataset: Dataset, split: Arrays, picks: Iterator[Picks], augment: Augment | None, device: torch.device
+    dataset: Dataset,
+    split: Arrays,
+    picks: Iterator[Picks],
+    augment: Augment | None,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What `picks` names, one batch after the other, on `device`: images (n, C, H, W) float32 as channels_last, and labels.
 
@@ -61,7 +67,10 @@ def cropped(
     rows, columns = torch.arange(height).to(device), torch.arange(width).to(device)
     bytes_of_image = 4 * height * width * dataset.channels
     for several in _at_once(picks, bytes_of_image):
-        together = Picks(np.concatenate([pick.indices for pick in several]), np.concatenate([draws(pick) for pick in several]))
+        together = Picks(
+            np.concatenate([pick.indices for pick in several]),
+            np.concatenate([draws(pick) for pick in several]),
+        )
         places = crop_places(together, settings, (height, width))
         where, x, y, mirror, left, top = to_device(np.stack([together.indices, *places]), device)
         if augment is None:
@@ -70,13 +79,22 @@ def cropped(
             across = columns + x[:, None]
             if settings.flip:
                 across = torch.where(mirror[:, None] == 1, across.flip(1), across)
-            crop = images[where[:, None, None], (rows + y[:, None])[:, :, None], across[:, None, :]]  # (n, H, W, C)
+            crop = images[
+                where[:, None, None], (rows + y[:, None])[:, :, None], across[:, None, :]
+            ]  # (n, H, W, C)
         batch = crop.float().sub_(mean).mul_(scale)
         if settings.cutout:
-            covered_rows, covered_columns = _hole(rows, top, settings.cutout), _hole(columns, left, settings.cutout)
-            batch.masked_fill_((covered_rows[:, :, None] & covered_columns[:, None, :])[..., None], 0)
+            covered_rows, covered_columns = (
+                _hole(rows, top, settings.cutout),
+                _hole(columns, left, settings.cutout),
+            )
+            batch.masked_fill_(
+                (covered_rows[:, :, None] & covered_columns[:, None, :])[..., None], 0
+            )
         sizes = [len(pick.indices) for pick in several]
-        yield from zip(batch.permute(0, 3, 1, 2).split(sizes), labels[where].split(sizes), strict=True)
+        yield from zip(
+            batch.permute(0, 3, 1, 2).split(sizes), labels[where].split(sizes), strict=True
+        )
 
 
 def _at_once(picks: Iterator[Picks], bytes_of_image: int) -> Iterator[list[Picks]]:

@@ -24,7 +24,9 @@ def image_shapes(split: Encoded, threads: int) -> np.ndarray:
         raise UserError(str(named)) from None
 
 
-def decode(split: Encoded, size: tuple[int, int] | None, threads: int, pixels: int = FEWEST_PIXELS) -> np.ndarray:
+def decode(
+    split: Encoded, size: tuple[int, int] | None, threads: int, pixels: int = FEWEST_PIXELS
+) -> np.ndarray:
     """(N, H, W, 3) uint8, red, green, blue. Raises UserError naming an image that cannot be decoded.
 
     `size` (height, width): the shorter side resized to fit, the centre cropped; None: as they are, which must be one size.
@@ -36,7 +38,9 @@ def decode(split: Encoded, size: tuple[int, int] | None, threads: int, pixels: i
         image = whole_image(encoded(split, fn.external_source(fed, batch=True)))
         if size is None:
             return image
-        image = fn.resize(image, resize_y=float(size[0]), resize_x=float(size[1]), mode="not_smaller")
+        image = fn.resize(
+            image, resize_y=float(size[0]), resize_x=float(size[1]), mode="not_smaller"
+        )
         return fn.crop(image, crop=size)
 
     try:

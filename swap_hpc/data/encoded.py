@@ -29,7 +29,14 @@ def whole_image(file: Any, device: str = "cpu") -> Any:
     leaving while its threads go on; `peek_image_shape` fails as it should.
     """
     size = fn.peek_image_shape(file, dtype=types.INT32)[:2]
-    return fn.decoders.image_slice(file, end=size, axis_names="HW", device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    return fn.decoders.image_slice(
+        file,
+        end=size,
+        axis_names="HW",
+        device=device,
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+    )
 
 
 def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exception) -> None:
@@ -46,7 +53,12 @@ def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exceptio
         return whole_image(encoded(split, fn.external_source(one_by_one(), batch=True)))
 
     pipeline = pipeline_def(graph)(  # nothing ahead: the one asked for last is the one that fails
-        batch_size=1, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False, prefetch_queue_depth=1
+        batch_size=1,
+        num_threads=1,
+        device_id=None,
+        exec_async=False,
+        exec_pipelined=False,
+        prefetch_queue_depth=1,
     )
     try:
         while True:
@@ -62,12 +74,18 @@ def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exceptio
         if kind := _whole_for_pillow(split, asked[-1]):
             refused = f"DALI does not decode this valid {kind} file ({split.name(asked[-1])})"
             raise RunError(f"{refused}: convert it, for example to PNG") from error
-    raise RunError(f"cannot decode the image {split.name(asked[-1])} ({reason}): replace or remove the file") from error
+    raise RunError(
+        f"cannot decode the image {split.name(asked[-1])} ({reason}): replace or remove the file"
+    ) from error
 
 
 def _whole_for_pillow(split: Encoded, sample: int) -> str | None:
     """The format of an image that Pillow decodes to its end; None where it does not, either."""
-    content = split.read(sample).tobytes() if isinstance(split, Shards) else Path(split.paths[sample]).read_bytes()
+    content = (
+        split.read(sample).tobytes()
+        if isinstance(split, Shards)
+        else Path(split.paths[sample]).read_bytes()
+    )
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
             warnings.simplefilter("ignore")

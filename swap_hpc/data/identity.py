@@ -28,13 +28,21 @@ class Identity:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Identity":
-        return cls(tuple(map(str, dataset.classes)), SplitIdentity.of(dataset.train), SplitIdentity.of(dataset.test))
+        return cls(
+            tuple(map(str, dataset.classes)),
+            SplitIdentity.of(dataset.train),
+            SplitIdentity.of(dataset.test),
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Identity":
         """The reverse of `to_json`."""
         fields = json.loads(text)
-        return cls(tuple(fields["classes"]), SplitIdentity(**fields["train"]), SplitIdentity(**fields["test"]))
+        return cls(
+            tuple(fields["classes"]),
+            SplitIdentity(**fields["train"]),
+            SplitIdentity(**fields["test"]),
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -45,15 +53,26 @@ class Identity:
             return None
         lost = [name for name in self.classes if name not in now.classes]
         new = [name for name in now.classes if name not in self.classes]
-        told = [f"{', '.join(names[:3])} {when}" for names, when in ((lost, "then"), (new, "now")) if names]
+        told = [
+            f"{', '.join(names[:3])} {when}"
+            for names, when in ((lost, "then"), (new, "now"))
+            if names
+        ]
         return f"other classes: {', '.join(told)}" if told else "the classes in another order"
 
     def differ(self, now: "Identity", splits: Sequence[str] = ("train", "test")) -> str | None:
         """How data at hand differ from these, in a few words; None where they do not."""
         if classes := self.classes_differ(now):
             return classes
-        for name, then, here in (("training", self.train, now.train), ("test", self.test, now.test)):
+        for name, then, here in (
+            ("training", self.train, now.train),
+            ("test", self.test, now.test),
+        ):
             if name.startswith(tuple(splits)) and then != here:
-                same = "other names, labels or contents" if then.samples == here.samples else f"{here.samples:,} now"
+                same = (
+                    "other names, labels or contents"
+                    if then.samples == here.samples
+                    else f"{here.samples:,} now"
+                )
                 return f"{then.samples:,} {name} samples then, {same}"
         return None

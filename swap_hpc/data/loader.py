@@ -19,15 +19,17 @@ from swap_hpc.data.crops import crop_places, cropped, draws, mirrored, to_device
 from swap_hpc.data.encoded import Encoded, encoded, explain_decode_error, whole_image
 from swap_hpc.data.pieces import Piece, pieces
 from swap_hpc.data.sampling import Picks
+from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays, Batches, Dataset, Graph, Split
-from swap_hpc.devices import Device
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.recipe import Augment
-from swap_hpc.seeding import seed_all
+from swap_hpc.parallel.devices import Device
+from swap_hpc.recipe.schema import Augment
 
 ON_GPU = 2  # DLPack's number for CUDA's memory
 
-Feed = Iterator[tuple[Any, ...]]  # per batch: what DALI's graph takes in, arrays whose first dimension is the batch's
+Feed = Iterator[
+    tuple[Any, ...]
+]  # per batch: what DALI's graph takes in, arrays whose first dimension is the batch's
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class View:
 
     augment: Augment | None  # None: evaluation, the whole image, or the centre
     size: tuple[int, int] | None = None  # (height, width) in pixels; None: the data set's
-    crop: float = 0.875  # evaluation: side of the centre square as a share of the image's shorter side
+    crop: float = (
+        0.875  # evaluation: side of the centre square as a share of the image's shorter side
+    )
 
 
 def batches(
@@ -58,7 +62,9 @@ def batches(
     if isinstance(split, Arrays) and device.torch.type == "cuda":
         yield from cropped(dataset, split, picks, view.augment, device.torch)
         return
-    ahead: deque[tuple[np.ndarray, bool]] = deque()  # samples that DALI was asked for and has not returned yet; whether a pick ends there
+    ahead: deque[tuple[np.ndarray, bool]] = (
+        deque()
+    )  # samples that DALI was asked for and has not returned yet; whether a pick ends there
 
     def noted(parts: Iterator[Piece]) -> Iterator[Piece]:
         for piece in parts:
@@ -67,10 +73,18 @@ def batches(
 
     seen: Callable[..., Tensor] = _as_they_are
     if isinstance(split, Arrays):
-        graph = _array_graph(dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment)
+        graph = _array_graph(
+            dataset, split, noted(Piece(pick, [], ends=True) for pick in picks), view.augment
+        )
     else:
         shorter = None if view.augment else _shorter(dataset, view)
-        cut = pieces(split, picks, dataset.pixels_at_once, device.threads, (shorter, shorter) if shorter else None)
+        cut = pieces(
+            split,
+            picks,
+            dataset.pixels_at_once,
+            device.threads,
+            (shorter, shorter) if shorter else None,
+        )
         graph = _encoded_graph(dataset, split, noted(cut), view, device)
         if view.augment and device.torch.type == "cpu":
             seen = partial(_resized, view.size or dataset.image_size, dataset)
@@ -89,14 +103,19 @@ def batches(
             raise
         except RuntimeError as error:
             if not isinstance(split, Arrays):
-                explain_decode_error(split, itertools.chain(*(indices for indices, _ in ahead)), error)
+                explain_decode_error(
+                    split, itertools.chain(*(indices for indices, _ in ahead)), error
+                )
             raise
         indices, ends = ahead.popleft()
         images.append(seen(*outputs))
         samples.append(indices)
         if ends:
             whole = images[0] if len(images) == 1 else torch.cat(images)
-            yield whole.permute(0, 3, 1, 2), labels[to_device(np.concatenate(samples), device.torch)]
+            yield (
+                whole.permute(0, 3, 1, 2),
+                labels[to_device(np.concatenate(samples), device.torch)],
+            )
             images, samples = [], []
 
 
@@ -110,7 +129,9 @@ def _own_batches(
     def noted() -> Iterator[Picks]:
         for pick in picks:
             asked.append(len(pick.indices))
-            if threading.get_ident() == thread:  # a function's own thread must not seed the model's random numbers
+            if (
+                threading.get_ident() == thread
+            ):  # a function's own thread must not seed the model's random numbers
                 seed_all(pick.seed)  # for what the function draws, whenever it is asked
             yield pick
 
@@ -122,13 +143,20 @@ def _own_batches(
     for inputs, targets in found:
         size = asked.popleft() if asked else 0
         if len(targets) != size:
-            raise UserError(f"{name} made one of {len(targets)} for {size} picked samples: it has to make one for each pick, in turn")
-        yield inputs.to(device.torch, non_blocking=True), targets.to(device.torch, non_blocking=True)
+            raise UserError(
+                f"{name} made one of {len(targets)} for {size} picked samples: it has to make one for each pick, in turn"
+            )
+        yield (
+            inputs.to(device.torch, non_blocking=True),
+            targets.to(device.torch, non_blocking=True),
+        )
     if asked or next(wanted, None) is not None:
         raise UserError(f"{name} ended early: it has to make one for each pick, in turn")
 
 
-def _run_graph(split: Graph, picks: Iterator[Picks], training: bool, batch_size: int, device: Device) -> Iterator[tuple[Tensor, Tensor]]:
+def _run_graph(
+    split: Graph, picks: Iterator[Picks], training: bool, batch_size: int, device: Device
+) -> Iterator[tuple[Tensor, Tensor]]:
     pipeline = _pipeline(lambda: split.function(picks, training), batch_size, device)
     stream = torch.cuda.current_stream(device.torch) if device.torch.type == "cuda" else None
     while True:
@@ -151,10 +179,18 @@ def kept(output: Any, device: Device) -> Tensor:
 def _pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
     index = device.torch.index if device.torch.type == "cuda" else None
     # everything random is drawn by sampling.py; the seed only keeps DALI from choosing one
-    return pipeline_def(graph)(batch_size=batch_size, num_threads=device.threads, device_id=index, seed=0, prefetch_queue_depth=2)
+    return pipeline_def(graph)(
+        batch_size=batch_size,
+        num_threads=device.threads,
+        device_id=index,
+        seed=0,
+        prefetch_queue_depth=2,
+    )
 
 
-def _array_graph(dataset: Dataset, split: Arrays, parts: Iterator[Piece], augment: Augment | None) -> Callable[[], Any]:
+def _array_graph(
+    dataset: Dataset, split: Arrays, parts: Iterator[Piece], augment: Augment | None
+) -> Callable[[], Any]:
     """Crop, flip, normalise and cut out images that lie in the host's memory."""
     augment = augment or Augment()
     pad, cutout = augment.pad, augment.cutout
@@ -164,19 +200,33 @@ def _array_graph(dataset: Dataset, split: Arrays, parts: Iterator[Piece], augmen
     def feed() -> Feed:
         for part in parts:
             x, y, mirror, left, top = crop_places(part.pick, augment, (height, width))
-            place = (_column(each) / np.float32(max(1, 2 * pad)) for each in (x, y))  # of the crop, from 0 to 1, in whole pixels
+            place = (
+                _column(each) / np.float32(max(1, 2 * pad)) for each in (x, y)
+            )  # of the crop, from 0 to 1, in whole pixels
             corner = [_column(np.stack([left, top], 1))] if cutout else []
             yield images[part.pick.indices], *place, mirror.astype(np.int32), *corner
 
     def graph() -> Any:
-        image, x, y, mirror, *corner = fn.external_source(feed(), num_outputs=5 if cutout else 4, batch=True)
-        image = _normalised(image, dataset, crop=(height, width), crop_pos_x=x, crop_pos_y=y, mirror=mirror)
-        return fn.erase(image, anchor=corner[0], shape=(cutout, cutout), axis_names="WH", fill_value=0.0) if cutout else image
+        image, x, y, mirror, *corner = fn.external_source(
+            feed(), num_outputs=5 if cutout else 4, batch=True
+        )
+        image = _normalised(
+            image, dataset, crop=(height, width), crop_pos_x=x, crop_pos_y=y, mirror=mirror
+        )
+        return (
+            fn.erase(
+                image, anchor=corner[0], shape=(cutout, cutout), axis_names="WH", fill_value=0.0
+            )
+            if cutout
+            else image
+        )
 
     return graph
 
 
-def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], view: View, device: Device) -> Callable[[], Any]:
+def _encoded_graph(
+    dataset: Dataset, split: Encoded, parts: Iterator[Piece], view: View, device: Device
+) -> Callable[[], Any]:
     """Read and decode images; random resized crop and flip for training, resize and centre crop for evaluation.
 
     Source of the crop: Szegedy et al., "Going deeper with convolutions", 2014. A crop that would not fit is cut to the
@@ -205,7 +255,12 @@ def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], vie
         file = encoded(split, source)
         shape = fn.peek_image_shape(file, dtype=types.FLOAT)[:2]
         area = share * shape[0] * shape[1]
-        size = math.min(shape, math.max(1.0, math.floor(fn.stack(math.sqrt(area / aspect), math.sqrt(area * aspect)) + 0.5)))
+        size = math.min(
+            shape,
+            math.max(
+                1.0, math.floor(fn.stack(math.sqrt(area / aspect), math.sqrt(area * aspect)) + 0.5)
+            ),
+        )
         start = math.floor(place * (shape - size + 1.0))  # every place in the image is as likely
         image = fn.decoders.image_slice(
             file,
@@ -218,7 +273,9 @@ def _encoded_graph(dataset: Dataset, split: Encoded, parts: Iterator[Piece], vie
         )
         if decode_on == "cpu":
             return image, mirror
-        return _normalised(fn.resize(image, resize_x=width, resize_y=height), dataset, mirror=mirror)
+        return _normalised(
+            fn.resize(image, resize_x=width, resize_y=height), dataset, mirror=mirror
+        )
 
     def evaluation() -> Any:
         source = fn.external_source((row[0] for row in feed()), batch=True)
@@ -236,7 +293,14 @@ def _shorter(dataset: Dataset, view: View) -> int:
 
 def _normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:
     """(H, W, C) float32: seen as (C, H, W) it is channels_last without a copy."""
-    return fn.crop_mirror_normalize(image, mean=dataset.mean, std=dataset.std, dtype=types.FLOAT, output_layout="HWC", **arguments)
+    return fn.crop_mirror_normalize(
+        image,
+        mean=dataset.mean,
+        std=dataset.std,
+        dtype=types.FLOAT,
+        output_layout="HWC",
+        **arguments,
+    )
 
 
 def _as_they_are(images: Any) -> Tensor:
@@ -251,12 +315,18 @@ def _resized(size: tuple[int, int], dataset: Dataset, crops: Any, mirrored: Any)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # an image is too small to share, and DALI's threads have the cores
     images = torch.empty(len(crops), *size, 3)
-    mean, deviation = (torch.tensor(channels).repeat(size[1]) for channels in (dataset.mean, dataset.std))
+    mean, deviation = (
+        torch.tensor(channels).repeat(size[1]) for channels in (dataset.mean, dataset.std)
+    )
     for crop, mirror, image in zip(crops, np.asarray(mirrored.as_tensor()), images, strict=True):
         whole = torch.from_numpy(np.asarray(crop))[None].permute(0, 3, 1, 2)
         resized = F.interpolate(whole, size=size, mode="bilinear", antialias=True)
-        rows = image.view(size[0], -1)  # a whole row at a time: channels alone are too short for vector instructions
-        rows.copy_((resized.flip(3) if mirror else resized).permute(0, 2, 3, 1).view(rows.shape)).sub_(mean).div_(deviation)
+        rows = image.view(
+            size[0], -1
+        )  # a whole row at a time: channels alone are too short for vector instructions
+        rows.copy_(
+            (resized.flip(3) if mirror else resized).permute(0, 2, 3, 1).view(rows.shape)
+        ).sub_(mean).div_(deviation)
     torch.set_num_threads(threads)
     return images
 

@@ -14,7 +14,9 @@ from swap_hpc.data.encoded import Encoded, encoded, explain_decode_error
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Shards
 
-FEWEST_PIXELS = 2**25  # decoded at once where less memory is allowed: 96 MiB, so that threads have something to share
+FEWEST_PIXELS = (
+    2**25
+)  # decoded at once where less memory is allowed: 96 MiB, so that threads have something to share
 HEADERS = 64  # files that are read at once for their headers
 READ_AHEAD = 2  # pieces whose bytes are read before DALI asks for them
 
@@ -33,7 +35,13 @@ def pixels_within(memory_gib: float) -> int:
     return max(FEWEST_PIXELS, int(memory_gib * 2**30 / 8 / 3))
 
 
-def pieces(split: Encoded, picks: Iterator[Picks], pixels: int, threads: int, resized: tuple[int, int] | None = None) -> Iterator[Piece]:
+def pieces(
+    split: Encoded,
+    picks: Iterator[Picks],
+    pixels: int,
+    threads: int,
+    resized: tuple[int, int] | None = None,
+) -> Iterator[Piece]:
     """Each pick, in turn, as pieces of at most `pixels`, or of one image. Raises RunError naming an image that cannot be read.
 
     `resized`: (height, width) that each image is made not smaller than; those pixels, which are many where it is long, count, too.
@@ -42,7 +50,9 @@ def pieces(split: Encoded, picks: Iterator[Picks], pixels: int, threads: int, re
     for whole in _read_ahead(split, picks, 3 * pixels, threads):
         places = [*cut(_pixels(headers.sizes(whole), resized), pixels)]
         for place in places:
-            yield Piece(_part(whole.pick, place), whole.sources[place], whole.ends and place is places[-1])
+            yield Piece(
+                _part(whole.pick, place), whole.sources[place], whole.ends and place is places[-1]
+            )
 
 
 def _pixels(sizes: np.ndarray, resized: tuple[int, int] | None) -> np.ndarray:
@@ -81,7 +91,9 @@ class Headers:
             self.shapes(samples[some], [piece.sources[i] for i in some])
         return known[samples]
 
-    def shapes(self, samples: np.ndarray, sources: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    def shapes(
+        self, samples: np.ndarray, sources: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
         """(n, 3) int64: height, width and channels of at most `HEADERS` images. Raises RunError naming one that cannot be read."""
         if self._pipeline is None:
             self._pipeline = self._built()
@@ -102,11 +114,18 @@ class Headers:
 
         # nothing ahead: what is fed is what comes out
         return pipeline_def(graph)(
-            batch_size=HEADERS, num_threads=self.threads, device_id=None, exec_async=False, exec_pipelined=False, prefetch_queue_depth=1
+            batch_size=HEADERS,
+            num_threads=self.threads,
+            device_id=None,
+            exec_async=False,
+            exec_pipelined=False,
+            prefetch_queue_depth=1,
         )
 
 
-def _read_ahead(split: Encoded, picks: Iterator[Picks], limit: int, threads: int) -> Iterator[Piece]:
+def _read_ahead(
+    split: Encoded, picks: Iterator[Picks], limit: int, threads: int
+) -> Iterator[Piece]:
     """Each pick with what `split.sources` gives for it. Bytes out of shards are read by threads, before they are asked for, and
     at most `limit` of them, or one image, as one piece."""
     if not isinstance(split, Shards):
@@ -118,7 +137,9 @@ def _read_ahead(split: Encoded, picks: Iterator[Picks], limit: int, threads: int
             places = [*cut(split.size[pick.indices], limit)]
             for place in places:
                 part = _part(pick, place)
-                reading.append((part, [pool.submit(split.read, i) for i in part.indices], place is places[-1]))
+                reading.append(
+                    (part, [pool.submit(split.read, i) for i in part.indices], place is places[-1])
+                )
                 if len(reading) > READ_AHEAD:
                     yield _ready(*reading.popleft())
         yield from (_ready(*each) for each in reading)

@@ -31,11 +31,17 @@ class Key:
     group: int = 0
 
     def generator(self, *counters: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters))))
+        return np.random.Generator(
+            np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters)))
+        )
 
     def torch_seed(self, step: int, rank: int) -> int:
         """What the global generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
-        return int(np.random.SeedSequence((self.seed, self.phase, self.group, step, rank, 0x70726368)).generate_state(1, np.uint64)[0])
+        return int(
+            np.random.SeedSequence(
+                (self.seed, self.phase, self.group, step, rank, 0x70726368)
+            ).generate_state(1, np.uint64)[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,9 @@ class Picks:
     """One rank's samples of one step."""
 
     indices: np.ndarray  # (n,) int64, into the training or test split
-    draws: np.ndarray | None  # (n, DRAWS) float32 in [0, 1): the samples' augmentation; None: no augmentation
+    draws: (
+        np.ndarray | None
+    )  # (n, DRAWS) float32 in [0, 1): the samples' augmentation; None: no augmentation
 
     @property
     def seed(self) -> int:
@@ -63,7 +71,9 @@ class Epoch:
     def drawn(cls, key: Key, epoch: int, samples: int) -> "Epoch":
         """`epoch` counts from 0 since the phase began, over all its cycles."""
         generator = key.generator(epoch)
-        return cls(generator.permutation(samples), generator.random((samples, DRAWS), dtype=np.float32))
+        return cls(
+            generator.permutation(samples), generator.random((samples, DRAWS), dtype=np.float32)
+        )
 
     def picks(self, first: int, end: int) -> Picks:
         """The samples from one place in the order to another."""
@@ -76,7 +86,15 @@ def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:
     return Epoch.drawn(key, epoch, samples).picks(0, samples)
 
 
-def training_picks(key: Key, samples: int, batch_size: int, rank: int, size: int, epochs: range, first_step: int = 0) -> Iterator[Picks]:
+def training_picks(
+    key: Key,
+    samples: int,
+    batch_size: int,
+    rank: int,
+    size: int,
+    epochs: range,
+    first_step: int = 0,
+) -> Iterator[Picks]:
     """A rank's share of each step of `epochs`: contiguous, and together with the other ranks' the step's whole batch.
 
     An epoch's last partial batch is dropped. `first_step` skips that many steps of the first epoch. Each epoch is drawn by a
@@ -100,7 +118,9 @@ def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Ite
         yield Picks(np.arange(start, min(start + batch_size, samples)), None)
 
 
-def batchnorm_picks(seed: int, samples: int, use: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
+def batchnorm_picks(
+    seed: int, samples: int, use: int, batch_size: int, rank: int, size: int
+) -> Iterator[Picks]:
     """`use // batch_size` whole batches of augmented training samples, cut independently of the number of ranks, dealt out."""
     whole = Epoch.drawn(Key(seed, Phase.BATCHNORM), 0, samples)
     for batch in range(rank, use // batch_size, size):

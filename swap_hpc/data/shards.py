@@ -16,7 +16,9 @@ from swap_hpc.errors import RunError, UserError
 
 INDEX = "v1.2"  # the version of DALI's index files (wds2idx) that is written; older ones name the same places
 NOT_IMAGES = ("cls", "txt", "json")
-IMAGES = re.compile("bmp|dib|gif|j2k|jp2|jpc|jpe|jpeg|jpf|jpg|jpx|pbm|pgm|png|pnm|ppm|tif|tiff|webp")  # extensions
+IMAGES = re.compile(
+    "bmp|dib|gif|j2k|jp2|jpc|jpe|jpeg|jpf|jpg|jpx|pbm|pgm|png|pnm|ppm|tif|tiff|webp"
+)  # extensions
 CLASSES = "classes.txt"  # beside the splits' folders: the classes' names, one on a line
 LABELS = "labels.npy"  # beside a split's tar files: (N,) int64, in the order of the samples' keys
 
@@ -35,8 +37,16 @@ def write_shard(files: Files, samples: Sequence[int], tar: Path) -> list[list[Co
         for sample in samples:
             path = Path(files.paths[sample])
             extension = path.suffix.lstrip(".").lower()
-            parts = {extension if IMAGES.fullmatch(extension) else "jpg": _content(path), "cls": str(files.labels[sample]).encode()}
-            index.append([_add(archive, f"{sample:09d}", extension, content) for extension, content in parts.items()])
+            parts = {
+                extension if IMAGES.fullmatch(extension) else "jpg": _content(path),
+                "cls": str(files.labels[sample]).encode(),
+            }
+            index.append(
+                [
+                    _add(archive, f"{sample:09d}", extension, content)
+                    for extension, content in parts.items()
+                ]
+            )
     return index
 
 
@@ -70,21 +80,33 @@ def read_classes(file: Path) -> tuple[str, ...]:
 
 def index_text(index: Sequence[Sequence[Component]]) -> str:
     """An index as DALI's `wds2idx` writes it."""
-    return "\n".join([f"{INDEX} {len(index)}", *(" ".join(f"{e} {o} {s} {n}" for e, o, s, n in sample) for sample in index)]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"{INDEX} {len(index)}",
+                *(" ".join(f"{e} {o} {s} {n}" for e, o, s, n in sample) for sample in index),
+            ]
+        )
+        + "\n"
+    )
 
 
 def find_shards(split: Path) -> Shards:
     """The samples in the tar files of a folder, in the order of their keys. Raises UserError."""
     tars = sorted(split.glob("*.tar"))
     if not tars:
-        raise UserError(f"no .tar files in {split}: swap-hpc pack makes them from a folder of images")
+        raise UserError(
+            f"no .tar files in {split}: swap-hpc pack makes them from a folder of images"
+        )
     keys, places, labelled = [], [], []
     for number, tar in enumerate(tars):
         for sample in _index_of(tar):
             images = [part for part in sample if part[0] not in NOT_IMAGES]
             label = next((part for part in sample if part[0] == "cls"), None)
             if len(images) != 1 or label is None:
-                raise UserError(f"{tar}: the sample {sample[0][3]} needs one image and one .cls file with its class's number")
+                raise UserError(
+                    f"{tar}: the sample {sample[0][3]} needs one image and one .cls file with its class's number"
+                )
             extension, offset, size, name = images[0]
             keys.append(name.removesuffix(f".{extension}"))
             places.append((number, offset, size))
@@ -94,9 +116,17 @@ def find_shards(split: Path) -> Shards:
     order = np.argsort(np.array(keys), kind="stable")
     twice = next((keys[a] for a, b in pairwise(order) if keys[a] == keys[b]), None)
     if twice:
-        raise UserError(f"{split}: its .tar files hold the sample {twice} twice: are shards of two packings in it?")
+        raise UserError(
+            f"{split}: its .tar files hold the sample {twice} twice: are shards of two packings in it?"
+        )
     tar_of, offset_of, size_of = np.array(places, dtype=np.int64)[order].T
-    found = Shards(tuple(map(str, tars)), tar_of.astype(np.int32), offset_of, size_of, np.zeros(len(keys), np.int64))
+    found = Shards(
+        tuple(map(str, tars)),
+        tar_of.astype(np.int32),
+        offset_of,
+        size_of,
+        np.zeros(len(keys), np.int64),
+    )
     labels = _labels(split, found, np.array(labelled, dtype=np.int64)[order])
     if labels.min() < 0:
         raise UserError(f"{split}: a class is {labels.min()}: classes count from 0")
@@ -107,14 +137,18 @@ def _labels(split: Path, shards: Shards, places: np.ndarray) -> np.ndarray:
     if (split / LABELS).is_file():
         labels = np.load(split / LABELS)
         if len(labels) != len(shards):
-            raise UserError(f"{split}: {LABELS} has {len(labels)} labels, the .tar files hold {len(shards)} samples: pack again")
+            raise UserError(
+                f"{split}: {LABELS} has {len(labels)} labels, the .tar files hold {len(shards)} samples: pack again"
+            )
         return labels
     numbers, offsets, sizes = places.T
     texts = Shards(shards.tars, numbers.astype(np.int32), offsets, sizes, shards.labels)
     try:
         return np.array([int(texts.read(i).tobytes()) for i in range(len(texts))], dtype=np.int64)
     except (ValueError, RunError) as error:
-        raise UserError(f"{split}: a .cls file holds no number, or cannot be read ({error})") from None
+        raise UserError(
+            f"{split}: a .cls file holds no number, or cannot be read ({error})"
+        ) from None
 
 
 def _index_of(tar: Path) -> Iterator[list[Component]]:
@@ -127,15 +161,22 @@ def _index_of(tar: Path) -> Iterator[list[Component]]:
     for line in lines[1:]:
         fields = line.split(" ")
         try:
-            yield [(e, int(offset), int(size), name) for e, offset, size, name in zip(*[iter(fields)] * 4, strict=True)]
+            yield [
+                (e, int(offset), int(size), name)
+                for e, offset, size, name in zip(*[iter(fields)] * 4, strict=True)
+            ]
         except ValueError:
-            raise UserError(f"{file} is not an index of DALI's: make it again with wds2idx, or remove it") from None
+            raise UserError(
+                f"{file} is not an index of DALI's: make it again with wds2idx, or remove it"
+            ) from None
 
 
 def _scanned(tar: Path) -> Iterator[list[Component]]:
     try:
         with tarfile.open(tar, "r:") as archive:
-            members = [(_split(m.name)[1], m.offset_data, m.size, m.name) for m in archive if m.isfile()]
+            members = [
+                (_split(m.name)[1], m.offset_data, m.size, m.name) for m in archive if m.isfile()
+            ]
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"cannot read {tar}: {error}") from None
     for _, parts in groupby(members, lambda part: _split(part[3])[0]):

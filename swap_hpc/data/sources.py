@@ -16,7 +16,7 @@ from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards, read_cl
 from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
 from swap_hpc.data.walk import LeftOut, entries, identity, is_folder, note_special, walk
 from swap_hpc.errors import UserError
-from swap_hpc.recipe import Data
+from swap_hpc.recipe.schema import Data
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
@@ -32,10 +32,21 @@ def digits(data: Data, threads: int) -> Dataset:
     # the file itself: importing scikit-learn for it would take each rank a second
     found = importlib.util.find_spec("sklearn")
     assert found is not None and found.submodule_search_locations, "a dependency"
-    table = np.loadtxt(Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
-    images, labels = (table[:, :64].reshape(-1, 8, 8, 1) * 15).astype(np.uint8), table[:, 64].copy()  # 0..16 -> 0..240
+    table = np.loadtxt(
+        Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz",
+        delimiter=",",
+        dtype=np.int64,
+    )
+    images, labels = (
+        (table[:, :64].reshape(-1, 8, 8, 1) * 15).astype(np.uint8),
+        table[:, 64].copy(),
+    )  # 0..16 -> 0..240
     test = np.arange(len(images)) % 3 == 0
-    return with_statistics(Arrays(images[~test], labels[~test]), Arrays(images[test], labels[test]), tuple("0123456789"))
+    return with_statistics(
+        Arrays(images[~test], labels[~test]),
+        Arrays(images[test], labels[test]),
+        tuple("0123456789"),
+    )
 
 
 def cifar(data: Data, threads: int) -> Dataset:
@@ -43,14 +54,19 @@ def cifar(data: Data, threads: int) -> Dataset:
     if (data.path / "train").is_dir():
         return folder(data, threads)
     train, test = (_torchvision(data.name, data.path, train=train) for train in (True, False))
-    in_memory = [Arrays(split.data, np.array(split.targets, dtype=np.int64)) for split in (train, test)]
+    in_memory = [
+        Arrays(split.data, np.array(split.targets, dtype=np.int64)) for split in (train, test)
+    ]
     return with_statistics(in_memory[0], in_memory[1], tuple(train.classes))
 
 
 def torchvision_download(name: str, path: Path) -> None:
     try:
         # torchvision prints what it does; a job's output is not the place
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
             _torchvision(name, path, train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -67,7 +83,9 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 def folder(data: Data, threads: int) -> Dataset:
     """`train/<class>/**` and `test/<class>/**`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
-    train, test, classes = _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
+    train, test, classes = (
+        _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
+    )
     return replace(_encoded(data, train, test, classes, threads), notes=train.notes + test.notes)
 
 
@@ -77,26 +95,38 @@ def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
     classes = _classes(path / "train")
     if (others := _classes(held_out)) != classes:
         differ = sorted(set(classes) ^ set(others))
-        raise UserError(f"{path}: train and {held_out.name} have different classes ({', '.join(differ[:5])}): give both the same folders")
+        raise UserError(
+            f"{path}: train and {held_out.name} have different classes ({', '.join(differ[:5])}): give both the same folders"
+        )
     return _files(path / "train", classes), _files(held_out, classes), classes
 
 
 def _split_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]:
     """The same of a folder with one folder per class: of each class the first image tests, and every `every`-th after it."""
     if (path / "train").is_dir() and _test_split(path).is_dir():
-        raise UserError(f"{path} has train and test, so it is split already: leave data.test_every out")
+        raise UserError(
+            f"{path} has train and test, so it is split already: leave data.test_every out"
+        )
     classes = _classes(path, "<class>/")
     files = _files(path, classes)
     counts = np.bincount(files.labels)
     if counts.min() == 1:
-        raise UserError(f"{path / classes[int(counts.argmin())]} holds one image: it needs two, to train and to test on")
+        raise UserError(
+            f"{path / classes[int(counts.argmin())]} holds one image: it needs two, to train and to test on"
+        )
     test = np.concatenate([np.arange(count) for count in counts]) % every == 0
-    return replace(files.take(np.flatnonzero(~test)), notes=files.notes), files.take(np.flatnonzero(test)), classes
+    return (
+        replace(files.take(np.flatnonzero(~test)), notes=files.notes),
+        files.take(np.flatnonzero(test)),
+        classes,
+    )
 
 
 def _test_split(path: Path) -> Path:
     """`test`, or `val` as ImageNet has it."""
-    return path / "val" if (path / "val").is_dir() and not (path / "test").is_dir() else path / "test"
+    return (
+        path / "val" if (path / "val").is_dir() and not (path / "test").is_dir() else path / "test"
+    )
 
 
 def webdataset(data: Data, threads: int) -> Dataset:
@@ -107,26 +137,39 @@ def webdataset(data: Data, threads: int) -> Dataset:
     number = 1 + int(max(train.labels.max(), test.labels.max()))
     classes = read_classes(names) if names.is_file() else tuple(map(str, range(number)))
     if number > len(classes):
-        raise UserError(f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, which are 0 to {len(classes) - 1}")
+        raise UserError(
+            f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, which are 0 to {len(classes) - 1}"
+        )
     return _encoded(data, train, test, classes, threads)
 
 
-def _encoded(data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int) -> Dataset:
-    side, several, pixels = data.last_size, len(data.image_size or ()) > 1, pixels_within(data.memory_gib)
+def _encoded(
+    data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int
+) -> Dataset:
+    side, several, pixels = (
+        data.last_size,
+        len(data.image_size or ()) > 1,
+        pixels_within(data.memory_gib),
+    )
     size = (side, side) if side else None
     height, width = size or _own_size(train.take(np.arange(1)), threads)
     if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30 and not several:
         if size is None:
             for split in (train, test):
                 _own_size(split, threads, (height, width))
-        in_memory = [Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents)) for split in (train, test)]
+        in_memory = [
+            Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents))
+            for split in (train, test)
+        ]
         return with_statistics(in_memory[0], in_memory[1], classes)
     if size is None:
         raise UserError(
             f"{data.path} is larger than data.memory_gib = {data.memory_gib}: "
             "set data.image_size (pixels) to read it in every epoch, or allow more memory"
         )
-    return Dataset(train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels)
+    return Dataset(
+        train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels
+    )
 
 
 def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:
@@ -149,7 +192,9 @@ def _files(split: Path, classes: tuple[str, ...]) -> Files:
         found = sorted(walk(split / name, left_out, above))
         if not found:
             why = f" (left out: {left_out})" if len(left_out) > before else ""
-            raise UserError(f"{split / name} is empty{why}: put the class's images there, or remove the folder from train and test")
+            raise UserError(
+                f"{split / name} is empty{why}: put the class's images there, or remove the folder from train and test"
+            )
         paths += found
         labels += [label] * len(found)
     return Files(tuple(paths), np.array(labels, dtype=np.int64), _notes(split, left_out))
@@ -162,14 +207,18 @@ def _notes(split: Path, left_out: LeftOut) -> tuple[str, ...]:
     return (f"{number} in {split} {'is' if len(left_out) == 1 else 'are'} left out: {left_out}",)
 
 
-def _own_size(split: Encoded, threads: int, expected: tuple[int, int] | None = None) -> tuple[int, int]:
+def _own_size(
+    split: Encoded, threads: int, expected: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """(height, width) of images that are all of one size, the `expected` one where given. Raises UserError."""
     shapes = image_shapes(split, threads)[:, :2]
     height, width = expected or (int(shapes[0][0]), int(shapes[0][1]))
     odd = np.flatnonzero((shapes != (height, width)).any(axis=1))
     if len(odd):
         found = f"{split.name(odd[0])} is {shapes[odd[0]][1]}x{shapes[odd[0]][0]}"
-        raise UserError(f"the images differ in size (the first one is {width}x{height}, {found}): set data.image_size (pixels)")
+        raise UserError(
+            f"the images differ in size (the first one is {width}x{height}, {found}): set data.image_size (pixels)"
+        )
     return height, width
 
 
@@ -184,7 +233,11 @@ def synthetic(data: Data, threads: int) -> Dataset:
         noise = generator.normal(128, 40, (samples, size, size, 3))
         return Arrays((noise + patterns[labels]).clip(0, 255).astype(np.uint8), labels)
 
-    return with_statistics(split(data.samples), split(max(1, data.samples // 4)), tuple(str(c) for c in range(data.classes)))
+    return with_statistics(
+        split(data.samples),
+        split(max(1, data.samples // 4)),
+        tuple(str(c) for c in range(data.classes)),
+    )
 
 
 SOURCES: dict[str, Callable[[Data, int], Dataset]] = {

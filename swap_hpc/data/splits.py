@@ -45,7 +45,11 @@ class Arrays:
         return torch.from_numpy(self._pad(pad)).to(device)
 
     def _pad(self, pad: int) -> np.ndarray:
-        return np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect") if pad else self.images
+        return (
+            np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+            if pad
+            else self.images
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,9 @@ class Files:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        above = os.path.commonprefix(self.paths).rfind("/") + 1  # nodes may have the folder at places of their own
+        above = (
+            os.path.commonprefix(self.paths).rfind("/") + 1
+        )  # nodes may have the folder at places of their own
         names = os.fsencode("\n".join(path[above:] for path in self.paths))
         return (_hash(np.frombuffer(names, np.uint8)), _hash(self.labels))
 
@@ -105,7 +111,9 @@ class Shards:
         return np.zeros((len(self), 2), np.int32)
 
     def take(self, which: np.ndarray) -> "Shards":
-        return Shards(self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which])
+        return Shards(
+            self.tars, self.tar[which], self.offset[which], self.size[which], self.labels[which]
+        )
 
     def name(self, sample: int) -> str:
         return f"at byte {self.offset[sample]} of {self.tars[self.tar[sample]]}"
@@ -150,12 +158,18 @@ class Batches:
     def take(self, which: np.ndarray) -> "Batches":
         return replace(self, which=which if self.which is None else self.which[which])
 
-    def read(self, picks: Iterator[Picks], training: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(
+        self, picks: Iterator[Picks], training: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(self.function(self.picked(picks), training))
 
     def picked(self, picks: Iterator[Picks]) -> Iterator[Picks]:
         """The same, by the samples' own numbers."""
-        return picks if self.which is None else (replace(pick, indices=self.which[pick.indices]) for pick in picks)
+        return (
+            picks
+            if self.which is None
+            else (replace(pick, indices=self.which[pick.indices]) for pick in picks)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +211,17 @@ class Dataset:
     train: Split
     test: Split
     classes: tuple[str, ...]  # their number, and that of the channels, is what a model is built for
-    image_size: tuple[int, int] = (0, 0)  # (height, width) in pixels, as the model sees them; of images that the package reads
+    image_size: tuple[int, int] = (
+        0,
+        0,
+    )  # (height, width) in pixels, as the model sees them; of images that the package reads
     channels: int = 3
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 255]
     std: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what a person should know of how it was found: lines to print
-    pixels_at_once: int = 2**25  # of streamed images: how many are decoded at once, but always one image
+    pixels_at_once: int = (
+        2**25
+    )  # of streamed images: how many are decoded at once, but always one image
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:
@@ -210,7 +229,9 @@ def with_validation(dataset: Dataset, samples: int) -> Dataset:
     if not samples:
         return dataset
     if samples >= len(dataset.train):
-        raise UserError(f"data.validation = {samples} leaves none of {len(dataset.train)} training samples: set it lower")
+        raise UserError(
+            f"data.validation = {samples} leaves none of {len(dataset.train)} training samples: set it lower"
+        )
     order = np.random.Generator(np.random.Philox(0x76616C)).permutation(len(dataset.train))
     aside, rest = np.sort(order[:samples]), np.sort(order[samples:])
     return replace(dataset, train=dataset.train.take(rest), test=dataset.train.take(aside))
@@ -222,7 +243,9 @@ def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Da
     values = np.arange(256.0)
     mean, std = [], []
     for c in range(channels):
-        parts = (train.images[start : start + 1024, ..., c] for start in range(0, len(train), 1024))  # bincount makes 8 bytes of each
+        parts = (
+            train.images[start : start + 1024, ..., c] for start in range(0, len(train), 1024)
+        )  # bincount makes 8 bytes of each
         counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
         mean.append(float(counts @ values / counts.sum()))
         std.append(float(np.sqrt(counts @ (values - mean[-1]) ** 2 / counts.sum())) or 1.0)

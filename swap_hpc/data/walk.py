@@ -30,7 +30,8 @@ class LeftOut:
     def __str__(self) -> str:
         """How many, and why, for example "2 broken links (first: a/b.jpg), 1 is no regular file (a/pipe)"."""
         return ", ".join(
-            f"{len(paths)} {why[len(paths) > 1]} ({'first: ' if len(paths) > 1 else ''}{min(paths)})" for why, paths in self.paths.items()
+            f"{len(paths)} {why[len(paths) > 1]} ({'first: ' if len(paths) > 1 else ''}{min(paths)})"
+            for why, paths in self.paths.items()
         )
 
 

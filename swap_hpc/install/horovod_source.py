@@ -119,7 +119,12 @@ EDITS = (
         ),
     ),
     *(
-        Edit("The same, for each function that launches kernels.", KERNELS, end, f'{end}\n   CheckLaunch("{kernel}");')
+        Edit(
+            "The same, for each function that launches kernels.",
+            KERNELS,
+            end,
+            f'{end}\n   CheckLaunch("{kernel}");',
+        )
         for kernel, end in (
             ("batched_memcpy_k", "NTHREADS_D2D_KERNEL, 0, stream>>>(params);"),
             ("scale_buffer_k", '" not supported by ScaleBufferCudaImpl.");\n  }'),

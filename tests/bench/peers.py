@@ -21,8 +21,14 @@ from torchvision.transforms import v2
 class _Cifar(Dataset):
     """Images that were turned to (C, H, W) once, transformed one by one."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor]):
-        self.images, self.labels, self.transform = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels.tolist(), transform
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor]
+    ):
+        self.images, self.labels, self.transform = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            labels.tolist(),
+            transform,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,13 +46,22 @@ class Cutout(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        y, x = int(torch.randint(height - self.size + 1, ())), int(torch.randint(width - self.size + 1, ()))
+        y, x = (
+            int(torch.randint(height - self.size + 1, ())),
+            int(torch.randint(width - self.size + 1, ())),
+        )
         image[..., y : y + self.size, x : x + self.size] = 0
         return image
 
 
 def cifar_loader(
-    images: np.ndarray, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Any, batch: int, workers: int
+    images: np.ndarray,
+    labels: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augment: Any,
+    batch: int,
+    workers: int,
 ) -> Iterator[Any]:
     """Two epochs of shuffled batches; the workers live on between them."""
     transform = v2.Compose(
@@ -59,7 +74,12 @@ def cifar_loader(
         ]
     )
     loader = DataLoader(
-        _Cifar(images, labels, transform), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+        _Cifar(images, labels, transform),
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
     )
     for _ in range(2):
         yield from loader
@@ -78,7 +98,9 @@ def cifar_batches(
     """The whole epoch's padded images in memory; crops gathered, flipped, normalised and cut out a batch at a time."""
     pad, cut = augment.pad, augment.cutout
     height, width = images.shape[1:3]
-    padded = torch.from_numpy(np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")).to(device)
+    padded = torch.from_numpy(
+        np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    ).to(device)
     targets = torch.from_numpy(labels).to(device)
     shift, scale = torch.tensor(mean, device=device), 1 / torch.tensor(std, device=device)
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
@@ -89,10 +111,14 @@ def cifar_batches(
             y, x = torch.randint(2 * pad + 1, (2, batch, 1), device=device)
             across = columns.expand(batch, width)
             across = torch.where(torch.rand(batch, 1, device=device) < 0.5, across.flip(1), across)
-            crop = padded[mine[:, None, None], (y + rows)[:, :, None], (x + across)[:, None, :]]  # (n, H, W, C)
+            crop = padded[
+                mine[:, None, None], (y + rows)[:, :, None], (x + across)[:, None, :]
+            ]  # (n, H, W, C)
             out = (crop.float() - shift) * scale
             top, left = torch.randint(height - cut + 1, (2, batch, 1), device=device)
-            hole = ((rows >= top) & (rows < top + cut))[:, :, None] & ((columns >= left) & (columns < left + cut))[:, None, :]
+            hole = ((rows >= top) & (rows < top + cut))[:, :, None] & (
+                (columns >= left) & (columns < left + cut)
+            )[:, None, :]
             yield out.masked_fill_(hole[..., None], 0).permute(0, 3, 1, 2), targets[mine]
 
 
@@ -103,13 +129,19 @@ def jpeg_folder(root: Path, files: int) -> Path:
         for i in range(number):
             folder = root / split / str(i % 10)
             folder.mkdir(parents=True, exist_ok=True)
-            smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+            smooth = Image.fromarray(
+                generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            ).resize((500, 375), Image.Resampling.BICUBIC)
             noisy = np.asarray(smooth, np.int16) + generator.integers(-12, 13, (375, 500, 1))
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+                folder / f"{i}.jpg", quality=90
+            )
     return root
 
 
-def folder_loader(folder: Path, mean: Sequence[float], std: Sequence[float], batch: int, workers: int) -> Iterator[Any]:
+def folder_loader(
+    folder: Path, mean: Sequence[float], std: Sequence[float], batch: int, workers: int
+) -> Iterator[Any]:
     transform = v2.Compose(
         [
             v2.PILToTensor(),
@@ -119,7 +151,13 @@ def folder_loader(folder: Path, mean: Sequence[float], std: Sequence[float], bat
             v2.Normalize([m / 255 for m in mean], [s / 255 for s in std]),
         ]
     )
-    yield from DataLoader(ImageFolder(str(folder), transform), batch, shuffle=True, num_workers=workers, drop_last=True)
+    yield from DataLoader(
+        ImageFolder(str(folder), transform),
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+    )
 
 
 def store_file() -> str:
@@ -133,11 +171,22 @@ def process_group(rank: int, size: int, store: str, backend: str) -> Iterator[No
     dist.destroy_process_group()
 
 
-def ddp_steps(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: int, clock: Any) -> float:
+def ddp_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    clock: Any,
+) -> float:
     """Seconds of that many steps, after two that do not count."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what replaces broadcast_buffers is not in CUDA 12's torch yet
-        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # what replaces broadcast_buffers is not in CUDA 12's torch yet
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     for number in range(-2, steps):
         if number == 0:
             clock.start()

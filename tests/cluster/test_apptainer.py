@@ -12,15 +12,21 @@ CONTAINER = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": 
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_the_script_starts_its_ranks_through_the_container(cluster: Cluster, home: Path, launcher: str) -> None:
+def test_the_script_starts_its_ranks_through_the_container(
+    cluster: Cluster, home: Path, launcher: str
+) -> None:
     """In the image that make test-image builds, the same script runs behind that image's walls."""
     variables = CONTAINER | {"SWAP_LAUNCHER": launcher}
     job = submit(cluster, home, "digits", *QUICK, script=SCRIPT, variables=variables)
-    result = complete(cluster, job, home / "runs" / "digits")  # in the folder that sbatch was called in
+    result = complete(
+        cluster, job, home / "runs" / "digits"
+    )  # in the folder that sbatch was called in
     assert result["ranks"] == 4
 
 
 def test_a_missing_image_gets_one_line(cluster: Cluster, home: Path) -> None:
     job = submit(cluster, home, "digits", script=SCRIPT)
     (ended,) = cluster.wait(job, 30)
-    assert ended["JobState"] == "FAILED" and "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)
+    assert ended[
+        "JobState"
+    ] == "FAILED" and "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)

@@ -12,13 +12,26 @@ QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=2", "--set", "
 
 
 def doctor(cluster: Cluster, *options: str) -> list[str]:
-    return cluster.run("srun", "--mpi=pmix", "--nodes=2", "--ntasks=4", *options, "swap-hpc", "doctor", "--groups", "2").splitlines()
+    return cluster.run(
+        "srun",
+        "--mpi=pmix",
+        "--nodes=2",
+        "--ntasks=4",
+        *options,
+        "swap-hpc",
+        "doctor",
+        "--groups",
+        "2",
+    ).splitlines()
 
 
 def test_nodes_of_unequal_size(cluster: Cluster) -> None:
     said = doctor(cluster, "--distribution=block")
     ranks = [line.partition(" -> cpu")[0] for line in said if line.startswith("rank ")]
-    assert ranks == [*(f"rank {r} -> swap-n1, local rank {r}" for r in range(3)), "rank 3 -> swap-n2, local rank 0"]
+    assert ranks == [
+        *(f"rank {r} -> swap-n1, local rank {r}" for r in range(3)),
+        "rank 3 -> swap-n2, local rank 0",
+    ]
     assert "grid: 4 ranks on 2 nodes, 2 groups" in said
     assert [line for line in said if line.startswith("PROBLEM")] == [
         "PROBLEM: a group spans nodes although a node has room for it: "
@@ -26,7 +39,10 @@ def test_nodes_of_unequal_size(cluster: Cluster) -> None:
     ]
 
 
-@pytest.mark.parametrize(("options", "shown"), [(("--gpus-per-node=2",), 2), (("--gpus-per-task=1", "--ntasks-per-node=2"), 1)])
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [(("--gpus-per-node=2",), 2), (("--gpus-per-task=1", "--ntasks-per-node=2"), 1)],
+)
 def test_gpus_all_shown_or_one_each(cluster: Cluster, options: tuple[str, ...], shown: int) -> None:
     """What Slurm makes of the options that the batch scripts use, and of the other way; tests/parallel chooses devices under both."""
     if not Path("/dev/tty7").exists():
@@ -36,7 +52,9 @@ def test_gpus_all_shown_or_one_each(cluster: Cluster, options: tuple[str, ...], 
     assert len(visible) == 4 and {len(each) for each in visible} == {shown}
 
 
-def test_three_ranks_on_one_node_and_one_on_the_other_give_the_same_weights(cluster: Cluster, home: Path) -> None:
+def test_three_ranks_on_one_node_and_one_on_the_other_give_the_same_weights(
+    cluster: Cluster, home: Path
+) -> None:
     here, there = home / "here", home / "there"
     done = swap_hpc("train", "digits", *QUICK, "--phase", "large_batch", "--out", here, ranks=4)
     assert done.code == 0, done.stderr
@@ -47,6 +65,8 @@ def test_three_ranks_on_one_node_and_one_on_the_other_give_the_same_weights(clus
     (home / "hosts").write_text("swap-n1\nswap-n1\nswap-n1\nswap-n2\n")
     settings = f'export SLURM_HOSTFILE={home}/hosts SWAP_LAUNCHER_ARGS="--ntasks=4 --distribution=arbitrary"\n'
     (home / "slurm" / "site.env").write_text(settings)
-    complete(cluster, submit(cluster, home, "digits", *QUICK, "--out", there, options=options), there)
+    complete(
+        cluster, submit(cluster, home, "digits", *QUICK, "--out", there, options=options), there
+    )
     assert places(there) == [("swap-n1", 0), ("swap-n1", 1), ("swap-n1", 2), ("swap-n2", 0)]
     assert digest(there) == digest(here)

@@ -47,11 +47,19 @@ ROWS = {
 def test_sruns_codes_are_those_of_the_table(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "job.sh").write_text(SCRIPT)
     said = tmp_path / "job.out"
-    cluster.run("sbatch", "--nodes=2", "--ntasks-per-node=1", f"--output={said}", "job.sh", cwd=tmp_path)
+    cluster.run(
+        "sbatch", "--nodes=2", "--ntasks-per-node=1", f"--output={said}", "job.sh", cwd=tmp_path
+    )
     wait_for(lambda: said.exists() and "end\n" in said.read_text(), "end of the job", 400)
-    found = dict(line.split(": ") for line in said.read_text().splitlines() if line.partition(":")[0] in ROWS)
+    found = dict(
+        line.split(": ") for line in said.read_text().splitlines() if line.partition(":")[0] in ROWS
+    )
     table = exit_codes(f"`srun --mpi={MPI_TYPE}`")
-    assert {name: int(code) for name, code in found.items() if int(code) not in codes(table[ROWS[name]])} == {} and set(found) == set(ROWS)
+    assert {
+        name: int(code) for name, code in found.items() if int(code) not in codes(table[ROWS[name]])
+    } == {} and set(found) == set(ROWS)
     for name in ROWS:
-        saved = "swap-hpc: stopped on request, all is saved" in (tmp_path / f"{name}.txt").read_text()
+        saved = (
+            "swap-hpc: stopped on request, all is saved" in (tmp_path / f"{name}.txt").read_text()
+        )
         assert saved == ("all is saved" in table[ROWS[name]]), name

@@ -4,7 +4,9 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-from swap_hpc import cli, consumer, swap
+from swap_hpc import __main__ as cli
+from swap_hpc import swap
+from swap_hpc.run import consumer
 
 calls = ctypes.CDLL(None).counted_mpi_calls
 calls.restype = ctypes.c_long

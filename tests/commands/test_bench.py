@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from launch import command, swap_hpc
 
-from swap_hpc import cli
+from swap_hpc import __main__ as cli
 from swap_hpc.bench.traffic import SETTINGS
-from swap_hpc.launcher import CROWDED
+from swap_hpc.parallel.launcher import CROWDED
 
 ROOT = Path(__file__).parents[2]
 CASE = {"ranks": 2, "width": 4, "samples": 2048}
@@ -18,7 +18,16 @@ CASE = {"ranks": 2, "width": 4, "samples": 2048}
 
 def test_bytes_are_counted_and_phase_2_sends_none(tmp_path: Path) -> None:
     said = tmp_path / "said.json"
-    done = command(sys.executable, "-m", "swap_hpc.bench", f"scaling:{json.dumps(CASE)}", said, ranks=2, variables=SETTINGS, cwd=ROOT)
+    done = command(
+        sys.executable,
+        "-m",
+        "swap_hpc.bench",
+        f"scaling:{json.dumps(CASE)}",
+        said,
+        ranks=2,
+        variables=SETTINGS,
+        cwd=ROOT,
+    )
     assert done.code == 0, done.stderr
     case = json.loads(said.read_text())["case"]
     steps, gradients = 2048 // 1024, 4 * case["parameters"]
@@ -35,7 +44,9 @@ def test_a_bench_prints_its_table_and_leaves_its_json(tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     assert "torch's update_bn on one rank" in done.stdout and "at least 1.8" in done.stdout
     (found,) = json.loads((tmp_path / "batchnorm.json").read_text())["comparisons"]
-    assert len(found["ours"]) == len(found["peers"]) == 5 and min(found["ours"] + found["peers"]) > 0
+    assert (
+        len(found["ours"]) == len(found["peers"]) == 5 and min(found["ours"] + found["peers"]) > 0
+    )
 
 
 @pytest.mark.mpi
@@ -43,8 +54,13 @@ def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
     """MPICH's refuses Open MPI's options; Open MPI is told by its environment that ranks may outnumber cores."""
     for command_of in (cli.bench, cli.study):
         assert inspect.signature(command_of).parameters["launcher"].default == "mpirun -n {ranks}"
-    refusing = {"PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "0"}
-    started = command(sys.executable, "-c", "print('started')", ranks=5, variables=refusing | CROWDED)
+    refusing = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe",
+        "OMPI_MCA_rmaps_base_oversubscribe": "0",
+    }
+    started = command(
+        sys.executable, "-c", "print('started')", ranks=5, variables=refusing | CROWDED
+    )
     # Counted: launchers mix what ranks write, and `print` writes a line's end by itself.
     assert (started.code, started.stdout.count("started")) == (0, 5), started.stderr
 
@@ -56,5 +72,13 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     ):
         done = swap_hpc(*arguments, cwd=tmp_path)
         assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr
-    plain = command(sys.executable, "-m", "swap_hpc.bench", f"scaling:{json.dumps(CASE)}", tmp_path / "x", ranks=1, cwd=ROOT)
+    plain = command(
+        sys.executable,
+        "-m",
+        "swap_hpc.bench",
+        f"scaling:{json.dumps(CASE)}",
+        tmp_path / "x",
+        ranks=1,
+        cwd=ROOT,
+    )
     assert plain.code != 0 and "needs Open MPI with its monitoring component" in plain.stderr

@@ -7,10 +7,17 @@ import tiny
 from launch import swap_hpc
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from swap_hpc.board import Board
+from swap_hpc.run.board import Board
 
 # phase 1 may have nine epochs, and ends with its first
-FIELDS = ("tensorboard=true", "groups=2", "model.width=4", "large_batch.epochs=9", "large_batch.stop_accuracy=0.01", "refine.epochs=2")
+FIELDS = (
+    "tensorboard=true",
+    "groups=2",
+    "model.width=4",
+    "large_batch.epochs=9",
+    "large_batch.stop_accuracy=0.01",
+    "refine.epochs=2",
+)
 
 
 def shown(folder: Path, tag: str) -> dict[int, float]:
@@ -22,14 +29,20 @@ def shown(folder: Path, tag: str) -> dict[int, float]:
 
 def test_every_group_is_a_run_of_its_own(tmp_path: Path) -> None:
     fields = [word for field in FIELDS for word in ("--set", field)]
-    for part in (("--phase", "large_batch"), ()):  # the second start goes on from the first one's checkpoints
+    for part in (
+        ("--phase", "large_batch"),
+        (),
+    ):  # the second start goes on from the first one's checkpoints
         done = swap_hpc("train", "digits", "--out", tmp_path, *fields, *part, ranks=2)
         assert done.code == 0, done.stderr
     board = tmp_path / "tensorboard"
     assert {path.name for path in board.iterdir()} == {"world", "group-000", "group-001", "average"}
     for group in (0, 1):
         name = f"group-{group:03d}"
-        lines = [json.loads(line) for line in (tmp_path / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "metrics" / f"{name}.jsonl").read_text().splitlines()
+        ]
         for tag in ("train_loss", "test_accuracy", "learning_rate"):
             found = shown(board / name, tag)
             assert found.keys() == {2, 3}
@@ -43,7 +56,10 @@ def test_every_group_is_a_run_of_its_own(tmp_path: Path) -> None:
 
 def test_what_is_begun_anew_holds_no_averages_of_before(tmp_path: Path) -> None:
     board = Board(tmp_path, tiny.recipe())
-    lines = [{"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.5} for epoch in (1, 2)]
+    lines = [
+        {"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.5}
+        for epoch in (1, 2)
+    ]
     for line in lines:
         board.add("world", line, 3)
     board.begin("world", [], 3)

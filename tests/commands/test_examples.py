@@ -14,7 +14,9 @@ def test_a_model_data_loss_and_metric_of_ones_own(tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     overlap = result["test_accuracy"]
-    assert 0.85 < overlap["averaged"] < 1 and overlap["averaged"] > overlap["mean_of_groups"] - 0.005
+    assert (
+        0.85 < overlap["averaged"] < 1 and overlap["averaged"] > overlap["mean_of_groups"] - 0.005
+    )
     evaluated = swap_hpc("evaluate", tmp_path / "run" / "swap.safetensors", cwd=EXAMPLES)
     assert f"test accuracy {100 * overlap['averaged']:.2f} %" in evaluated.stdout, evaluated.stderr
 
@@ -22,12 +24,33 @@ def test_a_model_data_loss_and_metric_of_ones_own(tmp_path: Path) -> None:
 def test_a_run_on_own_data_gives_the_same_on_one_rank(tmp_path: Path) -> None:
     digests = set()
     for ranks in (1, 2):
-        fields = ["--set", "large_batch.epochs=0", "--set", f"model.weights={tmp_path / 'start.safetensors'}"]
+        fields = [
+            "--set",
+            "large_batch.epochs=0",
+            "--set",
+            f"model.weights={tmp_path / 'start.safetensors'}",
+        ]
         if ranks == 1:
-            first = swap_hpc("train", "discs.toml", "--out", tmp_path / "start", "--set", "refine.epochs=0", cwd=EXAMPLES)
+            first = swap_hpc(
+                "train",
+                "discs.toml",
+                "--out",
+                tmp_path / "start",
+                "--set",
+                "refine.epochs=0",
+                cwd=EXAMPLES,
+            )
             assert first.code == 0, first.stderr
             (tmp_path / "start" / "large_batch.safetensors").rename(tmp_path / "start.safetensors")
-        done = swap_hpc("train", "discs.toml", "--out", tmp_path / str(ranks), *fields, ranks=ranks, cwd=EXAMPLES)
+        done = swap_hpc(
+            "train",
+            "discs.toml",
+            "--out",
+            tmp_path / str(ranks),
+            *fields,
+            ranks=ranks,
+            cwd=EXAMPLES,
+        )
         assert done.code == 0, done.stderr
         result = json.loads((tmp_path / str(ranks) / "result.json").read_text())
         digests.add(tuple(result["test_accuracy"]["groups"]))

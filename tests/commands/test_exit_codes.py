@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from launch import BIN, codes, exit_codes, hydra, launch, processes_of, ranks_of
 
-ENDLESS = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=10000", "--set", "model.width=4")
+ENDLESS = (
+    "--set",
+    "large_batch.epochs=2",
+    "--set",
+    "refine.epochs=10000",
+    "--set",
+    "model.width=4",
+)
 
 LAUNCHER = f"{'MPICH' if hydra() else 'Open MPI'}'s `mpirun`"
 
@@ -42,13 +49,31 @@ CASES: list[tuple[str, Sending, int]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "send", "number"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_the_launchers_code_is_that_of_the_table(row: str, send: Sending, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "send", "number"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_the_launchers_code_is_that_of_the_table(
+    row: str, send: Sending, number: int, tmp_path: Path
+) -> None:
     out, state = tmp_path / "out", tmp_path / "state"
     cell = exit_codes(LAUNCHER)[row]
-    job = launch(BIN / "swap-hpc", "train", "digits", *ENDLESS, "--out", out, ranks=2, variables={"SWAP_HPC_STATE": str(state)})
+    job = launch(
+        BIN / "swap-hpc",
+        "train",
+        "digits",
+        *ENDLESS,
+        "--out",
+        out,
+        ranks=2,
+        variables={"SWAP_HPC_STATE": str(state)},
+    )
     try:
-        _wait(lambda: len({path.name[:9] for path in (out / "checkpoints").glob("group-*.safetensors")}) == 2)
+        _wait(
+            lambda: (
+                len({path.name[:9] for path in (out / "checkpoints").glob("group-*.safetensors")})
+                == 2
+            )
+        )
         send(number, job)
         output, errors = job.communicate(timeout=60)
     finally:
@@ -58,9 +83,14 @@ def test_the_launchers_code_is_that_of_the_table(row: str, send: Sending, number
     assert code in codes(cell), errors
     assert processes_of(out, within=10) == []
     # what tells the truth where the code does not
-    assert not (out / "result.json").exists() and list((out / "checkpoints").glob("group-*.safetensors"))
+    assert not (out / "result.json").exists() and list(
+        (out / "checkpoints").glob("group-*.safetensors")
+    )
     if "all is saved" in cell:
-        assert state.read_text() == "stopped" and f"swap-hpc: stopped on request, all is saved in {out}" in output
+        assert (
+            state.read_text() == "stopped"
+            and f"swap-hpc: stopped on request, all is saved in {out}" in output
+        )
 
 
 def test_the_table_is_read() -> None:

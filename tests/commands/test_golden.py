@@ -20,8 +20,14 @@ TOLERANCE = 2e-3
 
 def losses(out: Path) -> dict[str, list[float]]:
     """Training and test losses by file of the metrics."""
-    lines = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted((out / "metrics").iterdir())}
-    return {name: [line[key] for line in each for key in ("train_loss", "test_loss") if key in line] for name, each in lines.items()}
+    lines = {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((out / "metrics").iterdir())
+    }
+    return {
+        name: [line[key] for line in each for key in ("train_loss", "test_loss") if key in line]
+        for name, each in lines.items()
+    }
 
 
 def test_the_golden_run_is_unchanged(tmp_path: Path) -> None:

@@ -19,15 +19,27 @@ def run(out: Path, *fields: str, ranks: int | None = None) -> Finished:
     [
         (None, (NARROW,)),
         (2, (NARROW, "augment.flip=true", "augment.cutout=3")),
-        (2, (NARROW, "groups=1", "large_batch.accumulate=2", "refine.cycles=2")),  # gradients go through Horovod and host memory
-        (None, (NARROW, "channels_last=true", "optimizer.name=lars", "refine.average_every_steps=7")),
+        (
+            2,
+            (NARROW, "groups=1", "large_batch.accumulate=2", "refine.cycles=2"),
+        ),  # gradients go through Horovod and host memory
+        (
+            None,
+            (NARROW, "channels_last=true", "optimizer.name=lars", "refine.average_every_steps=7"),
+        ),
     ],
 )
-def test_a_whole_run_mixes_no_devices(ranks: int | None, fields: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_whole_run_mixes_no_devices(
+    ranks: int | None, fields: tuple[str, ...], tmp_path: Path
+) -> None:
     done = run(tmp_path, *fields, ranks=ranks)
     assert done.code == 0, done.stderr[-3000:]
     said = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if " " in line)
-    assert "stopped" in said and said["went on"] == said["train"] == said["average"] == said["evaluate"] and len(said["train"]) == 64
+    assert (
+        "stopped" in said
+        and said["went on"] == said["train"] == said["average"] == said["evaluate"]
+        and len(said["train"]) == 64
+    )
     if ranks is None and "refine.average_every_steps=7" not in fields:
         assert said["landscape"] == said["trajectory"] == "True"
 

@@ -22,23 +22,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(out: Path, part: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()
+    ]
 
 
 def test_imagenet_from_a_folder_and_from_shards_is_one_run(folder: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     packed = swap_hpc("pack", folder, shards, "--samples-per-shard", "64", ranks=2)
     assert packed.code == 0, packed.stderr
-    assert len(list((shards / "train").glob("*.tar"))) == len(list((shards / "train").glob("*.idx"))) == 16
+    assert (
+        len(list((shards / "train").glob("*.tar")))
+        == len(list((shards / "train").glob("*.idx")))
+        == 16
+    )
     again = swap_hpc("pack", folder, shards, "--samples-per-shard", "64")
     assert again.code == 0 and "32 shards in" in again.stdout
     results = []
     for kind, path in (("folder", folder), ("webdataset", shards)):
         out = tmp_path / kind
         fields = [word for each in (*SHORT, f"data.name={kind}") for word in ("--set", each)]
-        done = swap_hpc("train", "imagenet", "--data", path, "--out", out, *fields, ranks=4, timeout=600)
+        done = swap_hpc(
+            "train", "imagenet", "--data", path, "--out", out, *fields, ranks=4, timeout=600
+        )
         assert done.code == 0, done.stderr
-        assert "imagenet: 4 ranks, 2 groups" in done.stdout and "read and decoded in every epoch" in done.stdout
+        assert (
+            "imagenet: 4 ranks, 2 groups" in done.stdout
+            and "read and decoded in every epoch" in done.stdout
+        )
         large = [line for line in lines(out, "world") if line["phase"] == "large_batch"]
         groups = [lines(out, f"group-{group:03d}") for group in range(2)]
         assert [line["images"] for line in large] == [960, 960]
@@ -47,4 +58,7 @@ def test_imagenet_from_a_folder_and_from_shards_is_one_run(folder: Path, tmp_pat
             assert group[2]["peak_memory_mib"] < 1.1 * group[1]["peak_memory_mib"]
         results.append(json.loads((out / "result.json").read_text()))
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
-    assert results[0]["test_accuracy"] == results[1]["test_accuracy"] and len(results[0]["test_accuracy"]["groups"]) == 2
+    assert (
+        results[0]["test_accuracy"] == results[1]["test_accuracy"]
+        and len(results[0]["test_accuracy"]["groups"]) == 2
+    )

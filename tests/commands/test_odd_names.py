@@ -10,8 +10,16 @@ from launch import swap_hpc
 from PIL import Image
 
 LATIN = os.fsdecode(b"caf\xe9")
-PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale that has ASCII alone
-SMALL = [word for phase in ("large_batch", "refine", "batchnorm") for word in ("--set", f"{phase}.batch_size=4")]
+PLAIN = {
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+}  # a locale that has ASCII alone
+SMALL = [
+    word
+    for phase in ("large_batch", "refine", "batchnorm")
+    for word in ("--set", f"{phase}.batch_size=4")
+]
 
 
 @pytest.fixture
@@ -30,8 +38,19 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_a_run_on_odd_names(images: Path, tmp_path: Path) -> None:
-    fields = ("--set", "data.name=folder", "--set", "model.width=4", "--set", "refine.epochs=0", "--set", "large_batch.epochs=1")
-    done = swap_hpc("train", "digits", *fields, *SMALL, "--data", "it's data", "--out", "ö ut", cwd=tmp_path)
+    fields = (
+        "--set",
+        "data.name=folder",
+        "--set",
+        "model.width=4",
+        "--set",
+        "refine.epochs=0",
+        "--set",
+        "large_batch.epochs=1",
+    )
+    done = swap_hpc(
+        "train", "digits", *fields, *SMALL, "--data", "it's data", "--out", "ö ut", cwd=tmp_path
+    )
     assert done.code == 0 and "8 training and 4 test images" in done.stdout, done.stderr
     facts = (tmp_path / "ö ut" / "environment.json").read_bytes()
     assert facts.isascii() and json.loads(facts)["data"]["classes"] == ["Dr. No", LATIN]
@@ -39,9 +58,15 @@ def test_a_run_on_odd_names(images: Path, tmp_path: Path) -> None:
 
 def test_packing_odd_names_where_the_terminal_has_ascii_alone(images: Path, tmp_path: Path) -> None:
     done = swap_hpc("pack", "it's data", LATIN, cwd=tmp_path, variables=PLAIN)
-    assert done.code == 0 and sorted(path.name for path in (tmp_path / LATIN).iterdir())[0] == "classes.txt", done.stderr
+    assert (
+        done.code == 0
+        and sorted(path.name for path in (tmp_path / LATIN).iterdir())[0] == "classes.txt"
+    ), done.stderr
     first = done.stdout.splitlines()[0]
-    assert first.startswith("2 entries in it's data/train are left out: ") and "1 broken link (it's data/train/caf\\udce9/x.png)" in first
+    assert (
+        first.startswith("2 entries in it's data/train are left out: ")
+        and "1 broken link (it's data/train/caf\\udce9/x.png)" in first
+    )
     assert "1 is no regular file (it's data/train/caf\\udce9/pipe)" in first
     assert (tmp_path / LATIN / "classes.txt").read_bytes() == b"Dr. No\ncaf\xe9\n"
 
@@ -49,11 +74,16 @@ def test_packing_odd_names_where_the_terminal_has_ascii_alone(images: Path, tmp_
 @pytest.mark.parametrize("option", ["--data", "--out"])
 def test_a_path_that_a_recipe_cannot_hold_gets_one_line(option: str, tmp_path: Path) -> None:
     done = swap_hpc("train", "digits", option, LATIN, cwd=tmp_path)
-    assert done.code == 2 and len(done.ours) == 1 and r"caf\udce9 is not UTF-8" in done.ours[0], done.stderr
+    assert done.code == 2 and len(done.ours) == 1 and r"caf\udce9 is not UTF-8" in done.ours[0], (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_number_of_threads_that_is_none_gets_one_line() -> None:
     done = swap_hpc("doctor", ranks=2, variables={"OMP_NUM_THREADS": "many"})
     assert done.code == 2 and len(done.ours) == 1, done.stderr
-    assert done.ours[0] == "swap-hpc: OMP_NUM_THREADS=many is no number of threads: export OMP_NUM_THREADS=1, say, or unset it"
+    assert (
+        done.ours[0]
+        == "swap-hpc: OMP_NUM_THREADS=many is no number of threads: export OMP_NUM_THREADS=1, say, or unset it"
+    )

@@ -31,9 +31,14 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
     out = tmp_path / "parts"
     job = ("train", "digits", *quick, "--out", out)
     first = swap_hpc(*job, "--phase", "large_batch", ranks=ranks)
-    assert first.code == 0 and f"large_batch is done, for the run in {out}" in first.stdout, first.stderr
+    assert first.code == 0 and f"large_batch is done, for the run in {out}" in first.stdout, (
+        first.stderr
+    )
     world = (out / "metrics" / "world.jsonl").read_text()
-    jobs = [launch(BIN / "swap-hpc", *job, "--phase", "refine", "--group", str(g), ranks=per_group) for g in range(2)]
+    jobs = [
+        launch(BIN / "swap-hpc", *job, "--phase", "refine", "--group", str(g), ranks=per_group)
+        for g in range(2)
+    ]
     deadline = time.monotonic() + 60
     while not list(out.glob("checkpoints/group-001-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -48,7 +53,10 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
     assert same(out) == same(tmp_path / "whole") and not (out / "checkpoints").exists()
     assert not {"environment.json", "environment-average.json"} - {p.name for p in out.iterdir()}
     told = json.loads((out / "environment-group-001.json").read_text())
-    ended = [json.loads((run / "result.json").read_text())["refine_ranks"] for run in (tmp_path / "whole", out)]
+    ended = [
+        json.loads((run / "result.json").read_text())["refine_ranks"]
+        for run in (tmp_path / "whole", out)
+    ]
     assert ended == [ranks, None]
     assert len(told["ranks"]) == per_group and told["command"][-1] == "1"
 
@@ -67,7 +75,9 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
          "groups refined by jobs of their own cannot meet on the way: --set refine.evaluate_average=0 for all of them"),
     ],
 )  # fmt: skip
-def test_what_is_no_part_gets_one_line(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+def test_what_is_no_part_gets_one_line(
+    arguments: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
     done = swap_hpc("train", "digits", *arguments, "--out", tmp_path / "out")
     assert done.code == 2 and done.ours == [f"swap-hpc: {says}"]
     assert not (tmp_path / "out").exists()
@@ -77,10 +87,23 @@ def test_a_part_whose_beginning_is_missing_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused = swap_hpc("train", "digits", *QUICK, "--out", out, "--phase", "refine", "--group", "0")
     says = "has not ended, and this job does not train it: first"
-    assert refused.code == 2 and refused.ours == [f"swap-hpc: {out}: large_batch {says} --phase large_batch"]
+    assert refused.code == 2 and refused.ours == [
+        f"swap-hpc: {out}: large_batch {says} --phase large_batch"
+    ]
     assert swap_hpc("train", "digits", *QUICK, "--out", out, "--phase", "large_batch").code == 0
-    assert swap_hpc("train", "digits", *QUICK, "--out", out, "--phase", "refine", "--group", "1").code == 0
+    assert (
+        swap_hpc("train", "digits", *QUICK, "--out", out, "--phase", "refine", "--group", "1").code
+        == 0
+    )
     refused = swap_hpc("train", "digits", *QUICK, "--out", out, "--phase", "average", ranks=2)
-    assert refused.code == 2 and refused.ours == [f"swap-hpc: {out}: group-000 {says} --phase refine --group 0"]
-    whole = swap_hpc("train", "digits", *QUICK, "--out", out)  # a job for all of it does what is missing
-    assert whole.code == 0 and "group 1 goes on at its end" in whole.stdout and (out / "result.json").exists()
+    assert refused.code == 2 and refused.ours == [
+        f"swap-hpc: {out}: group-000 {says} --phase refine --group 0"
+    ]
+    whole = swap_hpc(
+        "train", "digits", *QUICK, "--out", out
+    )  # a job for all of it does what is missing
+    assert (
+        whole.code == 0
+        and "group 1 goes on at its end" in whole.stdout
+        and (out / "result.json").exists()
+    )

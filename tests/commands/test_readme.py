@@ -17,7 +17,11 @@ from swap_hpc.data.splits import Files
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "swap_hpc" / name / "README.md" for name in ("install", "recipes"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "LOG.md",
+    *(ROOT / "swap_hpc" / name / "README.md" for name in ("install", "recipes")),
+]
 
 # Lines that another test runs, or whose parts it does, and where
 ELSEWHERE = {
@@ -47,30 +51,48 @@ def lines() -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_resolves(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()] == []
+    assert [
+        link
+        for link in links
+        if "://" not in link and not (page.parent / link.partition("#")[0]).exists()
+    ] == []
 
 
 def test_no_line_elsewhere_is_gone() -> None:
     assert set(ELSEWHERE) <= set(lines()) | {"make bench"}
     for line, file in ELSEWHERE.items():
         text = (ROOT / file).read_text()
-        command = re.sub(r"^(mpirun -n \d+ )?(swap-hpc|sbatch|make|cd) ", "", line).split()[0].rpartition("/")[2]
+        command = (
+            re.sub(r"^(mpirun -n \d+ )?(swap-hpc|sbatch|make|cd) ", "", line)
+            .split()[0]
+            .rpartition("/")[2]
+        )
         assert command in text, f"{file} does not run {line}"
 
 
 def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
-    typed = [line for line in lines() if line not in ELSEWHERE and not line.startswith(IN_A_CONTAINER)]
+    typed = [
+        line for line in lines() if line not in ELSEWHERE and not line.startswith(IN_A_CONTAINER)
+    ]
     assert len(typed) >= 10
     for line in typed:
         done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
         assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    for name in ("report.md", "report.html", "curves.png", "landscape.png", "average-0-2-3.safetensors"):
+    for name in (
+        "report.md",
+        "report.html",
+        "curves.png",
+        "landscape.png",
+        "average-0-2-3.safetensors",
+    ):
         assert (tmp_path / "runs" / "mine" / name).is_file(), name
 
 
 def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path) -> None:
     for kind, name in (("python", "nets.py"), ("toml", "mine.toml")):
-        (block,) = re.findall(rf"`{name}`:\n\n```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+        (block,) = re.findall(
+            rf"`{name}`:\n\n```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
+        )
         (tmp_path / name).write_text(block)
     generator = np.random.default_rng(0)
     for label, name in enumerate(("dark", "bright")):
@@ -82,20 +104,28 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
     assert done.code == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
     assert result["groups"] == 2 and result["test_accuracy"]["averaged"] > 0.9
-    (block,) = re.findall(r"`use.py`:\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(
+        r"`use.py`:\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
+    )
     for name in ("dark", "bright"):
         shutil.copy(tmp_path / "images" / name / "0.jpg", tmp_path / "picture.jpg")
         used = command(sys.executable, "-c", block, cwd=tmp_path)
         assert used.stdout == f"{name}\n", used.stderr
 
 
-@pytest.mark.parametrize("kind", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "turned", "16-bit PGM"])
-def test_a_picture_goes_through_what_training_images_did(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "turned", "16-bit PGM"]
+)
+def test_a_picture_goes_through_what_training_images_did(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lines of `use.py` beside our decoding, for every kind of file that Pillow opens in a mode of its own."""
     (block,) = re.findall(r"^picture = .*?^pixels = .*?\n", README, flags=re.MULTILINE | re.DOTALL)
     values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
     picture = tmp_path / "picture.jpg"
-    colours = Image.fromarray(np.stack([values >> 8, values & 255, values % 255], 2).astype(np.uint8))
+    colours = Image.fromarray(
+        np.stack([values >> 8, values & 255, values % 255], 2).astype(np.uint8)
+    )
     if kind == "I;16":
         Image.fromarray(values).save(picture, "PNG")
     elif kind == "16-bit PGM":
@@ -121,24 +151,37 @@ def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:
     done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
     assert done.code == 0, done.stderr
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
-    shown = {path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) if path.rpartition("/")[0] in folders}
+    shown = {
+        path
+        for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
+        if path.rpartition("/")[0] in folders
+    }
     assert len(shown) == 2 and shown <= drawn
 
 
 def test_the_tree_names_every_module() -> None:
     (tree,) = re.findall(r"^## Files\n\n```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("\nslurm/")[0]))
-    assert named == {path.name for path in (ROOT / "swap_hpc").glob("*.py") if not path.name.startswith("__")}
+    assert named == {
+        path.name for path in (ROOT / "swap_hpc").glob("*.py") if not path.name.startswith("__")
+    }
 
 
 def test_the_loops_diff_is_that_of_the_files() -> None:
     (shown,) = re.findall(r"^```diff\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    plain, swap = ((ROOT / "tests" / "examples" / f"{name}_loop.py").read_text() for name in ("plain", "swap"))
-    one, other = (text[text.index("def main(") : text.index("\nif __name__")].splitlines() for text in (plain, swap))
+    plain, swap = (
+        (ROOT / "tests" / "examples" / f"{name}_loop.py").read_text() for name in ("plain", "swap")
+    )
+    one, other = (
+        text[text.index("def main(") : text.index("\nif __name__")].splitlines()
+        for text in (plain, swap)
+    )
     expected = [line for line in difflib.ndiff(one, other) if line[0] != "?"][1:]
     body = [line for line in expected if "return model" not in line and line.strip()]
     written = [line for line in shown.splitlines() if line.strip()]
     imports = [line[1:] for line in written if line.startswith(("+from", "+import"))]
     assert [line for line in imports if line not in swap] == []
-    assert [(line[0], line[1:].strip()) for line in written if line[1:] not in imports] == [(line[0], line[2:].strip()) for line in body]
+    assert [(line[0], line[1:].strip()) for line in written if line[1:] not in imports] == [
+        (line[0], line[2:].strip()) for line in body
+    ]
     assert 0 < sum(line.startswith("+") for line in written) <= 10

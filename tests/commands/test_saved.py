@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from launch import Finished, swap_hpc
 
-QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=1", "--set", "refine.cycles=2", "--set", "model.width=4")
+QUICK = (
+    "--set",
+    "large_batch.epochs=2",
+    "--set",
+    "refine.epochs=1",
+    "--set",
+    "refine.cycles=2",
+    "--set",
+    "model.width=4",
+)
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +24,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 groups and 2 cycles on 2 ranks, its averaged model evaluated after every epoch."""
     out = tmp_path_factory.mktemp("runs") / "run"
     done = swap_hpc(
-        "train", "digits", *QUICK, "--set", "refine.evaluate_average=1", "--out", out, ranks=2, variables={"OMP_NUM_THREADS": "1"}
+        "train",
+        "digits",
+        *QUICK,
+        "--set",
+        "refine.evaluate_average=1",
+        "--out",
+        out,
+        ranks=2,
+        variables={"OMP_NUM_THREADS": "1"},
     )
     assert done.code == 0, done.stderr
     return out
@@ -31,7 +48,9 @@ def said(done: Finished) -> tuple[str, float, str]:
 @pytest.mark.parametrize("ranks", [None, 2, 3])
 def test_the_average_of_all_groups_is_the_runs_to_the_bit(run: Path, ranks: int | None) -> None:
     result = json.loads((run / "result.json").read_text())
-    file, accuracy, digest = said(swap_hpc("average", run, ranks=ranks, variables={"OMP_NUM_THREADS": "1"}))
+    file, accuracy, digest = said(
+        swap_hpc("average", run, ranks=ranks, variables={"OMP_NUM_THREADS": "1"})
+    )
     assert file == str(run / "average.safetensors") and digest == result["weights_sha256"]
     assert accuracy == round(100 * result["test_accuracy"]["averaged"], 2)
 
@@ -40,7 +59,12 @@ def test_a_lost_group_is_left_out(run: Path, tmp_path: Path) -> None:
     """Also of a run that never ended."""
     lost = tmp_path / "lost"
     shutil.copytree(run, lost)
-    for name in ("group-001.safetensors", "group-001-cycles.safetensors", "result.json", "swap.safetensors"):
+    for name in (
+        "group-001.safetensors",
+        "group-001-cycles.safetensors",
+        "result.json",
+        "swap.safetensors",
+    ):
         (lost / name).unlink()
     refused = swap_hpc("average", lost)
     says = "no weights of group 1, whose refinement has not ended: --groups 0,2,3 averages those that have"
@@ -63,22 +87,38 @@ def test_what_is_no_group_or_no_run_is_refused(run: Path, tmp_path: Path) -> Non
 
 def test_every_model_is_evaluated_as_the_run_did(run: Path) -> None:
     accuracies = json.loads((run / "result.json").read_text())["test_accuracy"]
-    expected = {"swap": accuracies["averaged"], "large_batch": accuracies["large_batch"], "group-003": accuracies["groups"][-1]}
+    expected = {
+        "swap": accuracies["averaged"],
+        "large_batch": accuracies["large_batch"],
+        "group-003": accuracies["groups"][-1],
+    }
     for name, accuracy in expected.items():
-        assert said(swap_hpc("evaluate", run / f"{name}.safetensors"))[1] == round(100 * accuracy, 2)
-    assert said(swap_hpc("evaluate", run / "group-000-cycles.safetensors", ranks=2))[1] > 50  # the average over one group's cycles
+        assert said(swap_hpc("evaluate", run / f"{name}.safetensors"))[1] == round(
+            100 * accuracy, 2
+        )
+    assert (
+        said(swap_hpc("evaluate", run / "group-000-cycles.safetensors", ranks=2))[1] > 50
+    )  # the average over one group's cycles
 
 
 def test_a_file_that_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "half.safetensors").write_bytes((run / "swap.safetensors").read_bytes()[:5000])
     done = swap_hpc("evaluate", run)
-    assert done.code == 2 and done.ours == [f"swap-hpc: cannot read {run}: a folder: name a .safetensors file in it"]
+    assert done.code == 2 and done.ours == [
+        f"swap-hpc: cannot read {run}: a folder: name a .safetensors file in it"
+    ]
     done = swap_hpc("evaluate", tmp_path / "half.safetensors", ranks=2)
-    assert done.code == 2 and len(done.ours) == 1 and done.ours[0].startswith(f"swap-hpc: cannot read {tmp_path}/half.safetensors: ")
+    assert (
+        done.code == 2
+        and len(done.ours) == 1
+        and done.ours[0].startswith(f"swap-hpc: cannot read {tmp_path}/half.safetensors: ")
+    )
 
 
 def test_the_averaged_models_curve_stands_beside_the_groups(run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run / "metrics" / "world.jsonl").read_text().splitlines()
+    ]
     averages = [line for line in lines if line.get("model") == "average"]
     assert [line["epoch"] for line in averages] == [1] and 0.3 < averages[0]["test_accuracy"] <= 1
     assert lines[-1]["model"] == "swap"

@@ -17,7 +17,12 @@ MADE_WITH = BIN.parent / "swap_hpc.made_with"
 def set_up(tmp: Path, **variables: str) -> Finished:
     """A set-up into a new folder, with an empty cache, by the Python that runs the tests."""
     base: str = sys._base_executable  # type: ignore[attr-defined]
-    fresh = {"PYTHON": base, "VENV": str(tmp / "venv"), "XDG_CACHE_HOME": str(tmp / "cache"), "PATH": outside()}
+    fresh = {
+        "PYTHON": base,
+        "VENV": str(tmp / "venv"),
+        "XDG_CACHE_HOME": str(tmp / "cache"),
+        "PATH": outside(),
+    }
     return command(INSTALL / "setup.sh", variables=fresh | variables)
 
 
@@ -47,19 +52,33 @@ def refused(done: Finished, *messages: str) -> None:
     [
         ({"CUDA": "11"}, "CUDA=11 is not known; choose CUDA=13 or CUDA=12"),
         ({"HOROVOD_BUILD": "gpu"}, "HOROVOD_BUILD=gpu is not known; choose auto, cpu or nccl"),
-        ({"PYTHON": "/nowhere/python3"}, "/nowhere/python3 is missing or not Python 3.10 to 3.13; name one: make setup PYTHON="),
-        ({"CXX": "/nowhere/g++"}, "no C++ compiler (/nowhere/g++): install one (Debian: apt-get install g++), or load the site's module"),
+        (
+            {"PYTHON": "/nowhere/python3"},
+            "/nowhere/python3 is missing or not Python 3.10 to 3.13; name one: make setup PYTHON=",
+        ),
+        (
+            {"CXX": "/nowhere/g++"},
+            "no C++ compiler (/nowhere/g++): install one (Debian: apt-get install g++), or load the site's module",
+        ),
     ],
 )
-def test_a_wrong_setting_gets_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_wrong_setting_gets_one_line(
+    variables: dict[str, str], message: str, tmp_path: Path
+) -> None:
     refused(set_up(tmp_path, **variables), message)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_compiler_gets_one_line(tmp_path: Path) -> None:
     """This host's compiler, held to the language of 2017, as gcc 9 is."""
-    old = program(tmp_path / "g++-9", 'case "$*" in *--version*) exec g++ --version ;; esac\nexec g++ "$@" -std=c++17')
-    refused(set_up(tmp_path, CXX=str(old)), "cannot compile C++20, which torch's headers want: load or install gcc 11, clang 16 or a newer")
+    old = program(
+        tmp_path / "g++-9",
+        'case "$*" in *--version*) exec g++ --version ;; esac\nexec g++ "$@" -std=c++17',
+    )
+    refused(
+        set_up(tmp_path, CXX=str(old)),
+        "cannot compile C++20, which torch's headers want: load or install gcc 11, clang 16 or a newer",
+    )
 
 
 def test_a_python_without_venv_or_headers_gets_a_line_for_each(tmp_path: Path) -> None:
@@ -102,15 +121,27 @@ def test_an_mpi_without_its_header_gets_one_line(tmp_path: Path) -> None:
     program(tmp_path / "site" / "mpicc", 'exec gcc "$@"')
     program(tmp_path / "site" / "mpicxx", 'exec g++ "$@"')
     done = set_up(tmp_path, PATH=f"{tmp_path}/site:{outside()}", CPATH="", C_INCLUDE_PATH="")
-    refused(done, f"{tmp_path}/site/mpicc finds no mpi.h: install MPI's development package (Debian: apt-get install libopenmpi-dev")
+    refused(
+        done,
+        f"{tmp_path}/site/mpicc finds no mpi.h: install MPI's development package (Debian: apt-get install libopenmpi-dev",
+    )
 
 
 def test_a_toolkit_that_is_wished_for_and_missing_gets_one_line(tmp_path: Path) -> None:
     """Of the two CUDA versions one has no toolkit here, or neither has."""
-    found = subprocess.run(["/usr/local/cuda/bin/nvcc", "--version"], capture_output=True, text=True).stdout if _nvcc() else ""
+    found = (
+        subprocess.run(
+            ["/usr/local/cuda/bin/nvcc", "--version"], capture_output=True, text=True
+        ).stdout
+        if _nvcc()
+        else ""
+    )
     cuda = "13" if "release 12." in found else "12"
     variables = {"HOROVOD_BUILD": "nccl", "CUDA": cuda, "CUDA_HOME": "", "PATH": outside()}
-    refused(set_up(tmp_path, **variables), f"HOROVOD_BUILD=nccl needs the CUDA {cuda} toolkit (nvcc): load its module, or set CUDA_HOME")
+    refused(
+        set_up(tmp_path, **variables),
+        f"HOROVOD_BUILD=nccl needs the CUDA {cuda} toolkit (nvcc): load its module, or set CUDA_HOME",
+    )
 
 
 def _nvcc() -> bool:
@@ -122,23 +153,30 @@ def test_too_small_a_disk_gets_one_line(small_disk: Path, tmp_path: Path) -> Non
     room = "make room, or name another place"
     refused(alone, f"{small_disk} has 0 GiB free, and about 7 are needed there: {room} (VENV=)")
     both = set_up(tmp_path, VENV=str(small_disk / "venv"), TMPDIR=str(small_disk))
-    refused(both, f"{small_disk} has 0 GiB free, and about 10 are needed there: {room} (VENV= and TMPDIR=)")
+    refused(
+        both,
+        f"{small_disk} has 0 GiB free, and about 10 are needed there: {room} (VENV= and TMPDIR=)",
+    )
     assert list(small_disk.iterdir()) == []
 
 
 def shell(line: str, **variables: str) -> str:
     """What a function of the scripts prints."""
-    done = command("bash", "-c", f'set -euo pipefail; . "{INSTALL}/common.sh"; {line}', variables=variables)
+    done = command(
+        "bash", "-c", f'set -euo pipefail; . "{INSTALL}/common.sh"; {line}', variables=variables
+    )
     assert done.code == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_the_mpi_is_known_by_its_header() -> None:
     """The wrapper's header says what the library says of itself."""
-    from swap_hpc.ranks import mpi_library
+    from swap_hpc.parallel.mpi import mpi_library
 
     name = shell(f'mpi_version "{_mpicc()}"')
-    assert re.sub(r" v(?=\d)", " ", mpi_library()) == name and re.fullmatch(r"(Open MPI|MPICH) \d+\.\d+(\.\d+)?\S*", name)
+    assert re.sub(r" v(?=\d)", " ", mpi_library()) == name and re.fullmatch(
+        r"(Open MPI|MPICH) \d+\.\d+(\.\d+)?\S*", name
+    )
 
 
 def _mpicc() -> str:
@@ -152,7 +190,10 @@ def test_the_mpi_is_told_by_what_its_header_says(tmp_path: Path) -> None:
     program(tmp_path / "bin" / "mpicc", f'exec gcc -I "{header.parent}" "$@"')
     header.parent.mkdir()
     for text, name in (
-        ("#define OMPI_MAJOR_VERSION 4\n#define OMPI_MINOR_VERSION 1\n#define OMPI_RELEASE_VERSION 4\n", "Open MPI 4.1.4"),
+        (
+            "#define OMPI_MAJOR_VERSION 4\n#define OMPI_MINOR_VERSION 1\n#define OMPI_RELEASE_VERSION 4\n",
+            "Open MPI 4.1.4",
+        ),
         ('#define MPICH_VERSION "4.0.2"\n', "MPICH 4.0.2"),
         ('#define MPICH_VERSION "3.4a2"\n#define I_MPI_VERSION "2021.9.0"\n', "Intel MPI 2021.9.0"),
         ("", "an MPI of version 3.1"),
@@ -171,17 +212,28 @@ def test_another_mpi_behind_the_same_wrapper_is_noticed(tmp_path: Path) -> None:
     says = "#define MPI_VERSION 3\n#define MPI_SUBVERSION 1\n#define MPICH_VERSION"
     header.write_text(f'{says} "4.0.2"\n')
     base: str = sys._base_executable  # type: ignore[attr-defined]
-    variables = {"PYTHON": base, "VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": "/nowhere/g++"}
+    variables = {
+        "PYTHON": base,
+        "VENV": str(venv),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "CXX": "/nowhere/g++",
+    }
     variables["PATH"] = f"{tmp_path}/bin:{outside()}"
-    first = command("bash", "-x", INSTALL / "setup.sh", variables=variables)  # ends for want of a compiler, and tells what it would write
+    first = command(
+        "bash", "-x", INSTALL / "setup.sh", variables=variables
+    )  # ends for want of a compiler, and tells what it would write
     (wanted,) = re.findall(r"^\+ wanted='(.*?)'$", first.stderr, flags=re.MULTILINE | re.DOTALL)
     program(venv / "bin" / "swap-hpc", "exit 1")
     (venv / "swap_hpc.stamp").write_text(wanted)
-    (venv / "swap_hpc.made_with").write_text(f"{wanted}\nbase: {wanted.splitlines()[6].rpartition(' ')[0]}\n")
+    (venv / "swap_hpc.made_with").write_text(
+        f"{wanted}\nbase: {wanted.splitlines()[6].rpartition(' ')[0]}\n"
+    )
     same = command(INSTALL / "setup.sh", variables=variables)
     assert (same.code, same.stdout, same.stderr) == (0, "", "")
     header.write_text(f'{says} "4.0.3"\n')
-    refused(command(INSTALL / "setup.sh", variables=variables), "no C++ compiler (/nowhere/g++)")  # it was going to make it anew
+    refused(
+        command(INSTALL / "setup.sh", variables=variables), "no C++ compiler (/nowhere/g++)"
+    )  # it was going to make it anew
 
 
 def test_the_environments_packages_fit_together() -> None:
@@ -192,19 +244,30 @@ def test_the_environments_packages_fit_together() -> None:
 def test_horovod_with_nccl_is_for_hosts_with_a_gpu_or_a_wish() -> None:
     here = shell("gpu_here && echo yes || echo no") == "yes"
     automatic = "nccl" if here else "cpu"
-    for build, toolkit, expected in (("auto", "/x", automatic), ("auto", "", "cpu"), ("cpu", "/x", "cpu"), ("nccl", "/x", "nccl")):
+    for build, toolkit, expected in (
+        ("auto", "/x", automatic),
+        ("auto", "", "cpu"),
+        ("cpu", "/x", "cpu"),
+        ("nccl", "/x", "nccl"),
+    ):
         assert shell(f'horovod_kind {build} "{toolkit}"') == expected
 
 
 def test_a_missing_compiler_gets_one_line_where_horovod_has_to_be_built(tmp_path: Path) -> None:
-    done = command(INSTALL / "horovod.sh", variables={"CXX": "/nowhere/g++", "SWAP_HPC_CACHE": str(tmp_path), "HOROVOD_BUILD": "cpu"})
+    done = command(
+        INSTALL / "horovod.sh",
+        variables={"CXX": "/nowhere/g++", "SWAP_HPC_CACHE": str(tmp_path), "HOROVOD_BUILD": "cpu"},
+    )
     refused(done, "no C++ compiler (/nowhere/g++): install one (Debian: apt-get install g++)")
 
 
 def kept_wheel(**variables: str) -> Path:
     """The Horovod of this environment, from the cache, without a compiler."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swap_hpc"
-    done = command(INSTALL / "horovod.sh", variables={"CXX": "/nowhere/g++", "SWAP_HPC_CACHE": str(cache)} | variables)
+    done = command(
+        INSTALL / "horovod.sh",
+        variables={"CXX": "/nowhere/g++", "SWAP_HPC_CACHE": str(cache)} | variables,
+    )
     if "no C++ compiler" in done.stderr:
         pytest.skip(f"no wheel of it in {cache}: this environment was not made by make setup")
     assert done.code == 0, done.stderr
@@ -215,7 +278,14 @@ def test_a_built_horovod_is_found_again_without_a_compiler() -> None:
     wheel = kept_wheel()
     assert wheel.suffix == ".whl" and f"cp{sys.version_info[0]}{sys.version_info[1]}" in wheel.name
     depends = (wheel.parent / "depends.txt").read_text()
-    assert all(word in depends for word in ("horovod 0.28.1 ", f"torch {_version('torch')} ", shell(f'mpi_identity "{_mpicc()}"')))
+    assert all(
+        word in depends
+        for word in (
+            "horovod 0.28.1 ",
+            f"torch {_version('torch')} ",
+            shell(f'mpi_identity "{_mpicc()}"'),
+        )
+    )
 
 
 def test_a_built_horovod_is_found_again_without_any_compiler(tmp_path: Path) -> None:
@@ -224,9 +294,16 @@ def test_a_built_horovod_is_found_again_without_any_compiler(tmp_path: Path) -> 
         pytest.skip("a site's mpi.h lies where only its wrapper knows")
     path = path_of(tmp_path / "bin", NEEDED)
     wheel = kept_wheel()
-    tried = command("env", f"PATH={BIN}:{path}", INSTALL / "horovod.sh", variables={"SWAP_HPC_CACHE": str(wheel.parents[1])})
+    tried = command(
+        "env",
+        f"PATH={BIN}:{path}",
+        INSTALL / "horovod.sh",
+        variables={"SWAP_HPC_CACHE": str(wheel.parents[1])},
+    )
     assert (tried.code, tried.stdout.strip()) == (0, str(wheel)), tried.stderr
-    assert not shutil.which("gcc", path=f"{BIN}:{path}") and not shutil.which("cc", path=f"{BIN}:{path}")
+    assert not shutil.which("gcc", path=f"{BIN}:{path}") and not shutil.which(
+        "cc", path=f"{BIN}:{path}"
+    )
 
 
 def _version(package: str) -> str:
@@ -237,11 +314,20 @@ def _version(package: str) -> str:
 
 def test_a_horovod_for_cpus_links_no_cuda_library(tmp_path: Path) -> None:
     """On a host with a toolkit, too, which Horovod's own build would take."""
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", kept_wheel(HOROVOD_BUILD="cpu"), tmp_path], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "zipfile", "-e", kept_wheel(HOROVOD_BUILD="cpu"), tmp_path],
+        check=True,
+    )
     (library,) = tmp_path.glob("horovod/torch/*.so")
-    dynamic = subprocess.run(["readelf", "--dynamic", library], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", library], capture_output=True, text=True, check=True
+    ).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert "libtorch_cpu.so" in needed and any(name.startswith("libmpi") for name in needed)
-    assert [name for name in needed if re.search("cuda|cudart|nccl|nvrtc|nvtx|nvToolsExt|cublas", name)] == []
-    symbols = subprocess.run(["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True, check=True).stdout
+    assert [
+        name for name in needed if re.search("cuda|cudart|nccl|nvrtc|nvtx|nvToolsExt|cublas", name)
+    ] == []
+    symbols = subprocess.run(
+        ["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True, check=True
+    ).stdout
     assert " UND " in symbols and not re.search(r"UND (cuda|cu[A-Z]|nccl)\w+", symbols)

@@ -11,8 +11,8 @@ from launch import BIN, command, swap_hpc
 from safetensors.torch import load_file
 
 from swap_hpc import __version__
-from swap_hpc.averaging import weights_sha256
-from swap_hpc.recipe import load_recipe, shipped_recipes
+from swap_hpc.average.agreement import weights_sha256
+from swap_hpc.recipe.loading import load_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -48,12 +48,23 @@ def test_the_main_job_leaves_what_the_design_says(digits: tuple[Path, str]) -> N
     result = result_of(out)
     assert {k: set(v) if isinstance(v, dict) else None for k, v in result.items()} == KEYS
     groups = [f"group-{g:03d}" for g in range(4)]
-    files = {"recipe.toml", "environment.json", "result.json", "metrics", "large_batch.safetensors", "swap.safetensors"}
+    files = {
+        "recipe.toml",
+        "environment.json",
+        "result.json",
+        "metrics",
+        "large_batch.safetensors",
+        "swap.safetensors",
+    }
     assert {p.name for p in out.iterdir()} == files | {f"{g}.safetensors" for g in groups}
-    assert {p.name for p in (out / "metrics").iterdir()} == {"world.jsonl"} | {f"{g}.jsonl" for g in groups}
+    assert {p.name for p in (out / "metrics").iterdir()} == {"world.jsonl"} | {
+        f"{g}.jsonl" for g in groups
+    }
     assert load_recipe(str(out / "recipe.toml")) == load_recipe("digits")
     environment = json.loads((out / "environment.json").read_text())
-    assert [r["rank"] for r in environment["ranks"]] == [0, 1, 2, 3] and environment["versions"]["horovod"] == "0.28.1"
+    assert [r["rank"] for r in environment["ranks"]] == [0, 1, 2, 3] and environment["versions"][
+        "horovod"
+    ] == "0.28.1"
 
 
 def test_the_main_job_learns(digits: tuple[Path, str]) -> None:
@@ -61,15 +72,28 @@ def test_the_main_job_learns(digits: tuple[Path, str]) -> None:
     accuracy, loss = result["test_accuracy"], result["test_loss"]
     # of 599 images one is 0.17 points, and which side of it an accuracy falls depends on a processor's rounding; the loss is finer
     assert accuracy["averaged"] >= 0.975 and loss["averaged"] < loss["mean_of_groups"]
-    assert len(accuracy["groups"]) == 4 and accuracy["mean_of_groups"] == pytest.approx(sum(accuracy["groups"]) / 4)
-    assert 0 < result["seconds"]["refine"] < result["seconds"]["total"] and result["images_per_second"]["refine"] > 0
+    assert len(accuracy["groups"]) == 4 and accuracy["mean_of_groups"] == pytest.approx(
+        sum(accuracy["groups"]) / 4
+    )
+    assert (
+        0 < result["seconds"]["refine"] < result["seconds"]["total"]
+        and result["images_per_second"]["refine"] > 0
+    )
 
 
 def test_the_main_job_ends_with_its_table(digits: tuple[Path, str]) -> None:
     out, output = digits
     accuracy = result_of(out)["test_accuracy"]
-    assert "**averaged (SWAP)**" in output and f"{100 * accuracy['averaged']:.2f}" in output and "batchnorm" in output
-    assert "large_batch  epoch   1/" in output and "group 0      epoch   1/" in output and "group 1      epoch" not in output
+    assert (
+        "**averaged (SWAP)**" in output
+        and f"{100 * accuracy['averaged']:.2f}" in output
+        and "batchnorm" in output
+    )
+    assert (
+        "large_batch  epoch   1/" in output
+        and "group 0      epoch   1/" in output
+        and "group 1      epoch" not in output
+    )
 
 
 def test_the_files_hold_the_models_of_the_result(digits: tuple[Path, str]) -> None:
@@ -89,25 +113,44 @@ def test_the_files_hold_the_models_of_the_result(digits: tuple[Path, str]) -> No
     assert weights_sha256(Held(swap)) == result_of(out)["weights_sha256"]
     groups = [load_file(out / f"group-{g:03d}.safetensors") for g in range(4)]
     weight = "linear.weight"
-    assert torch.equal(swap[weight], torch.stack([g[weight].double() for g in groups]).mean(0).float())
+    assert torch.equal(
+        swap[weight], torch.stack([g[weight].double() for g in groups]).mean(0).float()
+    )
 
 
 def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
     out, _ = digits
     result = result_of(out)
-    world = [json.loads(line) for line in (out / "metrics" / "world.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in world if line["phase"] == "large_batch"] == list(range(1, result["epochs"]["large_batch"] + 1))
-    assert [line["model"] for line in world if line["phase"] == "evaluation"] == ["large_batch", "swap"]
+    world = [
+        json.loads(line) for line in (out / "metrics" / "world.jsonl").read_text().splitlines()
+    ]
+    assert [line["epoch"] for line in world if line["phase"] == "large_batch"] == list(
+        range(1, result["epochs"]["large_batch"] + 1)
+    )
+    assert [line["model"] for line in world if line["phase"] == "evaluation"] == [
+        "large_batch",
+        "swap",
+    ]
     for g in range(4):
-        lines = [json.loads(line) for line in (out / "metrics" / f"group-{g:03d}.jsonl").read_text().splitlines()]
-        assert len(lines) == result["epochs"]["refine"] and lines[-1]["test_accuracy"] == result["test_accuracy"]["groups"][g]
+        lines = [
+            json.loads(line)
+            for line in (out / "metrics" / f"group-{g:03d}.jsonl").read_text().splitlines()
+        ]
+        assert (
+            len(lines) == result["epochs"]["refine"]
+            and lines[-1]["test_accuracy"] == result["test_accuracy"]["groups"][g]
+        )
         assert lines[-1]["learning_rate"] == 0
 
 
 @pytest.mark.parametrize("starts", ["swap-hpc train digits", "mpirun -n 4 swap-hpc train digits"])
 def test_the_readmes_commands(starts: str, tmp_path: Path) -> None:
     """For a laptop and for one machine; those for a cluster and a container are run by tests/cluster and tests/image."""
-    (line,) = [line.split("  #")[0].rstrip() for line in README.read_text().splitlines() if line.split("  #")[0].rstrip() == starts]
+    (line,) = [
+        line.split("  #")[0].rstrip()
+        for line in README.read_text().splitlines()
+        if line.split("  #")[0].rstrip() == starts
+    ]
     done = command(*line.split(), cwd=tmp_path)
     assert done.code == 0 and "**averaged (SWAP)**" in done.stdout, done.stderr
     assert result_of(tmp_path / "runs" / "digits")["test_accuracy"]["averaged"] > 0.975
@@ -117,7 +160,11 @@ def test_a_finished_run_says_so_and_is_left_alone(digits: tuple[Path, str]) -> N
     out, _ = digits
     before = (out / "result.json").stat().st_mtime_ns
     done = swap_hpc("train", "digits", "--out", out, ranks=2)
-    assert done.code == 0 and f"{out} holds this run, complete: nothing to do" in done.stdout and "**averaged (SWAP)**" in done.stdout
+    assert (
+        done.code == 0
+        and f"{out} holds this run, complete: nothing to do" in done.stdout
+        and "**averaged (SWAP)**" in done.stdout
+    )
     assert (out / "result.json").stat().st_mtime_ns == before
 
 
@@ -125,14 +172,18 @@ def test_report_writes_a_table_and_a_figure(digits: tuple[Path, str]) -> None:
     out, _ = digits
     done = swap_hpc("report", out)
     assert done.code == 0 and "**averaged (SWAP)**" in (out / "report.md").read_text()
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (out / "curves.png").stat().st_size > 20_000
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
+        out / "curves.png"
+    ).stat().st_size > 20_000
     for path in (out / "report.md", out / "curves.png"):
         path.unlink()
 
 
 def test_report_of_what_is_no_run(tmp_path: Path) -> None:
     done = swap_hpc("report", tmp_path)
-    assert done.code == 2 and done.ours == [f"swap-hpc: {tmp_path} is not a run's folder: there is no result.json in it"]
+    assert done.code == 2 and done.ours == [
+        f"swap-hpc: {tmp_path} is not a run's folder: there is no result.json in it"
+    ]
 
 
 def test_alone_it_refines_every_group_and_repeats_to_the_bit(tmp_path: Path) -> None:
@@ -149,34 +200,67 @@ def test_three_ranks_repeat_to_the_bit(tmp_path: Path) -> None:
     """From three ranks on a sum has several orders; the order is fixed."""
     hashes = set()
     for out in (tmp_path / "one", tmp_path / "two"):
-        done = swap_hpc("train", "digits", *QUICK, "--set", "groups=3", "--set", "large_batch.batch_size=240", "--out", out, ranks=3)
+        done = swap_hpc(
+            "train",
+            "digits",
+            *QUICK,
+            "--set",
+            "groups=3",
+            "--set",
+            "large_batch.batch_size=240",
+            "--out",
+            out,
+            ranks=3,
+        )
         assert done.code == 0, done.stderr
         hashes.add(result_of(out)["weights_sha256"])
     assert len(hashes) == 1
 
 
 def test_no_refinement_is_plain_sgd_and_its_model_can_be_refined(tmp_path: Path) -> None:
-    done = swap_hpc("train", "digits", *QUICK, "--set", "refine.epochs=0", "--out", tmp_path / "sgd", ranks=2)
+    done = swap_hpc(
+        "train", "digits", *QUICK, "--set", "refine.epochs=0", "--out", tmp_path / "sgd", ranks=2
+    )
     assert done.code == 0, done.stderr
     first = result_of(tmp_path / "sgd")
     assert first["test_accuracy"]["averaged"] is None and first["test_accuracy"]["groups"] == []
     assert not (tmp_path / "sgd" / "swap.safetensors").exists()
-    start = ("--set", "large_batch.epochs=0", "--set", f"model.weights={tmp_path}/sgd/large_batch.safetensors")
+    start = (
+        "--set",
+        "large_batch.epochs=0",
+        "--set",
+        f"model.weights={tmp_path}/sgd/large_batch.safetensors",
+    )
     done = swap_hpc("train", "digits", *QUICK, *start, "--out", tmp_path / "swap", ranks=2)
     assert done.code == 0, done.stderr
     second = result_of(tmp_path / "swap")
     assert second["test_accuracy"]["large_batch"] == first["test_accuracy"]["large_batch"]
-    assert second["epochs"] == {"large_batch": 0, "refine": 1} and second["train_accuracy"]["large_batch"] is None
+    assert (
+        second["epochs"] == {"large_batch": 0, "refine": 1}
+        and second["train_accuracy"]["large_batch"] is None
+    )
 
 
 def test_phase_2_makes_no_mpi_call(tmp_path: Path) -> None:
     """Counted by MPI's profiling interface, over the whole program, Horovod's thread included."""
     library = tmp_path / "mpi_calls.so"
     subprocess.run([_mpicc(), "-shared", "-fPIC", "-o", library, HERE / "mpi_calls.c"], check=True)
-    line = (sys.executable, HERE / "count_calls.py", "train", "digits", *QUICK, "--out", tmp_path / "out")
+    line = (
+        sys.executable,
+        HERE / "count_calls.py",
+        "train",
+        "digits",
+        *QUICK,
+        "--out",
+        tmp_path / "out",
+    )
     done = command(*line, ranks=2, variables={"LD_PRELOAD": str(library)})
     assert done.code == 0, done.stderr
-    large_batch = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("large_batch calls")]
+    large_batch = [
+        int(line.split()[2])
+        for line in done.stdout.splitlines()
+        if line.startswith("large_batch calls")
+    ]
     refine = [line for line in done.stdout.splitlines() if line.startswith("refine calls")]
     assert len(large_batch) == 2 and min(large_batch) > 50  # the counter does count
     assert refine == ["refine calls 0 Horovod False"] * 2
@@ -191,10 +275,14 @@ def _mpicc() -> str:
 
 def test_recipes_are_listed_and_shown() -> None:
     done = swap_hpc("recipes")
-    assert done.code == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(shipped_recipes())
+    assert done.code == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(
+        shipped_recipes()
+    )
     shown = swap_hpc("recipes", "digits")
     assert shown.stdout.strip() == shipped_recipes()["digits"].read_text().strip()
-    assert swap_hpc("recipes", "digit").ours == [f"swap-hpc: no recipe 'digit'; there are {', '.join(shipped_recipes())}"]
+    assert swap_hpc("recipes", "digit").ours == [
+        f"swap-hpc: no recipe 'digit'; there are {', '.join(shipped_recipes())}"
+    ]
 
 
 def test_the_version_is_told() -> None:
@@ -204,7 +292,13 @@ def test_the_version_is_told() -> None:
 def test_doctor_tells_what_a_person_asks_first() -> None:
     done = swap_hpc("doctor", "--groups", "2", ranks=4)
     assert done.code == 0, done.stderr
-    for expected in ("thread level multiple", "Horovod: mpi yes", "nvidia-dali", "grid: 4 ranks on 1 nodes, 2 groups", "no problem found"):
+    for expected in (
+        "thread level multiple",
+        "Horovod: mpi yes",
+        "nvidia-dali",
+        "grid: 4 ranks on 1 nodes, 2 groups",
+        "no problem found",
+    ):
         assert expected in done.stdout
     assert sum(line.startswith("rank ") for line in done.stdout.splitlines()) == 4
     timed = [line for line in done.stdout.splitlines() if line.startswith("allreduce of 4 MiB")]
@@ -216,16 +310,21 @@ def test_a_launcher_that_mpi_does_not_know_is_named(tmp_path: Path) -> None:
     """As an mpirun of another MPI leaves it: it says 4 ranks, each process is a world of one."""
     variables = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
     done = swap_hpc("doctor", variables=variables)
-    assert "PROBLEM: Open MPI's mpirun started 4 ranks, but MPI sees a world of 1: launcher and MPI library do not match" in done.stdout
+    assert (
+        "PROBLEM: Open MPI's mpirun started 4 ranks, but MPI sees a world of 1: launcher and MPI library do not match"
+        in done.stdout
+    )
     refused = swap_hpc("train", "digits", "--out", tmp_path, variables=variables)
     assert refused.code == 2 and "launcher and MPI library do not match" in refused.ours[0]
-    silent = swap_hpc("train", "digits", "--out", tmp_path, variables=variables | {"OMPI_COMM_WORLD_RANK": "1"})
+    silent = swap_hpc(
+        "train", "digits", "--out", tmp_path, variables=variables | {"OMPI_COMM_WORLD_RANK": "1"}
+    )
     assert silent.code == 2 and silent.ours == []
 
 
 LOADED = """
 import sys
-from swap_hpc import cli
+from swap_hpc import __main__ as cli
 try:
     cli.main()
 except SystemExit:
@@ -234,7 +333,13 @@ except SystemExit:
 
 
 def test_a_run_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path) -> None:
-    small = [word for field in ("groups=2", "model.width=4", "large_batch.epochs=1", "refine.epochs=1") for word in ("--set", field)]
-    done = command(sys.executable, "-c", LOADED, "train", "digits", "--out", tmp_path / "run", *small, ranks=2)
+    small = [
+        word
+        for field in ("groups=2", "model.width=4", "large_batch.epochs=1", "refine.epochs=1")
+        for word in ("--set", field)
+    ]
+    done = command(
+        sys.executable, "-c", LOADED, "train", "digits", "--out", tmp_path / "run", *small, ranks=2
+    )
     assert done.code == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[]", "[]"]

@@ -11,12 +11,20 @@ from launch import BIN, Finished, command, hydra, swap_hpc
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-ON_CORES = {"PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "0"}
+ON_CORES = {
+    "PRTE_MCA_rmaps_default_mapping_policy": ":nooversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "0",
+}
 
 
 def rows() -> list[str]:
     """The first cells of the table."""
-    section = (ROOT / "README.md").read_text().partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    section = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("\n## Troubleshooting\n")[2]
+        .partition("\n## ")[0]
+    )
     return re.findall(r"^\| `(.+?)` \|", section, flags=re.MULTILINE)
 
 
@@ -24,15 +32,25 @@ def as_pattern(symptom: str) -> str:
     return ".+".join(map(re.escape, symptom.split("…")))
 
 
-def train(*fields: str, ranks: int | None = None, recipe: str = "digits", **how: object) -> Finished:
-    return swap_hpc("train", recipe, *(word for field in fields for word in ("--set", field)), ranks=ranks, **how)
+def train(
+    *fields: str, ranks: int | None = None, recipe: str = "digits", **how: object
+) -> Finished:
+    return swap_hpc(
+        "train",
+        recipe,
+        *(word for field in fields for word in ("--set", field)),
+        ranks=ranks,
+        **how,
+    )
 
 
 def decoding(tmp: Path) -> Finished:
     for split in ("train", "test"):
         for name in "ab":
             (tmp / "images" / split / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp / "images" / split / name / "1.png")
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(
+                tmp / "images" / split / name / "1.png"
+            )
     (tmp / "images" / "train" / "b" / "1.png").write_text("no image")
     return train("data.name=folder", f"data.path={tmp / 'images'}", cwd=tmp)
 
@@ -46,7 +64,14 @@ def another_recipe(tmp: Path) -> Finished:
 
 def other_mpirun(tmp: Path) -> Finished:
     """What another MPI's launcher leaves in the environment of processes that it starts, and that our library knows nothing of."""
-    return train(cwd=tmp, variables={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"})
+    return train(
+        cwd=tmp,
+        variables={
+            "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_RANK": "0",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        },
+    )
 
 
 def split_by_chance(tmp: Path) -> Finished:
@@ -74,17 +99,26 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "ranks cannot share": lambda tmp: train(ranks=3, cwd=tmp),
     "does not divide": lambda tmp: train("large_batch.batch_size=255", ranks=2, cwd=tmp),
     "no folder": lambda tmp: train("data.name=folder", cwd=tmp),
-    "could not be downloaded": lambda tmp: swap_hpc("data", "cifar10", "--data", tmp, variables={"https_proxy": "http://127.0.0.1:9"}),
+    "could not be downloaded": lambda tmp: swap_hpc(
+        "data", "cifar10", "--data", tmp, variables={"https_proxy": "http://127.0.0.1:9"}
+    ),
     "MPI sees a world of 1": other_mpirun,
     "not enough slots": lambda tmp: command("true", ranks=500, variables=ON_CORES),
-    "attempt to run as root": lambda tmp: command(BIN / "mpirun", "-n", "1", "true", variables={"OMPI_ALLOW_RUN_AS_ROOT": ""}),
+    "attempt to run as root": lambda tmp: command(
+        BIN / "mpirun", "-n", "1", "true", variables={"OMPI_ALLOW_RUN_AS_ROOT": ""}
+    ),
     "another recipe": another_recipe,
     "the loss is": lambda tmp: train("large_batch.learning_rate=1e30", cwd=tmp),
     "other data": split_by_chance,
     "cannot decode": decoding,
-    "sees no GPU": lambda tmp: train("device=cuda", cwd=tmp, variables={"CUDA_VISIBLE_DEVICES": ""}),
+    "sees no GPU": lambda tmp: train(
+        "device=cuda", cwd=tmp, variables={"CUDA_VISIBLE_DEVICES": ""}
+    ),
     "the weights of rank": lambda tmp: train(
-        "model.name=unaveraged:build", ranks=2, cwd=tmp, variables={"PYTHONPATH": str(ROOT / "tests")}
+        "model.name=unaveraged:build",
+        ranks=2,
+        cwd=tmp,
+        variables={"PYTHONPATH": str(ROOT / "tests")},
     ),
     "too old for": lambda tmp: on_gpu(tmp, "old()"),
     "bf16": lambda tmp: on_gpu(tmp, T4),

@@ -14,7 +14,10 @@ Samples = tuple[Tensor, Tensor]  # images (n, 1, 8, 8) float32, labels (n,) int6
 
 def load() -> tuple[Samples, Samples]:
     digits = load_digits()
-    images, labels = torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target)
+    images, labels = (
+        torch.from_numpy(digits.images).float()[:, None] / 8 - 1,
+        torch.from_numpy(digits.target),
+    )
     return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
 
 
@@ -35,7 +38,9 @@ def batches(samples: Samples, size: int, epochs: int, seed: int) -> Iterator[Sam
 
 def train(model: nn.Module, stream: Iterator[Samples], rate: float) -> None:
     """SGD with momentum, its learning rate falling to zero."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     steps = list(stream)
     model.train()
     for number, (images, labels) in enumerate(steps):

@@ -16,7 +16,9 @@ def main(batches: Any = batches) -> nn.Module:
     model = build()
     train(model, batches(samples, size=200, epochs=10, seed=0), rate=0.2)
     world = Team(MPI.COMM_WORLD)
-    train(model, batches(samples, size=40, epochs=3, seed=1 + world.rank), rate=0.05)  # each rank alone, in an order of its own
+    train(
+        model, batches(samples, size=40, epochs=3, seed=1 + world.rank), rate=0.05
+    )  # each rank alone, in an order of its own
     average_weights_(model, world)
     mine = list(batches(samples, size=200, epochs=1, seed=1000))[world.rank :: world.size]
     refresh_batchnorm_(model, (images for images, _ in mine), world)

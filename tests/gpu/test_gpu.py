@@ -18,23 +18,25 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from swap_hpc import gradients
-from swap_hpc.agreement import fingerprint
-from swap_hpc.averaging import WeightSum, average_weights_
+from swap_hpc.average.agreement import fingerprint
+from swap_hpc.average.power import iterate_power_methods_
+from swap_hpc.average.state import encoded
+from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.data import Dataset, Files, Graph, loader
 from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, training_picks
-from swap_hpc.devices import Device
-from swap_hpc.fit import fit
-from swap_hpc.kinds import encoded
-from swap_hpc.optimizers import Sgd
-from swap_hpc.power import iterate_power_methods_
-from swap_hpc.prepare import choose_algorithms
-from swap_hpc.ranks import Team
-from swap_hpc.recipe import Augment
+from swap_hpc.parallel import gradients
+from swap_hpc.parallel.devices import Device
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schema import Augment
+from swap_hpc.run.prepare import choose_algorithms
+from swap_hpc.train.fit import fit
+from swap_hpc.train.optimizers import Sgd
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu on a host with one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu on a host with one"
+    ),
 ]
 
 GPU = Device(torch.device("cuda", 0), threads=1, uuid="the only one", capability=(9, 0))
@@ -93,10 +95,14 @@ def test_a_graphs_output_on_the_cpu_comes_whole() -> None:
     for inputs, targets in loader.batches(data, split, picks, loader.View(Augment()), 16, GPU):
         busy = busy @ busy / 64  # what comes next is queued behind it
         seen.append((inputs.clone(), targets.clone()))
-    assert len(seen) == 40 and all(torch.equal(inputs, targets[:, None].float().expand_as(inputs)) for inputs, targets in seen)
+    assert len(seen) == 40 and all(
+        torch.equal(inputs, targets[:, None].float().expand_as(inputs)) for inputs, targets in seen
+    )
 
 
-def test_horovods_kernels_and_nccl_average_as_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_horovods_kernels_and_nccl_average_as_the_plain_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One rank that poses as two: buckets, fusion and scaling kernels and NCCL run. Twice, as in phases 1 and 2."""
     if not gradients.load_horovod().nccl_built():
         pytest.skip("this Horovod was built without NCCL")
@@ -106,7 +112,12 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(monkeypatch: pytest
     weights = []
     for team in (together, together, Team.alone()):
         model = tiny.model(job).cuda()
-        with use_deterministic_cudnn(), gradients.averaged_gradients(model, Sgd(model.parameters(), lr=0.1), team, GPU) as optimizer:
+        with (
+            use_deterministic_cudnn(),
+            gradients.averaged_gradients(
+                model, Sgd(model.parameters(), lr=0.1), team, GPU
+            ) as optimizer,
+        ):
             for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
@@ -124,15 +135,26 @@ def use_deterministic_cudnn() -> Iterator[None]:
 def test_deterministic_runs_repeat(tmp_path: Path) -> None:
     hashes = []
     for out in (tmp_path / "one", tmp_path / "two"):
-        quick = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=1", "--set", "deterministic=true")
+        quick = (
+            "--set",
+            "large_batch.epochs=2",
+            "--set",
+            "refine.epochs=1",
+            "--set",
+            "deterministic=true",
+        )
         done = swap_hpc("train", "digits", "--set", "device=cuda", *quick, "--out", out, ranks=1)
         assert done.code == 0, done.stderr
         hashes.append(json.loads((out / "result.json").read_text())["weights_sha256"])
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("fields", [{"channels_last": True}, {"cudnn_benchmark": True}, {"optimizer": {"fused": True}}])
-def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"channels_last": True}, {"cudnn_benchmark": True}, {"optimizer": {"fused": True}}]
+)
+def test_faster_ways_round_differently_and_no_more(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     weights = []
     for more in ({}, fields):
@@ -147,7 +169,9 @@ def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], monke
 def test_doctor_finds_no_problem_on_ranks_that_share_the_gpu() -> None:
     done = swap_hpc("doctor", ranks=2)
     assert done.code == 0, done.stderr
-    assert "a step's gradients, averaged by Horovod over world: right on all ranks" in done.stdout, done.stdout
+    assert (
+        "a step's gradients, averaged by Horovod over world: right on all ranks" in done.stdout
+    ), done.stdout
 
 
 def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,19 +198,33 @@ def test_the_average_is_the_cpus_to_the_bit() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_digits_with_ranks_that_share_the_gpu(ranks: int, tmp_path: Path) -> None:
-    done = swap_hpc("train", "digits", "--set", "device=cuda", "--out", tmp_path / "out", ranks=ranks, timeout=300)
+    done = swap_hpc(
+        "train",
+        "digits",
+        "--set",
+        "device=cuda",
+        "--out",
+        tmp_path / "out",
+        ranks=ranks,
+        timeout=300,
+    )
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test_accuracy"]["averaged"] >= 0.975
     memory = result["peak_memory_mib"]
     assert 1 < memory["gpu_allocated"] <= memory["gpu_reserved"] < 20_000
-    assert ("ranks share a GPU: gradients go through host memory" in done.stdout) == (ranks > torch.cuda.device_count())
+    assert ("ranks share a GPU: gradients go through host memory" in done.stdout) == (
+        ranks > torch.cuda.device_count()
+    )
 
 
 def test_batches_that_run_ahead_keep_their_pixels() -> None:
     """Batches dropped while the GPU still reads them: DALI must not use their memory before."""
     job = replace(tiny.job(large_batch={"epochs": 40}), device=GPU)
-    waited = [images.double().sum().item() for images, _ in job.training_batches(job.recipe.large_batch, KEY, Team.alone())]
+    waited = [
+        images.double().sum().item()
+        for images, _ in job.training_batches(job.recipe.large_batch, KEY, Team.alone())
+    ]
     busy = torch.randn(4096, 4096, device="cuda")
     sums = []
     for images, _ in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
@@ -202,8 +240,13 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
         Image.fromarray(np.full((50 + i, 70 - i, 3), 20 * i, np.uint8)).save(paths[-1], quality=95)
     split = Files(tuple(paths), np.arange(12))
     data = Dataset(split, split, tuple("abcdefghijkl"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
-    for augment, pick in ((None, Picks(np.arange(12), None)), (Augment(flip=True), epoch_picks(KEY, 0, 12))):
-        ((images, labels),) = loader.batches(data, split, iter([pick]), loader.View(augment), 12, GPU)
+    for augment, pick in (
+        (None, Picks(np.arange(12), None)),
+        (Augment(flip=True), epoch_picks(KEY, 0, 12)),
+    ):
+        ((images, labels),) = loader.batches(
+            data, split, iter([pick]), loader.View(augment), 12, GPU
+        )
         assert images.shape == (12, 3, 32, 32) and labels.tolist() == pick.indices.tolist()
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)
 
@@ -214,9 +257,13 @@ def coloured(folder: Path, number: int) -> Dataset:
     for i in range(number):
         coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         paths.append(str(folder / f"{i}.jpg"))
-        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(paths[-1], quality=95, subsampling="4:2:0")
+        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(
+            paths[-1], quality=95, subsampling="4:2:0"
+        )
     split = Files(tuple(paths), np.arange(number))
-    return Dataset(split, split, tuple(map(str, range(number))), (42, 42), 3, (0.0,) * 3, (1.0,) * 3)
+    return Dataset(
+        split, split, tuple(map(str, range(number))), (42, 42), 3, (0.0,) * 3, (1.0,) * 3
+    )
 
 
 def test_streamed_colours_are_nearly_the_cpus(tmp_path: Path) -> None:
@@ -232,7 +279,10 @@ def test_streamed_batches_that_run_ahead_keep_their_pixels(tmp_path: Path) -> No
     """Batches dropped while the GPU still reads them: DALI must not use their memory before."""
     data = coloured(tmp_path, 8)
     picks = [Picks(np.arange(i, i + 4), None) for i in range(5)] * 20
-    waited = [i.double().sum().item() for i, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU)]
+    waited = [
+        i.double().sum().item()
+        for i, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU)
+    ]
     busy, sums = torch.randn(4096, 4096, device="cuda"), []
     for images, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU):
         busy = busy @ busy / 64  # the sum below is queued behind it

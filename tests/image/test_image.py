@@ -15,7 +15,9 @@ from launch import BIN
 from slurm_jobs import TESTS, commands, complete, places, submit, user_folder
 
 ROOT = Path(__file__).parents[2]
-SUITE = os.environ.get("SUITE", "trixie")  # of Debian: another compiler, Python and C library than those of the host that CI runs on
+SUITE = os.environ.get(
+    "SUITE", "trixie"
+)  # of Debian: another compiler, Python and C library than those of the host that CI runs on
 INSTALL = "apt-get install --no-install-recommends buildah debootstrap"
 
 
@@ -47,7 +49,13 @@ class Buildah:
 
     def run(self, *line: str | Path, seconds: float, **variables: str) -> str:
         done = subprocess.run(
-            list(map(str, line)), cwd=ROOT, env=self.environment | variables, timeout=seconds, capture_output=True, text=True, check=False
+            list(map(str, line)),
+            cwd=ROOT,
+            env=self.environment | variables,
+            timeout=seconds,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{line}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
@@ -55,7 +63,11 @@ class Buildah:
 
 @pytest.fixture(scope="session")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    if lacking := [program for program in ("buildah", "debootstrap") if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]:
+    if lacking := [
+        program
+        for program in ("buildah", "debootstrap")
+        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]:
         pytest.skip(f"no {', '.join(lacking)}: {INSTALL}")
     if os.geteuid() != 0:
         pytest.skip("building in a chroot needs root")
@@ -77,7 +89,10 @@ def base(buildah: Buildah) -> str:
     buildah.run("debootstrap", "--variant=minbase", SUITE, root, *mirror, seconds=600, PATH=path)
     certificates = root / "usr" / "local" / "share" / "ca-certificates"
     certificates.mkdir(parents=True, exist_ok=True)
-    for file, copy in (("/etc/pip.conf", root / "etc" / "pip.conf"), ("/etc/ssl/certs/ca-certificates.crt", certificates / "host.crt")):
+    for file, copy in (
+        ("/etc/pip.conf", root / "etc" / "pip.conf"),
+        ("/etc/ssl/certs/ca-certificates.crt", certificates / "host.crt"),
+    ):
         if Path(file).exists():
             shutil.copy(file, copy)
     tar = buildah.folder / "base.tar"
@@ -93,7 +108,13 @@ def base(buildah: Buildah) -> str:
 @pytest.fixture(scope="session")
 def image(buildah: Buildah, base: str) -> str:
     begin = time.monotonic()
-    settings = {"TOOL": "buildah", "IMAGE": "swap-hpc-test", "BASE": base, "RUNTIME": base, "HOROVOD_BUILD": "cpu"}
+    settings = {
+        "TOOL": "buildah",
+        "IMAGE": "swap-hpc-test",
+        "BASE": base,
+        "RUNTIME": base,
+        "HOROVOD_BUILD": "cpu",
+    }
     buildah.run(ROOT / "docker" / "image.sh", "--layers=false", seconds=1800, **settings)
     print(f"\nthe image was built in {time.monotonic() - begin:.0f} s")
     return "localhost/swap-hpc-test"
@@ -123,36 +144,76 @@ def test_the_main_job_runs_inside_as_a_user(buildah: Buildah, container: str) ->
     folder.mkdir()
     os.chown(folder, 4242, 4242)
     options = ("--user", "4242", "--volume", f"{folder}:/work", "--workingdir", "/work")
-    said = buildah("run", *options, container, "--", "sh", "-c", f"id -u; {line.split(' swap_hpc ', 1)[1]}", seconds=300)
-    assert said.startswith("4242\n") and "**averaged (SWAP)**" in said and "digits: 2 ranks, 4 groups" in said
+    said = buildah(
+        "run",
+        *options,
+        container,
+        "--",
+        "sh",
+        "-c",
+        f"id -u; {line.split(' swap_hpc ', 1)[1]}",
+        seconds=300,
+    )
+    assert (
+        said.startswith("4242\n")
+        and "**averaged (SWAP)**" in said
+        and "digits: 2 ranks, 4 groups" in said
+    )
     result = folder / "runs" / "digits" / "result.json"
     assert json.loads(result.read_text())["ranks"] == 2 and result.stat().st_uid == 4242
 
 
 def test_without_more_it_runs_as_a_user_of_its_own(buildah: Buildah, container: str) -> None:
-    assert buildah("run", container, "--", "sh", "-c", "id -u; pwd; touch here; swap-hpc --version").startswith(
-        "2000\n/home/swap\nswap_hpc "
-    )
+    assert buildah(
+        "run", container, "--", "sh", "-c", "id -u; pwd; touch here; swap-hpc --version"
+    ).startswith("2000\n/home/swap\nswap_hpc ")
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "bind"])
-def test_its_ranks_find_each_other_under_slurm(buildah: Buildah, container: str, tmp_path: Path, mode: str) -> None:
+def test_its_ranks_find_each_other_under_slurm(
+    buildah: Buildah, container: str, tmp_path: Path, mode: str
+) -> None:
     """swap-apptainer.sbatch: the host's srun starts ranks in the image; its MPI, or the host's, connects them over two nodes."""
     if why := missing():
         pytest.skip(f"no Slurm cluster can be started here: {why}")
-    inside = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": buildah("mount", container).strip()}
+    inside = {
+        "SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"),
+        "SWAP_IMAGE": buildah("mount", container).strip(),
+    }
     inside |= {"SWAP_MPI_DIR": str(BIN.parent)} if mode == "bind" else {}
     home = user_folder(tmp_path)
     with running(tmp_path / "cluster") as cluster:
-        job = submit(cluster, home, "digits", "--set", "refine.epochs=1", script="slurm/swap-apptainer.sbatch", variables=inside)
+        job = submit(
+            cluster,
+            home,
+            "digits",
+            "--set",
+            "refine.epochs=1",
+            script="slurm/swap-apptainer.sbatch",
+            variables=inside,
+        )
         result = complete(cluster, job, home / "runs" / "digits")
-    assert result["ranks"] == 4 and [host for host, _ in places(home / "runs" / "digits")] == ["swap-n1", "swap-n1", "swap-n2", "swap-n2"]
+    assert result["ranks"] == 4 and [host for host, _ in places(home / "runs" / "digits")] == [
+        "swap-n1",
+        "swap-n1",
+        "swap-n2",
+        "swap-n2",
+    ]
     told = json.loads((home / "runs" / "digits" / "environment.json").read_text())["mpi"]["file"]
     assert told.startswith(str(BIN.parent) if mode == "bind" else "/opt/swap_hpc/")
 
 
-def test_the_image_holds_no_compiler_and_no_tools_for_developing(buildah: Buildah, container: str) -> None:
-    held = buildah("run", container, "--", "sh", "-c", "for p in g++ cc pytest ruff mypy; do command -v $p; done; true")
+def test_the_image_holds_no_compiler_and_no_tools_for_developing(
+    buildah: Buildah, container: str
+) -> None:
+    held = buildah(
+        "run",
+        container,
+        "--",
+        "sh",
+        "-c",
+        "for p in g++ cc pytest ruff mypy; do command -v $p; done; true",
+    )
     assert held == ""
     where = "import swap_hpc, sys; print(swap_hpc.__file__)"
     assert buildah("run", container, "--", "python", "-c", where).startswith("/opt/swap_hpc/lib/")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from launch import command
 
-from swap_hpc.ranks import Team, abort
+from swap_hpc.parallel.mpi import abort
+from swap_hpc.parallel.teams import Team
 
 INSIDE = "SWAP_HPC_TEST_RANKS"  # set by the outer pytest: the number of ranks of this mpirun
 REPORTS = "SWAP_HPC_TEST_REPORTS"  # a folder, one file of JSON lines per rank
@@ -26,7 +27,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "world" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("ranks")
         counts = marker.args if marker else (1, 2, 3, 4)
-        values = [pytest.param(n, id=f"{n} ranks", marks=[pytest.mark.mpi] if n == 2 else []) for n in counts]
+        values = [
+            pytest.param(n, id=f"{n} ranks", marks=[pytest.mark.mpi] if n == 2 else [])
+            for n in counts
+        ]
         metafunc.parametrize("world", values, indirect=True)
 
 
@@ -61,18 +65,29 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 _LAUNCHED = pytest.StashKey[dict[int, tuple[dict[str, dict[int, tuple[str, str]]], str]]]()
 
 
-def _launch(ranks: int, items: list[str], root: Path) -> tuple[dict[str, dict[int, tuple[str, str]]], str]:
+def _launch(
+    ranks: int, items: list[str], root: Path
+) -> tuple[dict[str, dict[int, tuple[str, str]]], str]:
     """What each rank said of each item, (outcome, text), and the output of the whole."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *items]
-        done = command(*line, ranks=ranks, timeout=60 * MINUTES, cwd=root, variables={INSIDE: str(ranks), REPORTS: folder})
+        done = command(
+            *line,
+            ranks=ranks,
+            timeout=60 * MINUTES,
+            cwd=root,
+            variables={INSIDE: str(ranks), REPORTS: folder},
+        )
         said: dict[str, dict[int, tuple[str, str]]] = {}
         for path in Path(folder).iterdir():
             for text in path.read_text().splitlines():
                 entry = json.loads(text)
-                said.setdefault(entry["item"], {})[int(path.stem)] = (entry["outcome"], entry["text"])
+                said.setdefault(entry["item"], {})[int(path.stem)] = (
+                    entry["outcome"],
+                    entry["text"],
+                )
     return said, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
@@ -83,7 +98,9 @@ def _judge(said: dict[int, tuple[str, str]], ranks: int, output: str) -> None:
         if outcome == "failed":
             pytest.fail(f"on rank {rank} of {ranks}:\n{text}", pytrace=False)
     if len(said) < ranks:
-        pytest.fail(f"ran on {len(said)} of {ranks} ranks only; the mpirun said:\n{output}", pytrace=False)
+        pytest.fail(
+            f"ran on {len(said)} of {ranks} ranks only; the mpirun said:\n{output}", pytrace=False
+        )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -92,6 +109,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     rank = Team.world().rank
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
     with open(Path(os.environ[REPORTS]) / f"{rank}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"item": report.nodeid, "outcome": report.outcome, "text": text}) + "\n")
+        file.write(
+            json.dumps({"item": report.nodeid, "outcome": report.outcome, "text": text}) + "\n"
+        )
     if report.failed:
         abort(1)

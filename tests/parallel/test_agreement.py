@@ -8,14 +8,15 @@ import tiny
 import torch
 from torch import nn
 
-from swap_hpc import doctor
-from swap_hpc.agreement import check_agreement
+from swap_hpc.average.agreement import check_agreement
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
-from swap_hpc.events import Done, Event, SavePoint
-from swap_hpc.fit import fit
-from swap_hpc.ranks import Team, grid
+from swap_hpc.parallel.grid import grid
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run import doctor
 from swap_hpc.swap import swap
+from swap_hpc.train.events import Done, Event, SavePoint
+from swap_hpc.train.fit import fit
 
 
 @pytest.fixture
@@ -35,12 +36,17 @@ def test_equal_weights_agree_and_others_do_not(world: Team) -> None:
     if world.size == 1:
         check_agreement(model, world, "here")
         return
-    with pytest.raises(RunError, match=rf"the weights of rank {world.size - 1} differ from those of rank 0 after here: .*swap-hpc doctor"):
+    with pytest.raises(
+        RunError,
+        match=rf"the weights of rank {world.size - 1} differ from those of rank 0 after here: .*swap-hpc doctor",
+    ):
         check_agreement(model, world, "here")
 
 
 @pytest.mark.ranks(2, 4)
-def test_one_small_collective_tells_that_all_agree(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_small_collective_tells_that_all_agree(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, plain = [], Team.maximum
 
     def counted(team: Team, *values: float) -> list[float]:
@@ -57,7 +63,10 @@ def test_one_small_collective_tells_that_all_agree(world: Team, monkeypatch: pyt
 @pytest.mark.ranks(2, 4)
 def test_phase_1_ends_with_a_line(world: Team, unaveraged: None) -> None:
     job = tiny.job(checkpoint={"epochs": 0})
-    with pytest.raises(RunError, match=r"the weights of rank 1 differ from those of rank 0 after large_batch, epoch 3, step 0"):
+    with pytest.raises(
+        RunError,
+        match=r"the weights of rank 1 differ from those of rank 0 after large_batch, epoch 3, step 0",
+    ):
         list(fit(tiny.model(job), job, job.recipe.large_batch, Key(3, Phase.LARGE_BATCH), world))
 
 
@@ -72,16 +81,23 @@ def test_a_save_ends_with_a_line(world: Team, unaveraged: None) -> None:
 
 
 @pytest.mark.ranks(4)
-def test_a_group_of_several_ranks_ends_with_a_line(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_of_several_ranks_ends_with_a_line(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny.job(groups=2)
     with grid(world, 2) as ranks:
         events = swap(tiny.model(job), job, ranks)
         for event in events:
             if isinstance(event, Done) and event.what == "large_batch":
-                monkeypatch.setattr(hvd, "grouped_allreduce_async_", lambda tensors, **how: "a handle")
+                monkeypatch.setattr(
+                    hvd, "grouped_allreduce_async_", lambda tensors, **how: "a handle"
+                )
                 monkeypatch.setattr(hvd, "synchronize", lambda handle: None)
                 break
-        with pytest.raises(RunError, match="the weights of rank 1 differ from those of rank 0 after refine of group"):
+        with pytest.raises(
+            RunError,
+            match="the weights of rank 1 differ from those of rank 0 after refine of group",
+        ):
             list(events)
     monkeypatch.undo()
     # a program that goes on after the error trains right on all ranks, not on the group that Horovod was started for
@@ -97,7 +113,9 @@ def test_a_right_run_is_told_nothing(world: Team) -> None:
 @pytest.mark.ranks(1, 2, 3)
 def test_doctor_tries_a_step(world: Team) -> None:
     lines = doctor.report(world, 1)
-    assert ("a step's gradients, averaged by Horovod over world: right on all ranks" in lines) == (world.size > 1)
+    assert ("a step's gradients, averaged by Horovod over world: right on all ranks" in lines) == (
+        world.size > 1
+    )
     assert lines[-1] == "no problem found"
 
 
@@ -109,13 +127,19 @@ def test_doctor_tells_that_a_step_averages_nothing(world: Team, unaveraged: None
 
 
 @pytest.mark.ranks(1, 2)
-def test_doctor_goes_on_where_torch_cannot_use_the_gpu(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_goes_on_where_torch_cannot_use_the_gpu(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_old(index: int) -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver")
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+        )
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", too_old)
     lines = doctor.report(world, 1)
     problems = [line for line in lines if line.startswith("PROBLEM: ")]
-    assert len(problems) == 1 and re.search("is too old for CUDA 1[23], which needs (525|580) or newer", problems[0]), problems
+    assert len(problems) == 1 and re.search(
+        "is too old for CUDA 1[23], which needs (525|580) or newer", problems[0]
+    ), problems
     assert any(line.startswith("rank 0 -> ") for line in lines)

@@ -10,9 +10,11 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from swap_hpc import averaging
-from swap_hpc.averaging import WeightSum, average_buffers_, average_weights_, refresh_batchnorm_
-from swap_hpc.ranks import Team
+from swap_hpc.average import uniform as averaging
+from swap_hpc.average.batchnorm import refresh_batchnorm_
+from swap_hpc.average.sharing import average_buffers_
+from swap_hpc.average.uniform import WeightSum, average_weights_
+from swap_hpc.parallel.teams import Team
 
 
 def random_model(seed: int) -> nn.Sequential:
@@ -38,7 +40,9 @@ def random_model(seed: int) -> nn.Sequential:
 
 
 def is_kept(name: str) -> bool:
-    return name in ("steps", "table", "row", "factor") or name.startswith(("1.running", "1.num", "3.num"))
+    return name in ("steps", "table", "row", "factor") or name.startswith(
+        ("1.running", "1.num", "3.num")
+    )
 
 
 def float64(tensor: Tensor) -> Tensor:
@@ -48,13 +52,17 @@ def float64(tensor: Tensor) -> Tensor:
 @pytest.mark.ranks(3)
 def test_another_model_on_a_rank_is_refused_on_all(world: Team) -> None:
     model = nn.Linear(3, 2 + (world.rank == 1))
-    with pytest.raises(ValueError, match="the model of rank 1 has other weights than that of rank 0"):
+    with pytest.raises(
+        ValueError, match="the model of rank 1 has other weights than that of rank 0"
+    ):
         average_weights_(model, world)
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 8)
 @pytest.mark.parametrize("chunk", [10, averaging.CHUNK])
-def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_the_rounded_float64_mean(
+    world: Team, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(averaging, "CHUNK", chunk)
     models = [random_model(seed) for seed in range(world.size)]
     mine = random_model(world.rank)
@@ -63,7 +71,12 @@ def test_the_average_is_the_rounded_float64_mean(world: Team, chunk: int, monkey
         if is_kept(name):
             expected = models[0].state_dict()[name]  # the first rank's
         else:
-            expected = torch.stack([float64(m.state_dict()[name]) for m in models]).sum(0).div(world.size).to(tensor.dtype)
+            expected = (
+                torch.stack([float64(m.state_dict()[name]) for m in models])
+                .sum(0)
+                .div(world.size)
+                .to(tensor.dtype)
+            )
         assert torch.equal(tensor, expected), name
         assert tensor.stride() == models[0].state_dict()[name].stride()
 
@@ -99,20 +112,29 @@ def test_the_order_in_which_a_rank_holds_its_sum_does_not_matter(world: Team) ->
 
 def batches(count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5 + i % 3, 3, 8, 8, generator=generator) * (1 + i) + i for i in range(count)]
+    return [
+        torch.randn(5 + i % 3, 3, 8, 8, generator=generator) * (1 + i) + i for i in range(count)
+    ]
 
 
 def reference_statistics(model: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Mean and unbiased variance of all inputs of each batch-norm layer, in float64, by definition."""
     model = model.double()
-    at: dict[nn.Module, list[Tensor]] = {m: [] for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    at: dict[nn.Module, list[Tensor]] = {
+        m: [] for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    }
     for x in inputs:
         x = x.double()
         for layer in model:  # type: ignore[attr-defined]
             if isinstance(layer, nn.BatchNorm2d):
                 at[layer].append(x.detach())
-                mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
-                x = (x - mean) / (variance + layer.eps).sqrt() * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+                mean, variance = (
+                    x.mean((0, 2, 3), keepdim=True),
+                    x.var((0, 2, 3), unbiased=False, keepdim=True),
+                )
+                x = (x - mean) / (variance + layer.eps).sqrt() * layer.weight.view(
+                    1, -1, 1, 1
+                ) + layer.bias.view(1, -1, 1, 1)
             elif not isinstance(layer, nn.Dropout):
                 x = layer(x)
     flat = [torch.cat([x.transpose(0, 1).flatten(1) for x in seen], dim=1) for seen in at.values()]
@@ -126,8 +148,14 @@ def test_refresh_equals_float64_by_hand(world: Team) -> None:
     refresh_batchnorm_(model, inputs[world.rank :: world.size], world)
     reference = tiny.normed(3, 3)
     reference.load_state_dict(model.state_dict())
-    for layer, (mean, variance) in zip(layers, reference_statistics(reference, inputs), strict=True):
-        assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked == 7
+    for layer, (mean, variance) in zip(
+        layers, reference_statistics(reference, inputs), strict=True
+    ):
+        assert (
+            layer.running_mean is not None
+            and layer.running_var is not None
+            and layer.num_batches_tracked == 7
+        )
         torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=1e-6)
     everyones = world.allgather(tiny.weights(model))
@@ -153,11 +181,18 @@ def test_a_refresh_that_fails_leaves_the_model_as_it_was(world: Team) -> None:
         yield from batches(2)
         raise OSError("a damaged image")
 
-    for inputs, error in (([*batches(2), torch.zeros(2, 5, 4, 4)], RuntimeError), (damaged(), OSError)):
+    for inputs, error in (
+        ([*batches(2), torch.zeros(2, 5, 4, 4)], RuntimeError),
+        (damaged(), OSError),
+    ):
         with pytest.raises(error):
             refresh_batchnorm_(model, inputs, Team.alone())
         layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert layers and not any(m._forward_hooks for m in model.modules()) and all(m.training for m in model.modules())
+        assert (
+            layers
+            and not any(m._forward_hooks for m in model.modules())
+            and all(m.training for m in model.modules())
+        )
         assert {layer.momentum for layer in layers} == {nn.BatchNorm2d(1).momentum}
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -239,7 +274,9 @@ def test_other_buffers_of_a_parametrization_are_not_iterated(world: Team) -> Non
 
 class HandsOutCopies(nn.Linear):
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
-        return {name: tensor.half() for name, tensor in super().state_dict(*arguments, **named).items()}
+        return {
+            name: tensor.half() for name, tensor in super().state_dict(*arguments, **named).items()
+        }
 
 
 @pytest.mark.ranks(2)
@@ -301,11 +338,24 @@ def test_buffers_of_other_layers_are_alike_after_an_epoch(world: Team) -> None:
     average_buffers_(model, world)
     assert all((model.get_buffer(name) == 1).all() for name in ("table", "row", "scale"))
     assert model.get_buffer("0.running_mean").tolist() == [(world.size - 1) / 2] * 3
-    assert model.get_buffer("0.running_var").tolist() == [1.0] * 3 and model.get_buffer("seen").tolist() == [5]
+    assert model.get_buffer("0.running_var").tolist() == [1.0] * 3 and model.get_buffer(
+        "seen"
+    ).tolist() == [5]
 
 
 def test_running_statistics_are_averaged(world: Team) -> None:
     model = random_model(world.rank)
-    expected = np.mean([random_model(r).state_dict()["1.running_mean"].double().numpy() for r in range(world.size)], axis=0)
+    expected = np.mean(
+        [
+            random_model(r).state_dict()["1.running_mean"].double().numpy()
+            for r in range(world.size)
+        ],
+        axis=0,
+    )
     average_buffers_(model, world)
-    torch.testing.assert_close(model.state_dict()["1.running_mean"].double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        model.state_dict()["1.running_mean"].double(),
+        torch.from_numpy(expected),
+        rtol=1e-6,
+        atol=1e-7,
+    )

@@ -12,7 +12,7 @@ from swap_hpc.data import load
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.data.splits import Files
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
 
 
 def test_a_step_holds_the_same_pixels_on_any_number_of_ranks(world: Team) -> None:
@@ -56,7 +56,8 @@ def test_ranks_whose_data_differ_are_refused(world: Team, monkeypatch: pytest.Mo
     own.load = lambda path: ((images, other), (images, labels))  # type: ignore[attr-defined]
     if world.size > 1:
         with pytest.raises(
-            UserError, match=r"rank 1 has other data than rank 0 \(6 training and 6 test images, rank 0 6 .* give all nodes"
+            UserError,
+            match=r"rank 1 has other data than rank 0 \(6 training and 6 test images, rank 0 6 .* give all nodes",
         ):
             load(data, world, 1)
 
@@ -65,5 +66,7 @@ def test_files_are_the_same_wherever_a_node_keeps_them() -> None:
     def files(*paths: str) -> Files:
         return Files(paths, np.zeros(len(paths), np.int64))
 
-    assert files("/a/x/1.png", "/a/x/2.png").contents == files("/b/c/x/1.png", "/b/c/x/2.png").contents
+    assert (
+        files("/a/x/1.png", "/a/x/2.png").contents == files("/b/c/x/1.png", "/b/c/x/2.png").contents
+    )
     assert files("/a/x/1.png", "/a/x/2.png").contents != files("/a/x/1.png", "/a/x/3.png").contents

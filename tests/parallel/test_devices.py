@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from swap_hpc.bench.training import ddp_backend
-from swap_hpc.devices import Device, choose_device, use_device
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.devices import Device, choose_device, use_device
+from swap_hpc.parallel.teams import Team
 
 
 @contextmanager
@@ -27,7 +27,11 @@ def node(world: Team) -> Iterator[Team]:
 def shows(monkeypatch: pytest.MonkeyPatch, *uuids: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
     properties = {"name": "H100", "major": 9, "minor": 0}
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index], **properties))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(uuid=uuids[index], **properties),
+    )
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
 
 
@@ -42,7 +46,10 @@ def test_all_gpus_shown(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
         shows(monkeypatch, *(f"{where}-{gpu}" for gpu in range(8)))
         places, shared = chosen(world, own)
     first = world.size - 1 or 1
-    assert places == [(r, f"0-{r}") for r in range(first)] + [(0, "1-0")] * (world.size > 1) and not shared
+    assert (
+        places == [(r, f"0-{r}") for r in range(first)] + [(0, "1-0")] * (world.size > 1)
+        and not shared
+    )
 
 
 def test_each_rank_shown_its_own(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +68,9 @@ def test_more_ranks_than_gpus(world: Team, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(index == 0 for index, _ in places) and shared == (world.size > 2)
 
 
-def test_a_chosen_gpu_is_torchs_current_one_on_each_rank(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chosen_gpu_is_torchs_current_one_on_each_rank(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else ranks of benches and of library calls would wait for, and race on, the first GPU."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -72,7 +81,9 @@ def test_a_chosen_gpu_is_torchs_current_one_on_each_rank(world: Team, monkeypatc
     assert ddp_backend(device, world) == "nccl"
 
 
-def test_benches_of_ranks_that_share_a_gpu_send_through_the_host(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benches_of_ranks_that_share_a_gpu_send_through_the_host(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NCCL ends with "Duplicate GPU detected" there."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     shows(monkeypatch, "the only one")
@@ -82,18 +93,28 @@ def test_benches_of_ranks_that_share_a_gpu_send_through_the_host(world: Team, mo
 
 
 @pytest.mark.ranks(2, 3)
-def test_some_ranks_with_a_gpu_and_some_without_are_refused(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_ranks_with_a_gpu_and_some_without_are_refused(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shows(monkeypatch, *(["one"] if world.rank == 0 else []))
-    with pytest.raises(UserError, match="rank 1 sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu"):
+    with pytest.raises(
+        UserError,
+        match="rank 1 sees no GPU, others do: ask the launcher for a GPU per rank, or --set device=cpu",
+    ):
         use_device(world, world, "auto")
 
 
 @pytest.mark.ranks(2, 3)
-def test_one_gpu_that_torch_cannot_use_is_told_by_all(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_that_torch_cannot_use_is_told_by_all(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shows(monkeypatch, "one", "two", "three")
     if world.rank == 1:
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
-    with pytest.raises(UserError, match=r"H100 has compute capability 9\.0, which torch .* is not built for \(sm_75 sm_80\)"):
+    with pytest.raises(
+        UserError,
+        match=r"H100 has compute capability 9\.0, which torch .* is not built for \(sm_75 sm_80\)",
+    ):
         use_device(world, world, "auto")
 
 

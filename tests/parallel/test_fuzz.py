@@ -6,7 +6,7 @@ import fuzz
 import fuzz_models
 import pytest
 
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
 
 
 @pytest.mark.ranks(2)

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from swap_hpc import saved
 from swap_hpc.errors import Stopped, UserError
-from swap_hpc.part import Part
-from swap_hpc.ranks import Team
-from swap_hpc.recipe import Recipe, parse
-from swap_hpc.tensors import tensor_bytes
+from swap_hpc.parallel.teams import Team
+from swap_hpc.parallel.tensors import tensor_bytes
+from swap_hpc.recipe.loading import parse
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run import saved
+from swap_hpc.run.part import Part
 
 MODELS: dict[str, dict[str, Any]] = {
     "swin_v2": {},
@@ -53,7 +54,9 @@ def recipe(name: str) -> Recipe:
 @pytest.mark.ranks(1, 2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
-def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(world: Team, name: str, tmp_path: Path) -> None:
+def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(
+    world: Team, name: str, tmp_path: Path
+) -> None:
     folder = Path(world.broadcast(str(tmp_path)))
     with fuzz.patched():
         result = fuzz.train(recipe(name), folder / "whole", world)
@@ -70,7 +73,9 @@ def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(world: Team
 
 
 @pytest.mark.ranks(1, 2)
-def test_ranks_of_a_group_end_alike_whatever_their_extra_states_saw(world: Team, tmp_path: Path) -> None:
+def test_ranks_of_a_group_end_alike_whatever_their_extra_states_saw(
+    world: Team, tmp_path: Path
+) -> None:
     """Over several cycles and looks at the average: the run itself compares the ranks' models at its end."""
     folder = Path(world.broadcast(str(tmp_path)))
     refine = {"batch_size": 24, "epochs": 1, "cycles": 2, "learning_rate": 0.02}
@@ -114,7 +119,9 @@ def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path:
     world.first(lambda: write_images(images))
     sizes = {"batch_size": 6, "epochs": 1, "learning_rate": 0.01}
     fields = {"large_batch": sizes, "refine": sizes, "batchnorm": {"batch_size": 6}, "augment": {}}
-    of_folder = parse(recipe("gradient_mask").model_dump() | fields | {"data": {"name": "folder", "path": images}})
+    of_folder = parse(
+        recipe("gradient_mask").model_dump() | fields | {"data": {"name": "folder", "path": images}}
+    )
 
     def change(before: str, after: str) -> None:
         world.first(lambda: rename(images, before, after))
@@ -127,7 +134,10 @@ def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path:
     facts = (out / "environment.json").read_bytes()
     world.barrier()
     change("ant/0.png", "bee/9.png")
-    refused(r"other data \(9 training samples then, other names", lambda: fuzz.train(of_folder, out, world))
+    refused(
+        r"other data \(9 training samples then, other names",
+        lambda: fuzz.train(of_folder, out, world),
+    )
     change("bee/9.png", "ant/0.png")
     change("ant", "moth")
     refused("other classes: ant then, moth now", lambda: fuzz.train(of_folder, out, world))
@@ -141,7 +151,9 @@ def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path:
     refused("other classes: cat then, aphid now", lambda: saved.average(out, None, None, world))
     change("aphid", "cat")
     world.first(lambda: (images / "test" / "cat" / "1.png").unlink())
-    assert saved.evaluate(file, None, world).notes == ("note: not the test samples of the run (9 test samples then, 8 now)",)
+    assert saved.evaluate(file, None, world).notes == (
+        "note: not the test samples of the run (9 test samples then, 8 now)",
+    )
     world.first(lambda: (images / "train" / "cat" / "1.png").unlink())
     refused("9 training samples then, 8 now", lambda: saved.average(out, None, None, world))
 

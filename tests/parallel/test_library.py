@@ -16,9 +16,10 @@ from torch.nn import functional as F
 import swap_hpc
 from swap_hpc.data import Batches, Dataset, Picks
 from swap_hpc.data.sampling import Key, Phase, batchnorm_picks, training_picks
-from swap_hpc.job import Job
-from swap_hpc.ranks import Team, grid
+from swap_hpc.parallel.grid import grid
+from swap_hpc.parallel.teams import Team
 from swap_hpc.swap import swap
+from swap_hpc.train.job import Job
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import plain_loop
@@ -27,11 +28,15 @@ import swap_loop
 BATCHNORM = 1000  # the seed of the loop's batches for that
 
 
-def read(samples: plain_loop.Samples, picks: Iterator[Picks], training: bool = True) -> Iterator[plain_loop.Samples]:
+def read(
+    samples: plain_loop.Samples, picks: Iterator[Picks], training: bool = True
+) -> Iterator[plain_loop.Samples]:
     return ((samples[0][pick.indices], samples[1][pick.indices]) for pick in picks)
 
 
-def as_swap_has_them(samples: plain_loop.Samples, size: int, epochs: int, seed: int) -> Iterator[plain_loop.Samples]:
+def as_swap_has_them(
+    samples: plain_loop.Samples, size: int, epochs: int, seed: int
+) -> Iterator[plain_loop.Samples]:
     number = len(samples[1])
     if seed == BATCHNORM:
         return read(samples, batchnorm_picks(0, number, number, size, 0, 1))
@@ -59,7 +64,9 @@ def test_the_examples_loop_gives_the_weights_of_swap(world: Team) -> None:
             pass
     untrained = plain_loop.build().state_dict()
     for name, expected in model.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            ours.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=name
+        )
         if name.endswith("weight"):
             assert not torch.equal(expected, untrained[name])
 
@@ -79,10 +86,16 @@ def test_a_batch_may_be_whatever_forward_takes(world: Team) -> None:
     torch.manual_seed(0)
     batches = [{"left": torch.randn(4, 2), "right": torch.randn(4, 2) + 3} for _ in range(6)]
     model = Both()
-    swap_hpc.refresh_batchnorm_(model, batches[world.rank :: world.size], world, forward=lambda model, batch: model(**batch))
+    swap_hpc.refresh_batchnorm_(
+        model, batches[world.rank :: world.size], world, forward=lambda model, batch: model(**batch)
+    )
     together = torch.cat([batch["left"] + batch["right"] for batch in batches]).double()
-    torch.testing.assert_close(model.norm.running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.norm.running_var, together.var(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model.norm.running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        model.norm.running_var, together.var(0).float(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.ranks(2)
@@ -109,7 +122,9 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
         hvd.shutdown()
         model = deepcopy(model)  # which carries no hooks
     else:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store(world)}", rank=world.rank, world_size=world.size)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store(world)}", rank=world.rank, world_size=world.size
+        )
         step(nn.parallel.DistributedDataParallel(model))
         torch.distributed.destroy_process_group()
     shared = [parameter.detach().clone() for parameter in model.parameters()]
@@ -118,11 +133,19 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
     own = [world.allgather(parameter.detach().numpy()) for parameter in model.parameters()]
     swap_hpc.average_weights_(model, world)
     for parameter, before, each in zip(model.parameters(), shared, own, strict=True):
-        mean = torch.from_numpy(sum(weights.astype("float64") for weights in each) / world.size).float()
+        mean = torch.from_numpy(
+            sum(weights.astype("float64") for weights in each) / world.size
+        ).float()
         assert torch.equal(parameter.detach(), mean)
         assert not torch.equal(mean, before)
-    found = swap_hpc.evaluate(model, [(test_images[world.rank :: world.size], test_labels[world.rank :: world.size])], world)
-    assert found.accuracy == pytest.approx(plain_loop.accuracy(model, (test_images, test_labels)), abs=1e-6)
+    found = swap_hpc.evaluate(
+        model,
+        [(test_images[world.rank :: world.size], test_labels[world.rank :: world.size])],
+        world,
+    )
+    assert found.accuracy == pytest.approx(
+        plain_loop.accuracy(model, (test_images, test_labels)), abs=1e-6
+    )
 
 
 def store(world: Team) -> str:

@@ -11,15 +11,17 @@ from torch.nn import functional as F
 
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import UserError
-from swap_hpc.fit import fit
-from swap_hpc.job import Job
-from swap_hpc.optimizers import build_optimizer
-from swap_hpc.part import check_ranks
-from swap_hpc.ranks import Team
-from swap_hpc.schedule import interpolate
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schedule import interpolate
+from swap_hpc.run.part import check_ranks
+from swap_hpc.train.fit import fit
+from swap_hpc.train.job import Job
+from swap_hpc.train.optimizers import build_optimizer
 
 KEY = Key(0, Phase.LARGE_BATCH)
-Update = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # weights, gradient, velocity (changed in place), learning rate -> step
+Update = Callable[
+    [Tensor, Tensor, Tensor, float], Tensor
+]  # weights, gradient, velocity (changed in place), learning rate -> step
 
 
 def trained(job: Job, world: Team) -> nn.Module:
@@ -70,13 +72,22 @@ def test_label_smoothing(world: Team) -> None:
 def test_vectors_without_weight_decay(world: Team) -> None:
     job = tiny.job(optimizer={"weight_decay": 0.5, "decay_vectors": False})
     on_matrices, on_none = nesterov(0.5), nesterov(0.0)
-    same(trained(job, world), by_hand(job, lambda w, g, v, rate: (on_matrices if w.ndim > 1 else on_none)(w, g, v, rate)))
+    same(
+        trained(job, world),
+        by_hand(job, lambda w, g, v, rate: (on_matrices if w.ndim > 1 else on_none)(w, g, v, rate)),
+    )
 
 
 @pytest.mark.parametrize("spares_vectors", [False, True])
 def test_lars(world: Team, spares_vectors: bool) -> None:
     job = tiny.job(
-        optimizer={"name": "lars", "trust": 0.02, "weight_decay": 0.01, "nesterov": False, "decay_vectors": not spares_vectors},
+        optimizer={
+            "name": "lars",
+            "trust": 0.02,
+            "weight_decay": 0.01,
+            "nesterov": False,
+            "decay_vectors": not spares_vectors,
+        },
         large_batch={"epochs": 3, "learning_rate": [[0, 0.5], [3, 2.0]]},
     )
 
@@ -104,7 +115,10 @@ def test_lars_steps_a_tensor_of_zeros(world: Team) -> None:
 def test_accumulated_gradients_are_those_of_the_whole_batch(world: Team, parts: int) -> None:
     whole, cut = (tiny.job(large_batch={"accumulate": each}) for each in (1, parts))
     if 24 % (parts * world.size):
-        with pytest.raises(UserError, match=rf"batch_size = 24 does not divide by its {world.size} ranks times .*accumulate = {parts}"):
+        with pytest.raises(
+            UserError,
+            match=rf"batch_size = 24 does not divide by its {world.size} ranks times .*accumulate = {parts}",
+        ):
             check_ranks(cut.recipe, world.size)
         return
     same(trained(cut, world), by_hand(whole, nesterov(5e-4)))

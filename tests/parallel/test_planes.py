@@ -6,9 +6,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from swap_hpc import planes
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
+from swap_hpc.study import planes
 
 
 def test_a_plane_holds_its_three_points() -> None:
@@ -18,7 +18,9 @@ def test_a_plane_holds_its_three_points() -> None:
     for point in (a, b, c):
         torch.testing.assert_close(plane.at(*plane.place(point)), point)
     assert plane.place(a) == (0, 0) and abs(plane.place(b)[1]) < 1e-12
-    assert np.hypot(*np.subtract(plane.place(c), plane.place(b))) == pytest.approx(float((c - b).norm()))
+    assert np.hypot(*np.subtract(plane.place(c), plane.place(b))) == pytest.approx(
+        float((c - b).norm())
+    )
     assert float((d - plane.at(*plane.place(d))) @ (b - a)) == pytest.approx(0, abs=1e-10)
     with pytest.raises(UserError, match="lie on one line"):
         planes.Plane.through(a, b, a + 0.3 * (b - a))
@@ -37,9 +39,13 @@ def test_a_gradient_is_that_of_the_mean_loss_over_all_samples(world: Team) -> No
     model = tiny.model(job)
     before = planes.vector(model)
     found = planes.gradient(model, job.test_batches(Team.alone()), job)
-    images, labels = (torch.cat(parts) for parts in zip(*job.test_batches(Team.alone()), strict=True))
+    images, labels = (
+        torch.cat(parts) for parts in zip(*job.test_batches(Team.alone()), strict=True)
+    )
     F.cross_entropy(model(images), labels).backward()
-    expected = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    expected = torch.cat(
+        [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     planes.fill_parameters_(model, before + 1)
     torch.testing.assert_close(planes.vector(model), before + 1, rtol=0, atol=1e-6)

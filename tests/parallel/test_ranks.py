@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team, first_then_rest, grid, node_of
+from swap_hpc.parallel.grid import first_then_rest, grid, node_of
+from swap_hpc.parallel.teams import Team
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 8, 12])
@@ -50,7 +51,9 @@ def test_the_first_rank_goes_first(world: Team, tmp_path_factory: pytest.TempPat
         marker.touch()
         return "made"
 
-    assert world.allgather(first_then_rest(world, make_or_find)) == ["made"] + ["found"] * (world.size - 1)
+    assert world.allgather(first_then_rest(world, make_or_find)) == ["made"] + ["found"] * (
+        world.size - 1
+    )
 
 
 def test_local_ranks_are_distinct(world: Team) -> None:

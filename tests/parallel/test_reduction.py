@@ -9,10 +9,10 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.gradients import averaged_gradients
-from swap_hpc.ranks import Team
-from swap_hpc.seeding import seed_all
-from swap_hpc.tensors import tensor_bytes
+from swap_hpc.data.seeding import seed_all
+from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.teams import Team
+from swap_hpc.parallel.tensors import tensor_bytes
 
 STEPS = 3
 SHARE = 4  # samples of a rank in a step
@@ -155,7 +155,7 @@ def test_no_hook_of_ours_stays(world: Team) -> None:
 @pytest.mark.ranks(2)
 def test_thousands_of_small_parameters_are_a_handful_of_messages(world: Team) -> None:
     """What a step costs beside its computing grows with the tensors, not with their square."""
-    from swap_hpc.gradients import BUCKETS, _buckets
+    from swap_hpc.parallel.gradients import BUCKETS, _buckets
 
     class Many(nn.Module):
         def __init__(self) -> None:

@@ -11,19 +11,23 @@ import tiny
 import torch
 from torch import Tensor
 
-from swap_hpc import fit as fit_module
-from swap_hpc.averaging import weights_sha256
-from swap_hpc.checkpoint import Checkpoints, Position
-from swap_hpc.control import Control
+from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
-from swap_hpc.events import Done, Epoch, Event, SavePoint, part_name
-from swap_hpc.fit import fit
-from swap_hpc.job import Job
-from swap_hpc.ranks import Ranks, Team, grid
+from swap_hpc.parallel.grid import Ranks, grid
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run.checkpoint import Checkpoints, Position
 from swap_hpc.swap import swap
+from swap_hpc.train import fit as fit_module
+from swap_hpc.train.control import Control
+from swap_hpc.train.events import Done, Epoch, Event, SavePoint, part_name
+from swap_hpc.train.fit import fit
+from swap_hpc.train.job import Job
 
-NORMED: dict[str, Any] = {"model": {"name": "tiny:normed"}, "refine": {"epochs": 2, "cycles": 2}}  # batch norm and dropout
+NORMED: dict[str, Any] = {
+    "model": {"name": "tiny:normed"},
+    "refine": {"epochs": 2, "cycles": 2},
+}  # batch norm and dropout
 
 
 @pytest.fixture
@@ -53,9 +57,19 @@ class Record:
 
     def add(self, event: Event) -> None:
         if isinstance(event, Epoch):
-            self.epochs[event.phase, event.group, event.epoch] = (event.train, event.test, event.learning_rate, event.images)
-        elif isinstance(event, Done) and event.what not in ("refine", "go_on"):  # which name no model of their own
-            self.models[f"{event.what} {event.meeting.step if event.meeting else 0}"] = weights_sha256(event.model)
+            self.epochs[event.phase, event.group, event.epoch] = (
+                event.train,
+                event.test,
+                event.learning_rate,
+                event.images,
+            )
+        elif isinstance(event, Done) and event.what not in (
+            "refine",
+            "go_on",
+        ):  # which name no model of their own
+            self.models[f"{event.what} {event.meeting.step if event.meeting else 0}"] = (
+                weights_sha256(event.model)
+            )
             self.met += event.what == "batchnorm"
 
 
@@ -64,10 +78,23 @@ def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | Non
     checkpoints = Checkpoints(folder, job.recipe)
     at, met = None, record.met
     if job.recipe.refine.average_every_steps:
-        at = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or (-1, 0)
-        met = len([m for m in job.meetings if m.then == "go_on" and m.step <= at[0] * job.steps(job.recipe.refine) + at[1]])
+        at = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or (
+            -1,
+            0,
+        )
+        met = len(
+            [
+                m
+                for m in job.meetings
+                if m.then == "go_on" and m.step <= at[0] * job.steps(job.recipe.refine) + at[1]
+            ]
+        )
     there = lambda part: None if part == part_name(None) else at  # noqa: E731
-    events = swap(tiny.model(job), replace(job, load=lambda part, team: loaded(checkpoints, part, team, there(part)), met=met), ranks)
+    events = swap(
+        tiny.model(job),
+        replace(job, load=lambda part, team: loaded(checkpoints, part, team, there(part)), met=met),
+        ranks,
+    )
     number = 0
     for event in events:
         record.add(event)
@@ -81,13 +108,17 @@ def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | Non
     return True
 
 
-def loaded(checkpoints: Checkpoints, part: str, team: Team, at: Position | None) -> SavePoint | None:
+def loaded(
+    checkpoints: Checkpoints, part: str, team: Team, at: Position | None
+) -> SavePoint | None:
     saved = checkpoints.load(part, team, at)
     return saved.point if saved else None
 
 
 @pytest.mark.ranks(1, 3)
-def test_stopped_at_any_step_it_ends_the_same_to_the_bit(world: Team, folder: Path, every_step: None) -> None:
+def test_stopped_at_any_step_it_ends_the_same_to_the_bit(
+    world: Team, folder: Path, every_step: None
+) -> None:
     job = eager(tiny.job(groups=world.size, **NORMED))
     with grid(world, world.size) as ranks:
         whole = Record()
@@ -100,10 +131,18 @@ def test_stopped_at_any_step_it_ends_the_same_to_the_bit(world: Team, folder: Pa
             assert parts == whole, f"stopped at save point {stop_at}"
 
 
-def test_stopped_again_and_again_it_ends_the_same(world: Team, folder: Path, every_step: None) -> None:
+def test_stopped_again_and_again_it_ends_the_same(
+    world: Team, folder: Path, every_step: None
+) -> None:
     """Every start does three steps; groups of several ranks where the number of ranks allows it; a rank with two groups; meetings."""
     layout = 2 if world.size % 2 == 0 else 2 * world.size
-    job = eager(tiny.job(groups=layout, model={"name": "tiny:normed"}, refine={"epochs": 2, "evaluate_average": 1}))
+    job = eager(
+        tiny.job(
+            groups=layout,
+            model={"name": "tiny:normed"},
+            refine={"epochs": 2, "evaluate_average": 1},
+        )
+    )
     with grid(world, layout) as ranks:
         whole, parts = Record(), Record()
         assert run(job, ranks, folder / "whole", whole)
@@ -114,10 +153,18 @@ def test_stopped_again_and_again_it_ends_the_same(world: Team, folder: Path, eve
         assert parts == whole and starts > 8
 
 
-def test_groups_that_go_on_from_their_average_come_back_to_one_step(world: Team, folder: Path) -> None:
+def test_groups_that_go_on_from_their_average_come_back_to_one_step(
+    world: Team, folder: Path
+) -> None:
     """Stopped again and again, also between the saves of a rank's two groups, it ends the same to the bit."""
     layout = 2 if world.size % 2 == 0 else 2 * world.size
-    job = eager(tiny.job(groups=layout, model={"name": "tiny:normed"}, refine={"epochs": 3, "average_every_steps": 5}))
+    job = eager(
+        tiny.job(
+            groups=layout,
+            model={"name": "tiny:normed"},
+            refine={"epochs": 3, "average_every_steps": 5},
+        )
+    )
     with grid(world, layout) as ranks:
         whole, parts = Record(), Record()
         assert run(job, ranks, folder / "whole", whole)
@@ -128,7 +175,9 @@ def test_groups_that_go_on_from_their_average_come_back_to_one_step(world: Team,
         assert parts == whole and starts > 2
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(world: Team, folder: Path, every_step: None) -> None:
+def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(
+    world: Team, folder: Path, every_step: None
+) -> None:
     """Saved by all ranks inside an epoch of each phase, it goes on on one rank alone."""
     job = eager(tiny.job(groups=1, refine={"epochs": 1, "batch_size": 24}))
     for stop_at in (2, 6, 10):  # of 8 steps in phase 1 and 4 in phase 2
@@ -142,12 +191,16 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(world: T
         assert begun.epochs.keys() >= whole.epochs.keys()
         for key, (train, test, *rest) in whole.epochs.items():
             found = begun.epochs[key]
-            assert found[0].loss == pytest.approx(train.loss, rel=1e-4) and found[0].accuracy == pytest.approx(train.accuracy, abs=0.02)
+            assert found[0].loss == pytest.approx(train.loss, rel=1e-4) and found[
+                0
+            ].accuracy == pytest.approx(train.accuracy, abs=0.02)
             assert found[1].loss == pytest.approx(test.loss, rel=1e-4) and list(found[2:]) == rest
 
 
 @pytest.mark.ranks(2, 4)
-def test_batch_norm_statistics_of_each_rank_come_back(world: Team, folder: Path, every_step: None) -> None:
+def test_batch_norm_statistics_of_each_rank_come_back(
+    world: Team, folder: Path, every_step: None
+) -> None:
     job = eager(tiny.job(model={"name": "tiny:normed"}))
     checkpoints = Checkpoints(folder, job.recipe)
     events = fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world)
@@ -162,7 +215,12 @@ def test_batch_norm_statistics_of_each_rank_come_back(world: Team, folder: Path,
     assert all(torch.equal(saved.point.buffers[name], t) for name, t in mine.items())
     alone = Checkpoints(folder, job.recipe).load("large_batch", Team.alone())
     assert alone
-    torch.testing.assert_close(alone.point.buffers["1.running_mean"], torch.stack(there).double().mean(0).float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        alone.point.buffers["1.running_mean"],
+        torch.stack(there).double().mean(0).float(),
+        rtol=0,
+        atol=0,
+    )
     assert alone.point.running.samples == 2 * 24
 
 
@@ -171,17 +229,25 @@ def test_one_rank_that_is_asked_stops_all_at_the_same_step(world: Team, every_st
     control = job.control
 
     def watched() -> Iterator[Epoch | SavePoint]:
-        for event in fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world):
+        for event in fit(
+            tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world
+        ):
             yield event
             if isinstance(event, Epoch) and world.rank == world.size - 1:
                 control.stop = True
 
-    points = [(event.epoch, event.step) for event in watched() if isinstance(event, SavePoint) and event.due]
+    points = [
+        (event.epoch, event.step)
+        for event in watched()
+        if isinstance(event, SavePoint) and event.due
+    ]
     assert points == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     assert world.allgather(points) == [points] * world.size
 
 
-def test_looking_more_often_changes_nothing(world: Team, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_more_often_changes_nothing(
+    world: Team, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, records = tiny.job(**NORMED), []
     with grid(world, 1) as ranks:
         for seconds in (0.0, 1e9):
@@ -193,7 +259,12 @@ def test_looking_more_often_changes_nothing(world: Team, folder: Path, monkeypat
 
 def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: Path) -> None:
     """But what is asked for: the mean of the groups' weights as they are then, and of their cycles' ends."""
-    jobs = [tiny.job(groups=2 * world.size, refine={"epochs": 2, "cycles": 2, "evaluate_average": every}) for every in (0, 1)]
+    jobs = [
+        tiny.job(
+            groups=2 * world.size, refine={"epochs": 2, "cycles": 2, "evaluate_average": every}
+        )
+        for every in (0, 1)
+    ]
     records, averages, copies = [Record(), Record()], [], []
     with grid(world, 2 * world.size) as ranks:
         for job, record in zip(jobs, records, strict=True):
@@ -203,10 +274,15 @@ def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: 
                     weights = tiny.weights(event.model)
                     averages += [weights] if event.what == "batchnorm" else []
                     copies += [weights] if event.what.startswith("group-") else []
-    ends = [{name: digest for name, digest in record.models.items() if name.split()[1] in ("0", "32")} for record in records]
+    ends = [
+        {name: digest for name, digest in record.models.items() if name.split()[1] in ("0", "32")}
+        for record in records
+    ]
     assert records[0].epochs == records[1].epochs and ends[0] == ends[1] and len(ends[0]) == 5
     assert len(averages) == 4
-    everyones = [torch.stack(copies)[k : k + 2] for k in range(0, 8, 2)]  # per meeting, this rank's two groups
+    everyones = [
+        torch.stack(copies)[k : k + 2] for k in range(0, 8, 2)
+    ]  # per meeting, this rank's two groups
     here = [torch.stack([w for part in world.allgather(each) for w in part]) for each in everyones]
     expected: list[Tensor] = [
         here[0].mean(0),
@@ -227,5 +303,8 @@ def test_weights_that_are_not_finite_are_never_saved(world: Team, every_step: No
         if isinstance(event, SavePoint) and event.step == 1:
             break
     job.control.beat = lambda where: model.get_parameter("0.weight").data.fill_(math.inf)  # type: ignore[method-assign, assignment]
-    with pytest.raises(RunError, match=r"a weight is not finite after large_batch, epoch 1, step 2, at a learning rate of 0.0"):
+    with pytest.raises(
+        RunError,
+        match=r"a weight is not finite after large_batch, epoch 1, step 2, at a learning rate of 0.0",
+    ):
         next(events)

@@ -10,19 +10,27 @@ import tiny
 import torch
 from torch import Tensor
 
-from swap_hpc.averaging import weights_sha256
-from swap_hpc.events import Done
-from swap_hpc.job import Job
-from swap_hpc.ranks import Ranks, Team, grid
+from swap_hpc.average.agreement import weights_sha256
+from swap_hpc.parallel.grid import Ranks, grid
+from swap_hpc.parallel.teams import Team
 from swap_hpc.swap import swap
+from swap_hpc.train.events import Done
+from swap_hpc.train.job import Job
 
-REFINE_ONLY: dict[str, Any] = {"large_batch": {"epochs": 0}, "model": {"name": "tiny:normed", "weights": "given"}}
+REFINE_ONLY: dict[str, Any] = {
+    "large_batch": {"epochs": 0},
+    "model": {"name": "tiny:normed", "weights": "given"},
+}
 
 
 def run(job: Job, ranks: Ranks) -> dict[str, Tensor]:
     """Every model of a run by name, as this rank holds it."""
     model = tiny.model(job)
-    return {event.what: tiny.weights(event.model).clone() for event in swap(model, job, ranks) if isinstance(event, Done)}
+    return {
+        event.what: tiny.weights(event.model).clone()
+        for event in swap(model, job, ranks)
+        if isinstance(event, Done)
+    }
 
 
 @contextmanager
@@ -38,14 +46,20 @@ def test_groups_differ_and_all_ranks_end_equal(world: Team) -> None:
         models = run(job, ranks)
     groups = world.allgather(models[f"group-{world.rank:03d}"])
     assert all(not torch.equal(a, b) for i, a in enumerate(groups) for b in groups[:i])
-    assert all(torch.equal(models["batchnorm"], other) for other in world.allgather(models["batchnorm"]))
+    assert all(
+        torch.equal(models["batchnorm"], other) for other in world.allgather(models["batchnorm"])
+    )
 
 
 def test_the_average_is_the_mean_of_the_groups(world: Team) -> None:
     job = tiny.job(groups=2 * world.size)
     with grid(world, 2 * world.size) as ranks:
         models = run(job, ranks)
-    groups = [w for part in world.allgather({k: w for k, w in models.items() if k.startswith("group-")}) for w in part.values()]
+    groups = [
+        w
+        for part in world.allgather({k: w for k, w in models.items() if k.startswith("group-")})
+        for w in part.values()
+    ]
     assert len(groups) == 2 * world.size
     assert torch.equal(models["average"], torch.stack(groups).mean(0).float().double())
 
@@ -83,7 +97,12 @@ def test_four_groups_are_the_same_to_the_bit_on_any_number_of_ranks(world: Team)
 def test_several_ranks_per_group_give_what_one_gives(world: Team, groups: int) -> None:
     if world.size % groups:
         pytest.skip(f"{world.size} ranks are no multiple of {groups} groups")
-    job = tiny.job(groups=groups, large_batch={"epochs": 0}, model={"weights": "given"}, refine={"epochs": 2, "batch_size": 24})
+    job = tiny.job(
+        groups=groups,
+        large_batch={"epochs": 0},
+        model={"weights": "given"},
+        refine={"epochs": 2, "batch_size": 24},
+    )
     with grid(world, groups) as ranks:
         here = run(job, ranks)
     with alone(groups) as one:
@@ -94,7 +113,9 @@ def test_several_ranks_per_group_give_what_one_gives(world: Team, groups: int) -
 
 @pytest.mark.ranks(8)
 def test_four_groups_of_two(world: Team) -> None:
-    job = tiny.job(groups=4, large_batch={"epochs": 0}, model={"weights": "given"}, refine={"batch_size": 24})
+    job = tiny.job(
+        groups=4, large_batch={"epochs": 0}, model={"weights": "given"}, refine={"batch_size": 24}
+    )
     with grid(world, 4) as ranks:
         here = run(job, ranks)
     with alone(4) as one:
@@ -107,7 +128,11 @@ def test_cycles_enter_the_average_one_by_one(world: Team) -> None:
     """G groups of C cycles: the mean of all G x C weights, each cycle going on from the last one's end."""
     ends: list[Tensor] = []
     for cycles in (1, 2, 3):  # a run of c cycles ends where cycle c of a longer one ends
-        job = tiny.job(groups=world.size, refine={"cycles": cycles, "learning_rate": [[0, 0.05], [1, 0.01]]}, large_batch={"epochs": 1})
+        job = tiny.job(
+            groups=world.size,
+            refine={"cycles": cycles, "learning_rate": [[0, 0.05], [1, 0.01]]},
+            large_batch={"epochs": 1},
+        )
         with grid(world, world.size) as ranks:
             models = run(job, ranks)
         ends.append(models[f"group-{world.rank:03d}"])

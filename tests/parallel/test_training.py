@@ -11,18 +11,19 @@ from mpi4py import MPI
 from torch import Tensor
 from torch.nn import functional as F
 
-from swap_hpc.averaging import broadcast_weights_
-from swap_hpc.control import Control
+from swap_hpc.average.sharing import broadcast_weights_
 from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError
-from swap_hpc.evaluation import evaluate, evaluate_job
-from swap_hpc.events import Epoch, SavePoint
-from swap_hpc.fit import fit
-from swap_hpc.gradients import averaged_gradients
-from swap_hpc.job import Batch, Job
-from swap_hpc.objective import Objective
-from swap_hpc.optimizers import Sgd
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.teams import Team
+from swap_hpc.train.control import Control
+from swap_hpc.train.evaluation import evaluate, evaluate_job
+from swap_hpc.train.events import Epoch, SavePoint
+from swap_hpc.train.fit import fit
+from swap_hpc.train.job import Batch, Job
+from swap_hpc.train.objective import Objective
+from swap_hpc.train.optimizers import Sgd
 
 KEY = Key(seed=3, phase=Phase.LARGE_BATCH)
 
@@ -37,7 +38,9 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank))
     labels = torch.arange(6) % 3
     F.cross_entropy(alone(images), labels).backward()
-    with averaged_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), world, tiny.CPU) as optimizer:
+    with averaged_gradients(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), world, tiny.CPU
+    ) as optimizer:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -45,7 +48,9 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
     for start, now, p in zip(before, model.parameters(), alone.parameters(), strict=True):
         assert p.grad is not None
         mean = MPI.COMM_WORLD.allreduce(p.grad.double().numpy(), MPI.SUM) / world.size
-        torch.testing.assert_close((start - now.detach()).double(), torch.from_numpy(mean), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            (start - now.detach()).double(), torch.from_numpy(mean), rtol=1e-5, atol=1e-7
+        )
 
 
 @pytest.mark.ranks(1, 2)
@@ -61,7 +66,10 @@ def test_a_training_that_was_left_does_not_end_the_next_ones_horovod(world: Team
     if world.rank == world.size - 1:
         left.close()
     list(events)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), alone.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), alone.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.ranks(2)
@@ -89,11 +97,16 @@ def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
     with torch.no_grad():
         model.get_parameter("0.weight").add_(world.rank)
     list(fit(model, job, job.recipe.large_batch, KEY, world))  # which does it by itself
-    assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
+    assert all(
+        torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model))
+    )
 
 
 def test_a_model_from_a_file_is_the_first_ranks_too(world: Team) -> None:
-    job = tiny.job(model={"name": "tiny:normed", "weights": "on a disk of each node's own"}, large_batch={"epochs": 0})
+    job = tiny.job(
+        model={"name": "tiny:normed", "weights": "on a disk of each node's own"},
+        large_batch={"epochs": 0},
+    )
     model = tiny.model(job)
     with torch.no_grad():
         model.get_parameter("0.weight").add_(world.rank)
@@ -104,7 +117,13 @@ def test_a_model_from_a_file_is_the_first_ranks_too(world: Team) -> None:
 def test_groups_that_wait_for_each_other_have_saved() -> None:
     job = tiny.job(refine={"epochs": 4, "evaluate_average": 2}, checkpoint={"epochs": 0})
     events = fit(tiny.model(job), job, job.recipe.refine, Key(3, Phase.REFINE, 0), Team.alone())
-    assert [(e.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [(0, False), (1, False), (2, True), (3, False), (4, True)]
+    assert [(e.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [
+        (0, False),
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    ]
 
 
 @pytest.mark.ranks(1, 2)
@@ -120,7 +139,11 @@ def test_saves_of_short_epochs_are_apart(busy: bool, world: Team) -> None:
 
 
 @pytest.mark.ranks(1, 2)
-@pytest.mark.parametrize("fields", [{"channels_last": True}, {"optimizer": {"fused": True}}], ids=["channels_last", "fused"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"channels_last": True}, {"optimizer": {"fused": True}}],
+    ids=["channels_last", "fused"],
+)
 def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], world: Team) -> None:
     jobs = [tiny.job(model={"name": "tiny:batch_normed"}, **more) for more in (fields, {})]
     models = [job.build() for job in jobs]
@@ -128,11 +151,15 @@ def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], world
         assert models[0].get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
     for job, model in zip(jobs, models, strict=True):
         list(fit(model, job, job.recipe.large_batch, KEY, world))
-    torch.testing.assert_close(tiny.weights(models[0]), tiny.weights(models[1]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        tiny.weights(models[0]), tiny.weights(models[1]), rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.ranks(1, 2)
-def test_the_next_batch_is_fetched_while_gradients_are_averaged(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_batch_is_fetched_while_gradients_are_averaged(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But not an epoch's first one: an evaluation comes before, and the images may have another size then."""
     done: list[str] = []
     plain_batches, plain_step = Job.training_batches, Sgd.step
@@ -170,7 +197,9 @@ def test_ranks_give_one_ranks_weights(world: Team) -> None:
 
 @pytest.mark.ranks(2)
 def test_a_compiled_step_trains_as_a_plain_one_does(world: Team) -> None:
-    jobs = [tiny.job(model={"name": "tiny:batch_normed"}, compile=wanted) for wanted in (True, False)]
+    jobs = [
+        tiny.job(model={"name": "tiny:batch_normed"}, compile=wanted) for wanted in (True, False)
+    ]
     compiled, plain = (tiny.model(job) for job in jobs)
     for job, model in zip(jobs, (compiled, plain), strict=True):
         list(fit(model, job, job.recipe.large_batch, KEY, world))
@@ -194,13 +223,17 @@ def test_all_ranks_hold_the_same_weights(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"})
     model = tiny.model(job)
     list(fit(model, job, job.recipe.large_batch, KEY, world))
-    assert all(torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model)))
+    assert all(
+        torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model))
+    )
 
 
 @pytest.mark.ranks(1, 2)
 def test_an_evaluation_leaves_the_modes_as_they_were(world: Team) -> None:
     model = tiny.normed(3, 3).train()
-    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    frozen = next(
+        module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    ).eval()
     batches = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]
     evaluate(model, batches if world.rank == 0 else [], world)
     assert [module for module in model.modules() if not module.training] == [frozen]
@@ -218,7 +251,9 @@ def test_an_evaluations_measures_are_computed_in_float32(world: Team) -> None:
         return torch.zeros(len(targets))
 
     job = tiny.job(precision="bf16")
-    objective = Objective(measured, lambda outputs, targets: measured(outputs, targets).sum(), measured)
+    objective = Objective(
+        measured, lambda outputs, targets: measured(outputs, targets).sum(), measured
+    )
     with job.autocast():
         evaluate(tiny.model(job), job.test_batches(world), world, objective)
     assert set(seen) == {(torch.float32, False, torch.float32)}
@@ -228,10 +263,12 @@ def test_evaluation_counts_each_sample_once(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"})  # 37 test samples in batches of 7
     model = tiny.model(job).eval()
     result = evaluate_job(model, job, world)
-    images = (torch.from_numpy(job.dataset.test.images) - torch.tensor(job.dataset.mean)) / torch.tensor(job.dataset.std)  # type: ignore[union-attr]
+    assert isinstance(job.dataset.test, Arrays)
+    mean, std = torch.tensor(job.dataset.mean), torch.tensor(job.dataset.std)
+    images = (torch.from_numpy(job.dataset.test.images) - mean) / std
     with torch.no_grad():
         logits = model(images.float().permute(0, 3, 1, 2))
-    labels = torch.from_numpy(job.dataset.test.labels)  # type: ignore[union-attr]
+    labels = torch.from_numpy(job.dataset.test.labels)
     assert result.accuracy == (logits.argmax(1) == labels).sum().item() / 37
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
@@ -245,5 +282,8 @@ def test_the_phase_ends_at_its_training_accuracy(world: Team) -> None:
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(world: Team) -> None:
     job = tiny.job(large_batch={"learning_rate": 1e30})
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], at a learning rate of 1e\+30"):
+    with pytest.raises(
+        RunError,
+        match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], at a learning rate of 1e\+30",
+    ):
         list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))

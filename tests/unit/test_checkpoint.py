@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-from swap_hpc.checkpoint import FORMAT, Checkpoints
 from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.events import SavePoint
-from swap_hpc.files import read_tensors, write_tensors
-from swap_hpc.fit import fit
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run.checkpoint import FORMAT, Checkpoints
+from swap_hpc.run.weights import read_tensors, write_tensors
+from swap_hpc.train.events import SavePoint
+from swap_hpc.train.fit import fit
 
 ONE = Team.alone()
 NEWEST, BEFORE = "large_batch-00003-0000000.safetensors", "large_batch-00002-0000000.safetensors"
@@ -42,11 +42,17 @@ def epoch_of(checkpoints: Checkpoints) -> int | None:
 def test_the_newest_two_are_kept(checkpoints: Checkpoints) -> None:
     assert names(checkpoints) == [BEFORE, NEWEST]
     saved = checkpoints.load("large_batch", ONE)
-    assert saved and (saved.point.epoch, saved.point.step, saved.point.ended) == (3, 0, True) and saved.notes == {"lines": [3]}
+    assert (
+        saved
+        and (saved.point.epoch, saved.point.step, saved.point.ended) == (3, 0, True)
+        and saved.notes == {"lines": [3]}
+    )
     assert checkpoints.load("group-000", ONE) is None
 
 
-def test_any_altered_byte_is_noticed_and_the_one_before_used(checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]) -> None:
+def test_any_altered_byte_is_noticed_and_the_one_before_used(
+    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
+) -> None:
     path, draw = checkpoints.folder / NEWEST, random.Random(0)
     sound = path.read_bytes()
     places = [*range(8), *(draw.randrange(len(sound)) for _ in range(92))]
@@ -56,7 +62,9 @@ def test_any_altered_byte_is_noticed_and_the_one_before_used(checkpoints: Checkp
         path.write_bytes(altered)
         assert epoch_of(checkpoints) == 2, f"byte {place} of {len(sound)}"
         (line,) = capfd.readouterr().err.splitlines()
-        assert line.startswith(f"swap-hpc: warning: {path} is ") and line.endswith(f"; going on from {BEFORE}")
+        assert line.startswith(f"swap-hpc: warning: {path} is ") and line.endswith(
+            f"; going on from {BEFORE}"
+        )
         damaged = path.with_suffix(".damaged")
         assert damaged.read_bytes() == altered  # to be looked into
         damaged.unlink()
@@ -65,7 +73,9 @@ def test_any_altered_byte_is_noticed_and_the_one_before_used(checkpoints: Checkp
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 100, 5000, -1])
-def test_a_truncated_one_is_noticed(checkpoints: Checkpoints, left: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_one_is_noticed(
+    checkpoints: Checkpoints, left: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = checkpoints.folder / NEWEST
     path.write_bytes(path.read_bytes()[:left])
     assert epoch_of(checkpoints) == 2
@@ -76,15 +86,22 @@ def test_where_both_are_damaged_nothing_is_deleted(checkpoints: Checkpoints) -> 
     for name in (NEWEST, BEFORE):
         (checkpoints.folder / name).write_bytes(b"\0" * 100)
     with pytest.raises(
-        RunError, match=rf"no checkpoint of large_batch in .* can be used \({NEWEST} is .*; {BEFORE} is .*\): restore one"
+        RunError,
+        match=rf"no checkpoint of large_batch in .* can be used \({NEWEST} is .*; {BEFORE} is .*\): restore one",
     ) as error:
         checkpoints.load("large_batch", ONE)
     assert "\n" not in str(error.value) and names(checkpoints) == [BEFORE, NEWEST]
 
 
 def test_another_recipes_is_refused_with_the_fields(checkpoints: Checkpoints) -> None:
-    other = Checkpoints(checkpoints.folder, tiny.recipe(seed=5, model={"name": "tiny:normed"}, large_batch={"epochs": 4}))
-    with pytest.raises(UserError, match=rf"{NEWEST} was saved by another recipe \(large_batch.epochs, seed differ\): choose another --out"):
+    other = Checkpoints(
+        checkpoints.folder,
+        tiny.recipe(seed=5, model={"name": "tiny:normed"}, large_batch={"epochs": 4}),
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"{NEWEST} was saved by another recipe \(large_batch.epochs, seed differ\): choose another --out",
+    ):
         other.load("large_batch", ONE)
     moved = tiny.recipe(
         model={"name": "tiny:normed"},
@@ -93,7 +110,9 @@ def test_another_recipes_is_refused_with_the_fields(checkpoints: Checkpoints) ->
         checkpoint={"minutes": 1},
         watchdog={"minutes": 1},
     )
-    assert epoch_of(Checkpoints(checkpoints.folder, moved)) == 3  # what may change between two starts
+    assert (
+        epoch_of(Checkpoints(checkpoints.folder, moved)) == 3
+    )  # what may change between two starts
 
 
 @pytest.mark.parametrize("version", ["0", None])
@@ -102,16 +121,24 @@ def test_another_format_is_refused(checkpoints: Checkpoints, version: str | None
     tensors, header = read_tensors(path)
     header = {key: value for key, value in header.items() if key not in ("sha256", "checkpoint")}
     write_tensors(path, tensors, header | ({"checkpoint": version} if version else {}))
-    with pytest.raises(UserError, match=rf"{NEWEST} has checkpoint format {version}, this version reads {FORMAT}: finish the run with"):
+    with pytest.raises(
+        UserError,
+        match=rf"{NEWEST} has checkpoint format {version}, this version reads {FORMAT}: finish the run with",
+    ):
         checkpoints.load("large_batch", ONE)
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints: Checkpoints) -> None:
-    job = tiny.job(model={"name": "tiny:plain"}, large_batch={"epochs": 3})  # as where the model's code has changed since
+    job = tiny.job(
+        model={"name": "tiny:plain"}, large_batch={"epochs": 3}
+    )  # as where the model's code has changed since
     checkpoints.recipe = tiny.recipe(model={"name": "tiny:normed"}, large_batch={"epochs": 3})
     point = checkpoints.load("large_batch", ONE).point  # type: ignore[union-attr]
     object.__setattr__(job, "load", lambda part, team: point)
-    with pytest.raises(UserError, match=r"the weights of the checkpoint of large_batch are not of this model: .*[Uu]nexpected key"):
+    with pytest.raises(
+        UserError,
+        match=r"the weights of the checkpoint of large_batch are not of this model: .*[Uu]nexpected key",
+    ):
         list(fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), ONE))
 
 
@@ -119,7 +146,12 @@ def test_it_is_a_safetensors_file_with_a_readable_header(checkpoints: Checkpoint
     """Nothing in it is executed, and other programs can open it."""
     tensors, header = read_tensors(checkpoints.folder / NEWEST)
     state = json.loads(header["state"])
-    assert state["phase"] == "large_batch" and state["epoch"] == 3 and header["checkpoint"] == FORMAT
-    assert tensors["momentum/0.weight"].shape == tensors["weights/0.weight"].shape and "buffers/1.running_mean" in tensors
+    assert (
+        state["phase"] == "large_batch" and state["epoch"] == 3 and header["checkpoint"] == FORMAT
+    )
+    assert (
+        tensors["momentum/0.weight"].shape == tensors["weights/0.weight"].shape
+        and "buffers/1.running_mean" in tensors
+    )
     assert not any(name.startswith("sums/") for name in tensors)  # which only groups have
     assert "ranks" not in tensors  # one rank's buffers are all there are

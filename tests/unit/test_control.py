@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from swap_hpc.control import STOPPING, Control
-from swap_hpc.watchdog import _Stillness
+from swap_hpc.run.watchdog import _Stillness
+from swap_hpc.train.control import STOPPING, Control
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def control() -> Iterator[Control]:
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda n: n.name)
-def test_a_signal_asks_for_a_stop_and_does_nothing_else(control: Control, number: signal.Signals) -> None:
+def test_a_signal_asks_for_a_stop_and_does_nothing_else(
+    control: Control, number: signal.Signals
+) -> None:
     assert not control.due()
     os.kill(os.getpid(), number)
     assert control.stop and control.due()
@@ -66,9 +68,10 @@ def test_a_standstill_counts_from_the_last_change() -> None:
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from swap_hpc.control import Control
-from swap_hpc.ranks import Team, grid
-from swap_hpc.watchdog import watching
+from swap_hpc.train.control import Control
+from swap_hpc.parallel.grid import grid
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run.watchdog import watching
 control = Control()
 with grid(Team.world(), 1) as ranks, watching(control, 1 / 60, Path(sys.argv[1]), ranks):
     {body}
@@ -85,7 +88,11 @@ print("ended")
             "swap-hpc: no progress for 1 s after epoch 3: this rank, or one",
         ),
         ("[(control.beat('a step'), time.sleep(0.1)) for _ in range(25)]", 0, "ended"),
-        ("wait = control.waiting(); wait.__enter__(); time.sleep(2.5)", 0, "ended"),  # for other groups
+        (
+            "wait = control.waiting(); wait.__enter__(); time.sleep(2.5)",
+            0,
+            "ended",
+        ),  # for other groups
     ],
     ids=["stands still", "goes on", "waits"],
 )

@@ -10,8 +10,8 @@ from swap_hpc.data import crops, loader
 from swap_hpc.data.crops import cropped
 from swap_hpc.data.sampling import Key, Phase, Picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Dataset, with_statistics
-from swap_hpc.devices import Device
-from swap_hpc.recipe import Augment
+from swap_hpc.parallel.devices import Device
+from swap_hpc.recipe.schema import Augment
 
 CPU = Device(torch.device("cpu"), 1)
 SAMPLES, BATCH = 301, 50
@@ -59,7 +59,9 @@ def test_pixels_and_labels_are_dalis(
     by_torch = cropped(data, arrays(data), picks(), augment, CPU.torch)
     count = 0
     for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
-        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
+        assert images.dtype == torch.float32 and images.is_contiguous(
+            memory_format=torch.channels_last
+        )
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
         count += 1
     assert count == 2 * (SAMPLES // BATCH)
@@ -67,8 +69,12 @@ def test_pixels_and_labels_are_dalis(
 
 def test_evaluation_sees_whole_images_once_the_last_batch_smaller() -> None:
     data = dataset(8, 8, 3)
-    by_dali = loader.batches(data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), loader.View(None), 64, CPU)
-    by_torch = list(cropped(data, arrays(data), evaluation_picks(SAMPLES, 64, 0, 1), None, CPU.torch))
+    by_dali = loader.batches(
+        data, data.train, evaluation_picks(SAMPLES, 64, 0, 1), loader.View(None), 64, CPU
+    )
+    by_torch = list(
+        cropped(data, arrays(data), evaluation_picks(SAMPLES, 64, 0, 1), None, CPU.torch)
+    )
     assert [len(labels) for _, labels in by_torch] == [64, 64, 64, 64, 45]
     for (images, labels), (expected, expected_labels) in zip(by_torch, by_dali, strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
@@ -93,11 +99,15 @@ def test_no_more_steps_are_made_at_once_than_fit(monkeypatch: pytest.MonkeyPatch
 def test_targets_of_any_shape_come_along() -> None:
     data = dataset(8, 8, 3)
     split = Arrays(data.train.images, np.stack([data.train.labels, data.train.labels + 1], 1))  # type: ignore[union-attr]
-    for (_, targets), pick in zip(cropped(data, split, picks(), Augment(), CPU.torch), picks(), strict=True):
+    for (_, targets), pick in zip(
+        cropped(data, split, picks(), Augment(), CPU.torch), picks(), strict=True
+    ):
         assert torch.equal(targets, torch.from_numpy(split.labels[pick.indices]))
 
 
-def test_a_graphs_output_on_the_cpu_is_copied_before_dali_uses_its_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graphs_output_on_the_cpu_is_copied_before_dali_uses_its_memory_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The copy to the GPU goes on while DALI fills its buffers again. (The GPU is left out: the copy stays on the CPU.)"""
     monkeypatch.setattr(loader, "to_device", lambda values, device: torch.from_numpy(values))
     output = torch.arange(4.0)

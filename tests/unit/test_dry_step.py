@@ -12,10 +12,10 @@ import zoo
 from torch import Tensor, nn
 
 from swap_hpc.data.sampling import Key, Phase
-from swap_hpc.dry_step import dry_step
 from swap_hpc.errors import UserError
-from swap_hpc.job import Job
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run.dry_step import dry_step
+from swap_hpc.train.job import Job
 
 
 @pytest.fixture
@@ -125,7 +125,8 @@ def on_meta(classes: int, channels: int) -> nn.Module:
 
 def restless(classes: int, channels: int) -> nn.Module:
     restless.width += 1  # type: ignore[attr-defined]
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, restless.width), nn.Linear(restless.width, classes))  # type: ignore[attr-defined]
+    width = restless.width  # type: ignore[attr-defined]
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, width), nn.Linear(width, classes))
 
 
 restless.width = 4  # type: ignore[attr-defined]
@@ -142,17 +143,25 @@ restless.width = 4  # type: ignore[attr-defined]
         (Copies, r"hands out a copy of body.0.weight: what is saved would not be what is trained"),
         (LeavesOut, r"leaves out head.weight: what is saved would not be what is trained"),
         (LeavesOutStatistics, r"leaves out body.1.running_mean, which training changes"),
-        (Pickled, r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot be loaded"),
+        (
+            Pickled,
+            r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot be loaded",
+        ),
         (Forgetful, r"the weights that the state dict holds are not of this model: .*_extra_state"),
         (Wide, r"wide of the model .* is complex128, which a .safetensors file cannot hold"),
-        (Growing, r"the weights that the state dict holds after a step are not of this model: .*late.weight"),
+        (
+            Growing,
+            r"the weights that the state dict holds after a step are not of this model: .*late.weight",
+        ),
         (scripted, r"is TorchScript \(all of it\)"),
         (lazy, r"1.weight .* is lazy, without a shape yet: call the model once"),
         (on_meta, r"body.0.weight .* is on the meta device: dense tensors are needed"),
         (restless, r"makes another model when it is called again \(1.bias differs\)"),
     ],
 )
-def test_what_a_run_would_meet_later_is_refused(build: Callable[..., nn.Module], line: str, job_of: Callable[..., Job]) -> None:
+def test_what_a_run_would_meet_later_is_refused(
+    build: Callable[..., nn.Module], line: str, job_of: Callable[..., Job]
+) -> None:
     with pytest.raises(UserError, match=line) as error:
         tried(job_of(build))
     assert "\n" not in str(error.value)
@@ -205,7 +214,9 @@ def test_state_outside_the_state_dict_is_warned_of(job_of: Callable[..., Job]) -
         zoo.densenet,
     ],
 )
-def test_what_can_be_trained_passes_and_a_model_like_it_is_left(build: Callable[..., nn.Module], job_of: Callable[..., Job]) -> None:
+def test_what_can_be_trained_passes_and_a_model_like_it_is_left(
+    build: Callable[..., nn.Module], job_of: Callable[..., Job]
+) -> None:
     job = job_of(build)
     model = job.build()
     before = tiny.weights(model)
@@ -265,7 +276,9 @@ def test_a_model_is_built_in_training_mode(job_of: Callable[..., Job]) -> None:
     assert all(module.training for module in job_of(Backbone).build().modules())
 
 
-def test_the_last_model_of_the_builder_is_the_one_that_is_trained(job_of: Callable[..., Job]) -> None:
+def test_the_last_model_of_the_builder_is_the_one_that_is_trained(
+    job_of: Callable[..., Job],
+) -> None:
     """A loss may refer to it."""
     built: list[nn.Module] = []
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swap_hpc import agreement
-from swap_hpc.agreement import fingerprint
+from swap_hpc.average import agreement
+from swap_hpc.average.agreement import fingerprint
 
 
 def values(dtype: torch.dtype, size: int = 1000) -> Tensor:
@@ -15,7 +15,15 @@ def values(dtype: torch.dtype, size: int = 1000) -> Tensor:
     return torch.randn(size, generator=generator).mul(50).to(dtype)
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.int64,
+    torch.uint8,
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +46,9 @@ def test_order_counts_and_layout_does_not() -> None:
     assert fingerprint([one.flip(0)]) != fingerprint([one])
     weights = values(torch.float32, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
     assert fingerprint([weights.to(memory_format=torch.channels_last)]) == fingerprint([weights])
-    assert fingerprint([weights.transpose(0, 1).contiguous().transpose(0, 1)]) == fingerprint([weights])
+    assert fingerprint([weights.transpose(0, 1).contiguous().transpose(0, 1)]) == fingerprint(
+        [weights]
+    )
 
 
 def test_parts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,14 @@ import tiny
 import torch
 from launch import command
 
-from swap_hpc import devices, prepare
-from swap_hpc.devices import Capability, Device, Memory, choose_device, serves, use_device
-from swap_hpc.doctor import crowding
 from swap_hpc.errors import UserError, explained
-from swap_hpc.metrics import Line
-from swap_hpc.ranks import Team
-from swap_hpc.result import peak_memory
+from swap_hpc.parallel import devices
+from swap_hpc.parallel.devices import Capability, Device, Memory, choose_device, serves, use_device
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run import prepare
+from swap_hpc.run.doctor import crowding
+from swap_hpc.run.journal import Line
+from swap_hpc.run.result import peak_memory
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1's wheel
 CUDA_12 = ["sm_70", *CUDA_13]  # of torch 2.10.0's
@@ -46,11 +47,19 @@ TOO_OLD = (
         ([], (9, 0), True),
     ],
 )
-def test_which_gpus_code_runs_on(architectures: list[str], capability: Capability, serve: bool) -> None:
+def test_which_gpus_code_runs_on(
+    architectures: list[str], capability: Capability, serve: bool
+) -> None:
     assert serves(architectures, capability) == serve
 
 
-def shows(monkeypatch: pytest.MonkeyPatch, name: str, capability: Capability, cuda: str = "13.0", error: str = "") -> None:
+def shows(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: Capability,
+    cuda: str = "13.0",
+    error: str = "",
+) -> None:
     """Lets torch see a GPU, or fail with `error` where it is asked for more than their number."""
 
     def properties(index: int) -> SimpleNamespace:
@@ -60,7 +69,9 @@ def shows(monkeypatch: pytest.MonkeyPatch, name: str, capability: Capability, cu
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA_13 if cuda.startswith("13") else CUDA_12)
+    monkeypatch.setattr(
+        torch.cuda, "get_arch_list", lambda: CUDA_13 if cuda.startswith("13") else CUDA_12
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
@@ -84,23 +95,33 @@ def test_a_driver_that_is_too_old_gets_one_line(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_that_fails_otherwise_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     says = "torch sees a GPU and cannot use it (CUDA unknown error - this may be due to an incorrectly set up environment): nvidia-smi, or"
-    assert refusal(monkeypatch, error="CUDA unknown error - this may be due\n to an incorrectly set up environment").startswith(says)
+    assert refusal(
+        monkeypatch,
+        error="CUDA unknown error - this may be due\n to an incorrectly set up environment",
+    ).startswith(says)
 
 
 def test_a_gpu_that_torch_is_not_built_for_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    says = (
-        f"Tesla V100 has compute capability 7.0, which torch {torch.__version__} is not built for ({' '.join(CUDA_13)}): make setup CUDA=12"
-    )
+    says = f"Tesla V100 has compute capability 7.0, which torch {torch.__version__} is not built for ({' '.join(CUDA_13)}): make setup CUDA=12"
     assert refusal(monkeypatch).startswith(says)
-    assert "take another GPU, or --set device=cpu" in refusal(monkeypatch, name="Tesla P100", capability=(6, 0), cuda="12.8")
+    assert "take another GPU, or --set device=cpu" in refusal(
+        monkeypatch, name="Tesla P100", capability=(6, 0), cuda="12.8"
+    )
 
 
-@pytest.mark.parametrize(("name", "capability", "cuda"), [("Tesla V100", (7, 0), "12.8"), ("Tesla T4", (7, 5), "13.0")])
-def test_bf16_is_refused_where_a_gpu_imitates_it(name: str, capability: Capability, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "capability", "cuda"), [("Tesla V100", (7, 0), "12.8"), ("Tesla T4", (7, 5), "13.0")]
+)
+def test_bf16_is_refused_where_a_gpu_imitates_it(
+    name: str, capability: Capability, cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shows(monkeypatch, name, capability, cuda)
     device = choose_device(Team.alone(), "auto")
     prepare.check_device(tiny.recipe(precision="fp32"), device)
-    with pytest.raises(UserError, match=rf"bf16.*8\.0 \(A100\) or newer, and {name} has {capability[0]}\.{capability[1]}: .*fp32 \(fp16"):
+    with pytest.raises(
+        UserError,
+        match=rf"bf16.*8\.0 \(A100\) or newer, and {name} has {capability[0]}\.{capability[1]}: .*fp32 \(fp16",
+    ):
         prepare.check_device(tiny.recipe(precision="bf16"), device)
 
 
@@ -111,13 +132,16 @@ def test_bf16_is_used_where_a_gpu_has_it_and_on_cpus(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("kind", "program"), [("cpu", "g++"), ("cuda", "gcc")])
-def test_compile_wants_a_compiler_and_headers(kind: str, program: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_wants_a_compiler_and_headers(
+    kind: str, program: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     device, recipe = Device(torch.device(kind), 1), tiny.recipe(compile=True)
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        UserError, match=rf"compile = true: torch\.compile needs a compiler \({program.replace('+', '[+]')}\) where the ranks run"
+        UserError,
+        match=rf"compile = true: torch\.compile needs a compiler \({program.replace('+', '[+]')}\) where the ranks run",
     ):
         prepare.check_device(recipe, device)
     (tmp_path / program).write_text("#!/bin/sh\n")
@@ -141,7 +165,12 @@ def algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def settings() -> tuple[bool, bool, bool, str | None]:
     cudnn = torch.backends.cudnn
-    return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,14 +182,19 @@ def settings() -> tuple[bool, bool, bool, str | None]:
     ],
 )
 def test_algorithms_are_chosen_as_a_recipe_says(
-    fields: dict[str, bool], expected: tuple[bool, bool, bool, str | None], algorithms: None, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, bool],
+    expected: tuple[bool, bool, bool, str | None],
+    algorithms: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prepare.choose_algorithms(tiny.recipe(**fields))
     assert settings() == expected
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
-@pytest.mark.parametrize(("arguments", "seen"), [(["tests/gpu"], "3"), (["tests/unit", "tests/gpu"], ""), ([], "")])
+@pytest.mark.parametrize(
+    ("arguments", "seen"), [(["tests/gpu"], "3"), (["tests/unit", "tests/gpu"], ""), ([], "")]
+)
 def test_the_suite_hides_the_gpu_but_for_its_own_tests(arguments: list[str], seen: str) -> None:
     """Losses and times elsewhere are those of CPUs; and a session that has started CUDA cannot hide it any more."""
     code = (
@@ -171,26 +205,44 @@ def test_the_suite_hides_the_gpu_but_for_its_own_tests(arguments: list[str], see
         "        return True\n"
         "pytest.main([*sys.argv[1:], '-q', '-p', 'no:cacheprovider'], plugins=[Ends()])\n"
     )
-    done = command(sys.executable, "-c", code, *arguments, cwd=Path(__file__).parents[2], variables={"CUDA_VISIBLE_DEVICES": "3"})
+    done = command(
+        sys.executable,
+        "-c",
+        code,
+        *arguments,
+        cwd=Path(__file__).parents[2],
+        variables={"CUDA_VISIBLE_DEVICES": "3"},
+    )
     assert f"seen:{seen}." in done.stdout, done.stdout + done.stderr
 
 
-def test_a_gpu_that_another_process_has_to_itself_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_another_process_has_to_itself_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def busy(device: torch.device) -> None:
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be ...")
+        raise RuntimeError(
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be ..."
+        )
 
     shows(monkeypatch, "H100", (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", busy)
-    with pytest.raises(UserError, match="torch sees a GPU and cannot use it .*busy or unavailable") as refused:
+    with pytest.raises(
+        UserError, match="torch sees a GPU and cannot use it .*busy or unavailable"
+    ) as refused:
         use_device(Team.alone(), Team.alone(), "auto")
     assert "\n" not in str(refused.value)
 
 
 def test_a_gpu_whose_memory_is_full_gets_one_line() -> None:
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity of 79.1 GiB of which ...")
+    full = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity of 79.1 GiB of which ..."
+    )
     known = explained(full)
     assert isinstance(known, UserError) and "\n" not in str(known)
-    assert re.match(r"the GPU's memory is full \(CUDA out of memory\. Tried.*or large_batch\.accumulate", str(known))
+    assert re.match(
+        r"the GPU's memory is full \(CUDA out of memory\. Tried.*or large_batch\.accumulate",
+        str(known),
+    )
     other = RuntimeError("out of memory")
     assert explained(other) is other
 
@@ -199,7 +251,10 @@ def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.Monk
     gpu = Device(torch.device("cuda", 0), 1, "one")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     (line,) = crowding(Team.alone(), gpu)
-    assert line == "rank 0 has a GPU and one core: mpirun --bind-to none, or srun --cpus-per-task, gives it more"
+    assert (
+        line
+        == "rank 0 has a GPU and one core: mpirun --bind-to none, or srun --cpus-per-task, gives it more"
+    )
     assert crowding(Team.alone(), Device(torch.device("cpu"), 1)) == []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4})
     assert crowding(Team.alone(), gpu) == []
@@ -222,9 +277,24 @@ def test_peak_memory_is_told_of_host_and_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_result_holds_the_most_of_all_starts() -> None:
-    before: Line = {"peak_memory_mib": 700.0, "peak_gpu_allocated_mib": 50.0, "peak_gpu_reserved_mib": 60.0}
-    lines: dict[str, list[Line]] = {"world": [{"phase": "evaluation"}, before], "group-000": [before | {"peak_gpu_reserved_mib": 90.0}]}
+    before: Line = {
+        "peak_memory_mib": 700.0,
+        "peak_gpu_allocated_mib": 50.0,
+        "peak_gpu_reserved_mib": 60.0,
+    }
+    lines: dict[str, list[Line]] = {
+        "world": [{"phase": "evaluation"}, before],
+        "group-000": [before | {"peak_gpu_reserved_mib": 90.0}],
+    }
     found = peak_memory(lines, Memory(600 * 2**20, 70 * 2**20, 80 * 2**20), Team.alone())
     assert found == {"host": 700.0, "gpu_allocated": 70.0, "gpu_reserved": 90.0}
-    on_cpu: dict[str, list[Line]] = {"world": [{"peak_memory_mib": 5.0, "peak_gpu_allocated_mib": None, "peak_gpu_reserved_mib": None}]}
-    assert peak_memory(on_cpu, Memory(2**20), Team.alone()) == {"host": 5.0, "gpu_allocated": None, "gpu_reserved": None}
+    on_cpu: dict[str, list[Line]] = {
+        "world": [
+            {"peak_memory_mib": 5.0, "peak_gpu_allocated_mib": None, "peak_gpu_reserved_mib": None}
+        ]
+    }
+    assert peak_memory(on_cpu, Memory(2**20), Team.alone()) == {
+        "host": 5.0,
+        "gpu_allocated": None,
+        "gpu_reserved": None,
+    }

@@ -11,7 +11,7 @@ from PIL import Image
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.sources import folder
 from swap_hpc.data.splits import Arrays, Dataset
-from swap_hpc.recipe import Data
+from swap_hpc.recipe.schema import Data
 
 
 def images(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), number: int = 3) -> Path:
@@ -37,7 +37,10 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     then = identity(images(tmp_path))
     cat = tmp_path / "train" / "cat"
     (cat / "0.png").rename(cat / "9.png")
-    assert then.differ(identity(tmp_path)) == "9 training samples then, other names, labels or contents"
+    assert (
+        then.differ(identity(tmp_path))
+        == "9 training samples then, other names, labels or contents"
+    )
     (cat / "0.png").write_bytes((cat / "9.png").read_bytes())
     assert then.differ(identity(tmp_path)) == "9 training samples then, 10 now"
     assert then.differ(identity(tmp_path), ["test"]) is None
@@ -66,4 +69,6 @@ def test_data_in_memory_are_known_by_what_they_hold(changed: str) -> None:
         return replace(data, train=Arrays(images, labels))
 
     assert Identity.of(made(0)) == Identity.of(made(0))
-    assert "other names, labels or contents" in (Identity.of(made(0)).differ(Identity.of(made(1))) or "")
+    assert "other names, labels or contents" in (
+        Identity.of(made(0)).differ(Identity.of(made(1))) or ""
+    )

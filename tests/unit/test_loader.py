@@ -13,20 +13,33 @@ from swap_hpc.data import loader
 from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Dataset, Files
 from swap_hpc.errors import RunError
-from swap_hpc.recipe import Augment
+from swap_hpc.recipe.schema import Augment
 
 
 def normalised(dataset: Dataset, images: np.ndarray) -> np.ndarray:
-    return (images.astype(np.float32) - np.array(dataset.mean, np.float32)) / np.array(dataset.std, np.float32)
+    return (images.astype(np.float32) - np.array(dataset.mean, np.float32)) / np.array(
+        dataset.std, np.float32
+    )
 
 
-@pytest.mark.parametrize("augment", [Augment(pad=2, flip=True, cutout=3), Augment(pad=1), Augment(cutout=4), Augment(flip=True), Augment()])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(pad=2, flip=True, cutout=3),
+        Augment(pad=1),
+        Augment(cutout=4),
+        Augment(flip=True),
+        Augment(),
+    ],
+)
 def test_augmentation_equals_numpys(augment: Augment) -> None:
     data = tiny.dataset()
     assert isinstance(data.train, Arrays)
     pick = epoch_picks(Key(0, Phase.REFINE), 0, len(data.train))
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(data, data.train, iter([pick]), loader.View(augment), len(data.train), tiny.CPU)
+    ((images, labels),) = loader.batches(
+        data, data.train, iter([pick]), loader.View(augment), len(data.train), tiny.CPU
+    )
     assert torch.equal(labels, torch.from_numpy(data.train.labels[pick.indices]))
     p, c = augment.pad, augment.cutout
     for image, index, u in zip(images.numpy(), pick.indices, pick.draws, strict=True):
@@ -43,9 +56,16 @@ def test_augmentation_equals_numpys(augment: Augment) -> None:
 
 def test_images_are_channels_last_and_own_their_memory() -> None:
     data = tiny.dataset()
-    batches = list(loader.batches(data, data.test, evaluation_picks(37, 5, 0, 1), loader.View(None), 5, tiny.CPU))
+    batches = list(
+        loader.batches(
+            data, data.test, evaluation_picks(37, 5, 0, 1), loader.View(None), 5, tiny.CPU
+        )
+    )
     first = batches[0][0].clone()
-    assert all(images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32 for images, _ in batches)
+    assert all(
+        images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+        for images, _ in batches
+    )
     assert isinstance(data.test, Arrays)
     together = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(together, normalised(data, data.test.images), rtol=1e-5, atol=1e-5)
@@ -74,13 +94,20 @@ def files(tmp_path: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("kind", ["memory", "streamed"])
-def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(files: Dataset, kind: str) -> None:
+def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(
+    files: Dataset, kind: str
+) -> None:
     data = files if kind == "streamed" else tiny.dataset(40)
     augment, key = Augment(pad=0 if kind == "streamed" else 1, flip=True), Key(0, Phase.REFINE, 1)
 
     def images(first_epoch: int, step: int) -> list[torch.Tensor]:
         picks = training_picks(key, 40, 12, 1, 2, range(first_epoch, 3), step)
-        return [batch.clone() for batch, _ in loader.batches(data, data.train, picks, loader.View(augment), 6, tiny.CPU)]
+        return [
+            batch.clone()
+            for batch, _ in loader.batches(
+                data, data.train, picks, loader.View(augment), 6, tiny.CPU
+            )
+        ]
 
     whole, rest = images(0, 0), images(1, 2)
     assert len(whole) == 9 and len(rest) == 4
@@ -93,13 +120,22 @@ def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> 
     augment = Augment(flip=True, crop_area=(0.2, 0.6), crop_ratio=(0.5, 2.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 40)
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(files, files.train, iter([pick]), loader.View(augment), 40, tiny.CPU)
-    assert images.shape == (40, 3, 32, 32) and torch.equal(labels, torch.from_numpy(files.train.labels[pick.indices]))
-    for image, label, index, u in zip(images.numpy(), labels, pick.indices, pick.draws, strict=True):
+    ((images, labels),) = loader.batches(
+        files, files.train, iter([pick]), loader.View(augment), 40, tiny.CPU
+    )
+    assert images.shape == (40, 3, 32, 32) and torch.equal(
+        labels, torch.from_numpy(files.train.labels[pick.indices])
+    )
+    for image, label, index, u in zip(
+        images.numpy(), labels, pick.indices, pick.draws, strict=True
+    ):
         assert np.allclose(image[2], 80 * int(label), atol=2)
         width, height = Image.open(files.train.paths[index]).size
         area, ratio = 0.2 + u[3] * 0.4, 0.5 * 4 ** u[4]
-        w, h = min(1, np.sqrt(area * ratio * height / width)), min(1, np.sqrt(area / ratio * width / height))
+        w, h = (
+            min(1, np.sqrt(area * ratio * height / width)),
+            min(1, np.sqrt(area / ratio * width / height)),
+        )
         red = image[0][:, ::-1] if u[2] >= 0.5 else image[0]
         assert red.mean() / 255 == pytest.approx(u[0] * (1 - w) + w / 2, abs=0.03)
         assert image[1].mean() / 255 == pytest.approx(u[1] * (1 - h) + h / 2, abs=0.03)
@@ -109,7 +145,10 @@ def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> 
 def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
     """On noise, to a level of 255 and a half, which is what rounding leaves: cropped, resized with antialiasing, mirrored, normalised."""
     generator = np.random.default_rng(1)
-    images = [generator.integers(0, 256, (*generator.integers(20, 90, 2), 3), dtype=np.uint8) for _ in range(24)]
+    images = [
+        generator.integers(0, 256, (*generator.integers(20, 90, 2), 3), dtype=np.uint8)
+        for _ in range(24)
+    ]
     paths = [str(tmp_path / f"{i}.png") for i in range(24)]
     for image, path in zip(images, paths, strict=True):
         Image.fromarray(image).save(path)
@@ -117,12 +156,21 @@ def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
     data = Dataset(split, split, ("a",), (24, 40), 3, (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 24)
     assert pick.draws is not None and 0 < (pick.draws[:, 2] >= 0.5).sum() < 24
-    ((found, _),) = loader.batches(data, split, iter([pick]), loader.View(Augment(flip=True)), 24, tiny.CPU)
+    ((found, _),) = loader.batches(
+        data, split, iter([pick]), loader.View(Augment(flip=True)), 24, tiny.CPU
+    )
     assert found.is_contiguous(memory_format=torch.channels_last)
-    for image, index, u in zip(found.permute(0, 2, 3, 1).numpy(), pick.indices, pick.draws, strict=True):
+    for image, index, u in zip(
+        found.permute(0, 2, 3, 1).numpy(), pick.indices, pick.draws, strict=True
+    ):
         whole = images[index]
-        area, aspect = (0.08 + u[3] * 0.92) * whole.shape[0] * whole.shape[1], np.exp(np.log(3 / 4) + u[4] * np.log(16 / 9))
-        size = np.minimum(whole.shape[:2], np.floor(np.sqrt([area / aspect, area * aspect]) + 0.5)).astype(int)
+        area, aspect = (
+            (0.08 + u[3] * 0.92) * whole.shape[0] * whole.shape[1],
+            np.exp(np.log(3 / 4) + u[4] * np.log(16 / 9)),
+        )
+        size = np.minimum(
+            whole.shape[:2], np.floor(np.sqrt([area / aspect, area * aspect]) + 0.5)
+        ).astype(int)
         top, left = np.floor(u[1::-1] * (np.array(whole.shape[:2]) - size + 1)).astype(int)
         crop = functional.to_pil_image(whole[top : top + size[0], left : left + size[1]])
         expected = np.asarray(functional.resize(crop, [24, 40], antialias=True))
@@ -131,7 +179,11 @@ def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
 
 
 def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
-    batches = list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU))
+    batches = list(
+        loader.batches(
+            files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU
+        )
+    )
     assert [len(images) for images, _ in batches] == [16, 16, 8]
     for images, _ in batches:
         np.testing.assert_allclose(images[:, :2].mean((2, 3)) / 255, 0.5, atol=0.03)
@@ -140,10 +192,17 @@ def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
 def test_an_image_that_cannot_be_decoded_is_named(files: Dataset) -> None:
     assert isinstance(files.train, Files)
     Path(files.train.paths[23]).write_bytes(b"\x89PNG not really")
-    picks = iter([Picks(np.arange(a, a + 8), np.full((8, 5), 0.5, np.float32)) for a in range(0, 40, 8)])
+    picks = iter(
+        [Picks(np.arange(a, a + 8), np.full((8, 5), 0.5, np.float32)) for a in range(0, 40, 8)]
+    )
     seen = 0
-    with pytest.raises(RunError, match=r"cannot decode the image .*/23.png \(not an image that DALI decodes, or damaged\)"):
-        for images, _ in loader.batches(files, files.train, picks, loader.View(Augment()), 8, tiny.CPU):
+    with pytest.raises(
+        RunError,
+        match=r"cannot decode the image .*/23.png \(not an image that DALI decodes, or damaged\)",
+    ):
+        for images, _ in loader.batches(
+            files, files.train, picks, loader.View(Augment()), 8, tiny.CPU
+        ):
             seen += len(images)
     assert seen <= 16
 
@@ -151,5 +210,11 @@ def test_an_image_that_cannot_be_decoded_is_named(files: Dataset) -> None:
 def test_an_image_that_is_gone_is_named(files: Dataset) -> None:
     assert isinstance(files.test, Files)
     Path(files.test.paths[3]).unlink()
-    with pytest.raises(RunError, match=r"cannot decode the image .*/3.png \(No such file or directory\)"):
-        list(loader.batches(files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU))
+    with pytest.raises(
+        RunError, match=r"cannot decode the image .*/3.png \(No such file or directory\)"
+    ):
+        list(
+            loader.batches(
+                files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU
+            )
+        )

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from swap_hpc import lock
 from swap_hpc.errors import UserError
-from swap_hpc.lock import owning
-from swap_hpc.part import WHOLE, Part
-from swap_hpc.ranks import Team
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run import lock
+from swap_hpc.run.lock import owning
+from swap_hpc.run.part import WHOLE, Part
 
 ALONE = Team.alone()
 
 
-def test_a_second_job_ends_with_a_line_that_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_job_ends_with_a_line_that_names_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     out = tmp_path / "run"
     with owning(out, WHOLE, ALONE):
@@ -30,13 +32,18 @@ def test_a_second_job_ends_with_a_line_that_names_the_first(tmp_path: Path, monk
     assert not any(out.iterdir())
 
 
-def test_jobs_that_refine_a_group_each_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_refine_a_group_each_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     with owning(tmp_path, Part("refine", 0), ALONE):
         with owning(tmp_path, Part("refine", 1), ALONE):
             pass
         for part in (WHOLE, Part("refine", 0), Part("average"), Part("large_batch")):
-            with pytest.raises(UserError, match=f"process {os.getpid()} "), owning(tmp_path, part, ALONE):
+            with (
+                pytest.raises(UserError, match=f"process {os.getpid()} "),
+                owning(tmp_path, part, ALONE),
+            ):
                 pass
 
 

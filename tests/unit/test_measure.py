@@ -19,12 +19,22 @@ def test_the_ratio_is_of_neighbours_and_its_median_counts() -> None:
     assert comparison().ratios == [1.0, 2.0, 3.0]
     assert [comparison(bar=bar).met for bar in (None, 2.0, 2.1)] == [None, True, False]
     assert [comparison(bar=bar, at_most=True).met for bar in (1.9, 2.0)] == [False, True]
-    assert comparison(difference=True).ratios == [0.0, 5.0, 8.0] and comparison(difference=True, bar=5.0, at_most=True).met
+    assert (
+        comparison(difference=True).ratios == [0.0, 5.0, 8.0]
+        and comparison(difference=True, bar=5.0, at_most=True).met
+    )
 
 
 def test_the_table_says_what_was_missed() -> None:
     text = table([comparison(bar=2.1, note="why"), comparison(bar=1.5), comparison()])
-    for part in ("2.000 (1.000 to 3.000)", "at least 2.1", "**missed**", "| met", "| reported", "- b, ours: why"):
+    for part in (
+        "2.000 (1.000 to 3.000)",
+        "at least 2.1",
+        "**missed**",
+        "| met",
+        "| reported",
+        "- b, ours: why",
+    ):
         assert part in text
     assert [each["met"] for each in as_json([comparison(bar=2.1), comparison()])] == [False, None]
 
@@ -45,12 +55,20 @@ def test_every_bench_is_there_and_listed(name: str) -> None:
     import importlib
 
     module, _, function = BENCHES[name].where.partition(":")
-    assert callable(getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)) and name in NAMES
+    assert (
+        callable(getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function))
+        and name in NAMES
+    )
 
 
 def test_the_readmes_table_is_that_of_the_committed_run() -> None:
     root = Path(__file__).parents[2]
     rows = json.loads((root / "tests" / "runs" / "bench" / "all.json").read_text())["comparisons"]
-    read = [Comparison(**{key: value for key, value in row.items() if key in Comparison.__dataclass_fields__}) for row in rows]
+    read = [
+        Comparison(
+            **{key: value for key, value in row.items() if key in Comparison.__dataclass_fields__}
+        )
+        for row in rows
+    ]
     assert {each.bench for each in read} == set(BENCHES)
     assert table(read).partition("\n\n")[0] in (root / "README.md").read_text()

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from swap_hpc import models
 from swap_hpc.errors import UserError
-from swap_hpc.recipe import Model
+from swap_hpc.recipe.schema import Model
+from swap_hpc.train import models
 
 NARROW = Model.model_validate({"name": "resnet9", "width": 4})
 
@@ -24,18 +24,25 @@ def test_resnet9_is_the_papers_at_width_64() -> None:
 def test_a_seed_makes_a_model() -> None:
     one, same, other = (models.build(NARROW, 10, 3, seed) for seed in (0, 0, 1))
     pairs = list(zip(one.parameters(), same.parameters(), other.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(
+        torch.equal(a, c) for a, _, c in pairs
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_torchvisions_models_get_the_right_number_of_classes(name: str) -> None:
-    assert models.build(Model(name=f"torchvision:{name}"), 7, 3, 0).eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    assert models.build(Model(name=f"torchvision:{name}"), 7, 3, 0).eval()(
+        torch.randn(2, 3, 64, 64)
+    ).shape == (2, 7)
 
 
 WRONG = [
     ({"name": "resnet10"}, 'unknown model \'resnet10\': "resnet9", "torchvision:NAME"'),
     ({"name": "torchvision:resnet5"}, "torchvision has no classification model 'resnet5'"),
-    ({"name": "nowhere.nets:build"}, "model nowhere.nets:build cannot be imported .*is it in this folder, or on PYTHONPATH"),
+    (
+        {"name": "nowhere.nets:build"},
+        "model nowhere.nets:build cannot be imported .*is it in this folder, or on PYTHONPATH",
+    ),
     ({"name": "tiny:missing"}, "model tiny:missing: tiny has no missing; it has "),
     ({"name": "resnet9", "depth": 3}, "model resnet9 refuses its arguments: .*depth"),
 ]
@@ -48,7 +55,9 @@ def test_a_wrong_model_is_answered_with_the_mend(fields: dict[str, str], message
 
 
 def test_timms_models_are_built_for_the_data() -> None:
-    model = models.build(Model.model_validate({"name": "timm:resnet10t", "drop_rate": 0.1}), 7, 1, 0).eval()
+    model = models.build(
+        Model.model_validate({"name": "timm:resnet10t", "drop_rate": 0.1}), 7, 1, 0
+    ).eval()
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     with pytest.raises(UserError, match="timm has no model 'resnet10'"):
         models.build(Model(name="timm:resnet10"), 7, 1, 0)

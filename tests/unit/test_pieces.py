@@ -15,14 +15,14 @@ from PIL import Image
 
 from swap_hpc.data import load, loader
 from swap_hpc.data.decode import decode, image_shapes
+from swap_hpc.data.pack import pack
 from swap_hpc.data.pieces import cut, pieces, pixels_within
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.sources import folder_files
 from swap_hpc.data.splits import Dataset, Files
 from swap_hpc.errors import RunError
-from swap_hpc.pack import pack
-from swap_hpc.ranks import Team
-from swap_hpc.recipe import Augment, Data
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schema import Augment, Data
 
 SAMPLES = 7 * 5
 
@@ -34,7 +34,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Dataset]:
     shards = tmp_path_factory.mktemp("shards")
     pack(folder, shards, 10, Team.alone(), lambda _: None)
     places = {"folder": folder, "webdataset": shards}
-    return [load(Data(name=name, path=path, image_size=((0, 24),), memory_gib=0), Team.alone(), 1) for name, path in places.items()]
+    return [
+        load(Data(name=name, path=path, image_size=((0, 24),), memory_gib=0), Team.alone(), 1)
+        for name, path in places.items()
+    ]
 
 
 def picks(batch: int, epochs: int = 2) -> Iterator[Picks]:
@@ -49,21 +52,30 @@ def picks(batch: int, epochs: int = 2) -> Iterator[Picks]:
 def test_slices_are_as_long_as_fits() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
-        amounts, limit = generator.integers(0, 50, generator.integers(1, 30)), int(generator.integers(1, 120))
+        amounts, limit = (
+            generator.integers(0, 50, generator.integers(1, 30)),
+            int(generator.integers(1, 120)),
+        )
         slices = [*cut(amounts, limit)]
-        assert np.concatenate([np.arange(len(amounts))[each] for each in slices]).tolist() == [*range(len(amounts))]
+        assert np.concatenate([np.arange(len(amounts))[each] for each in slices]).tolist() == [
+            *range(len(amounts))
+        ]
         assert all(amounts[each].sum() <= limit or each.stop - each.start == 1 for each in slices)
         assert all(amounts[a.start : a.stop + 1].sum() > limit for a in slices[:-1])
 
 
 @pytest.mark.parametrize("pixels", [1, 200_000, 600_000, 2**40])
-def test_a_piece_holds_so_many_pixels_at_most_or_one_image(pixels: int, sets: list[Dataset]) -> None:
+def test_a_piece_holds_so_many_pixels_at_most_or_one_image(
+    pixels: int, sets: list[Dataset]
+) -> None:
     """As Pillow counts them, in the first epoch as in the second, whose sizes are known."""
     areas = np.array([np.prod(Image.open(path).size) for path in sets[0].train.paths])  # type: ignore[union-attr]
     for data in sets:
         split = data.train.take(np.arange(SAMPLES))  # nothing known of it yet
         found = [*pieces(split, picks(12), pixels, 1)]  # type: ignore[arg-type]
-        assert all(areas[piece.pick.indices].sum() <= pixels or len(piece.sources) == 1 for piece in found)
+        assert all(
+            areas[piece.pick.indices].sum() <= pixels or len(piece.sources) == 1 for piece in found
+        )
         joined: list[list[int]] = [[]]
         for piece in found:
             joined[-1] += piece.pick.indices.tolist()
@@ -72,17 +84,28 @@ def test_a_piece_holds_so_many_pixels_at_most_or_one_image(pixels: int, sets: li
         assert pixels < 2**40 or len(found) == 6
 
 
-@pytest.mark.parametrize("view", [loader.View(Augment(flip=True)), loader.View(None), loader.View(None, (20, 20), 0.5)], ids=repr)
-def test_batches_do_not_tell_in_how_many_pieces_they_were_decoded(view: loader.View, sets: list[Dataset]) -> None:
+@pytest.mark.parametrize(
+    "view",
+    [loader.View(Augment(flip=True)), loader.View(None), loader.View(None, (20, 20), 0.5)],
+    ids=repr,
+)
+def test_batches_do_not_tell_in_how_many_pieces_they_were_decoded(
+    view: loader.View, sets: list[Dataset]
+) -> None:
     seen = []
     for data in sets:
         for pixels in (2**40, 400_000, 1):
             data = replace(data, pixels_at_once=pixels, train=data.train.take(np.arange(SAMPLES)))
             batches = list(loader.batches(data, data.train, picks(16), view, 16, tiny.CPU))
             assert [len(labels) for _, labels in batches] == [16, 16, 3] * 2
-            assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
+            assert all(
+                images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches
+            )
             seen.append([torch.cat(parts) for parts in zip(*batches, strict=True)])
-    assert all(torch.equal(images, seen[0][0]) and torch.equal(labels, seen[0][1]) for images, labels in seen[1:])
+    assert all(
+        torch.equal(images, seen[0][0]) and torch.equal(labels, seen[0][1])
+        for images, labels in seen[1:]
+    )
 
 
 def test_what_an_image_is_resized_to_counts(tmp_path: Path) -> None:
@@ -91,15 +114,21 @@ def test_what_an_image_is_resized_to_counts(tmp_path: Path) -> None:
     for path in paths:
         Image.new("L", (2000, 4)).save(path)
     strips = Files(tuple(paths), np.zeros(6, np.int64))
-    sizes = [len(piece.sources) for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1, (64, 64))]
+    sizes = [
+        len(piece.sources)
+        for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1, (64, 64))
+    ]
     assert sizes == [2, 2, 2] and 2 * 64 * 64 * 500 <= 2**22 < 3 * 64 * 64 * 500
-    assert [len(piece.sources) for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1)] == [6]
+    assert [
+        len(piece.sources) for piece in pieces(strips, iter([Picks(np.arange(6), None)]), 2**22, 1)
+    ] == [6]
 
 
 def test_a_folder_in_memory_does_not_tell_either(sets: list[Dataset]) -> None:
     for data in sets:
         whole = decode(data.train, (24, 24), 1, 2**40)  # type: ignore[arg-type]
-        assert (decode(data.train, (24, 24), 1, 1) == whole).all() and whole.shape == (SAMPLES, 24, 24, 3)  # type: ignore[arg-type]
+        in_pieces = decode(data.train, (24, 24), 1, 1)  # type: ignore[arg-type]
+        assert (in_pieces == whole).all() and whole.shape == (SAMPLES, 24, 24, 3)
 
 
 def test_shapes_are_those_of_the_headers(sets: list[Dataset]) -> None:
@@ -109,22 +138,31 @@ def test_shapes_are_those_of_the_headers(sets: list[Dataset]) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG not really", b"", "half"])
-def test_the_file_that_fails_is_named_whatever_the_piece(content: bytes | str, tmp_path: Path) -> None:
+def test_the_file_that_fails_is_named_whatever_the_piece(
+    content: bytes | str, tmp_path: Path
+) -> None:
     """Also where its header is sound, and it fails in the decoder."""
     folder = imagenet_like.make(tmp_path, classes=3, train=4, test=1)
     bad = Path(folder_files(folder)[0].paths[7])
     bad.write_bytes(bad.read_bytes()[:700] if isinstance(content, str) else content)
-    data = load(Data(name="folder", path=folder, image_size=((0, 8),), memory_gib=0), Team.alone(), 1)
+    data = load(
+        Data(name="folder", path=folder, image_size=((0, 8),), memory_gib=0), Team.alone(), 1
+    )
     for pixels in (1, 2**40):
         data = replace(data, pixels_at_once=pixels, train=data.train.take(np.arange(12)))
         for view in (loader.View(Augment()), loader.View(None)):
-            some = (Picks(np.arange(a, a + 4), np.full((4, 5), 0.5, np.float32)) for a in range(0, 12, 4))
+            some = (
+                Picks(np.arange(a, a + 4), np.full((4, 5), 0.5, np.float32))
+                for a in range(0, 12, 4)
+            )
             with pytest.raises(RunError, match=rf"cannot decode the image {bad} \("):
                 list(loader.batches(data, data.train, some, view, 4, tiny.CPU))
 
 
 def test_memory_sets_what_is_decoded_at_once() -> None:
-    assert pixels_within(0) == pixels_within(0.1) == 2**25 and 3 * pixels_within(64) == pytest.approx(8 * 2**30, rel=1e-6)
+    assert pixels_within(0) == pixels_within(0.1) == 2**25 and 3 * pixels_within(
+        64
+    ) == pytest.approx(8 * 2**30, rel=1e-6)
     assert all(3 * pixels_within(gib) <= max(gib * 2**30 / 8, 3 * 2**25) for gib in (0.5, 1, 4, 40))
 
 
@@ -144,7 +182,14 @@ print(peak() - before)
 
 def test_photographs_do_not_take_memory_by_the_batch(tmp_path: Path) -> None:
     """32 of 4 megapixels are 384 MB of pixels, and were as much memory and more."""
-    ramp = np.broadcast_to(np.linspace(0, 255, 2000).astype(np.uint8)[None, :, None], (2000, 2000, 3))
+    ramp = np.broadcast_to(
+        np.linspace(0, 255, 2000).astype(np.uint8)[None, :, None], (2000, 2000, 3)
+    )
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "photo.jpg")
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "photo.jpg"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "photo.jpg"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(done.stdout) < 100

@@ -12,11 +12,19 @@ import pytest
 import tiny
 from pydantic import ValidationError
 
-from swap_hpc import recipe_page
 from swap_hpc.errors import UserError
-from swap_hpc.part import check_ranks
-from swap_hpc.recipe import SHIPPED, differing_fields, load_recipe, parse, recipe_of, shipped_recipes, tomllib
-from swap_hpc.study import load_study
+from swap_hpc.recipe import page as recipe_page
+from swap_hpc.recipe.loading import (
+    SHIPPED,
+    differing_fields,
+    load_recipe,
+    parse,
+    recipe_of,
+    shipped_recipes,
+    tomllib,
+)
+from swap_hpc.run.part import check_ranks
+from swap_hpc.study.study import load_study
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -44,19 +52,41 @@ def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
         "augment.flip=true",
     ]
     recipe = load_recipe("digits", overrides, data=Path("/elsewhere"))
-    assert (recipe.refine.epochs, recipe.data.name, recipe.model.arguments, recipe.augment.flip) == (3, "synthetic", {"width": 4}, True)
-    assert recipe.refine.learning_rate == ((0, 0.5), (3, 0)) and recipe.data.path == Path("/elsewhere")
+    assert (
+        recipe.refine.epochs,
+        recipe.data.name,
+        recipe.model.arguments,
+        recipe.augment.flip,
+    ) == (3, "synthetic", {"width": 4}, True)
+    assert recipe.refine.learning_rate == ((0, 0.5), (3, 0)) and recipe.data.path == Path(
+        "/elsewhere"
+    )
 
 
 WRONG = [
-    ({"data": {"name": "digits", "test_every": 5}}, "data: test_every splits a folder of images: digits comes split"),
-    ({"data": {"path": "~nobody_here/images"}}, r"data.path: needs a path that begins at a home that there is \(given: '~nobody_here"),
-    ({"refine": {"epoch": 3}}, "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles"),
+    (
+        {"data": {"name": "digits", "test_every": 5}},
+        "data: test_every splits a folder of images: digits comes split",
+    ),
+    (
+        {"data": {"path": "~nobody_here/images"}},
+        r"data.path: needs a path that begins at a home that there is \(given: '~nobody_here",
+    ),
+    (
+        {"refine": {"epoch": 3}},
+        "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles",
+    ),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
     ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16'"),
-    ({"refine": {"learning_rate": [[3, 0.1], [1, 0.0]]}}, "refine.learning_rate: needs .* ascending"),
-    ({"refine": {"learning_rate": [[0, -0.1]]}}, "refine.learning_rate: needs finite epochs and values"),
+    (
+        {"refine": {"learning_rate": [[3, 0.1], [1, 0.0]]}},
+        "refine.learning_rate: needs .* ascending",
+    ),
+    (
+        {"refine": {"learning_rate": [[0, -0.1]]}},
+        "refine.learning_rate: needs finite epochs and values",
+    ),
     ({"refine": {"learning_rate": []}}, "refine.learning_rate: needs at least one"),
     ({"optimizer": {"momentum": 0.0}}, "optimizer: nesterov = true needs a momentum"),
     ({"large_batch": {"epochs": 0}}, "name its file in model.weights"),
@@ -78,11 +108,17 @@ def test_every_wrong_field_is_named_at_once() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no recipe 'digit': neither a file nor one of cifar10-cpu, cifar10, .*digits"):
+    with pytest.raises(
+        UserError,
+        match="no recipe 'digit': neither a file nor one of cifar10-cpu, cifar10, .*digits",
+    ):
         load_recipe("digit")
 
 
-@pytest.mark.parametrize(("override", "message"), [("refine.epochs", "write it as"), ("seed.x=1", "seed is a field, not a section")])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("refine.epochs", "write it as"), ("seed.x=1", "seed is a field, not a section")],
+)
 def test_a_wrong_override_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("digits", ["seed=1", override])
@@ -103,15 +139,38 @@ def test_recipes_are_utf8_as_editors_write_it(encoding: str, newline: str, tmp_p
     assert load_recipe(str(tmp_path / "x.toml")) == parse(tomllib.loads(text))
 
 
-@pytest.mark.parametrize(("encoding", "byte"), [("latin-1", "0xe4 in line 2"), ("cp1252", "0xe4 in line 2"), ("utf-16", "0xff in line 1")])
+@pytest.mark.parametrize(
+    ("encoding", "byte"),
+    [("latin-1", "0xe4 in line 2"), ("cp1252", "0xe4 in line 2"), ("utf-16", "0xff in line 1")],
+)
 @pytest.mark.parametrize("load", [load_recipe, load_study])
-def test_another_encoding_is_named(load: Callable[[str], Any], encoding: str, byte: str, tmp_path: Path) -> None:
+def test_another_encoding_is_named(
+    load: Callable[[str], Any], encoding: str, byte: str, tmp_path: Path
+) -> None:
     (tmp_path / "x.toml").write_text("seed = 1\n# Bäume\n", encoding=encoding)
-    with pytest.raises(UserError, match=rf"x.toml is not UTF-8, as TOML has to be \(byte {byte}\): save it as UTF-8$"):
+    with pytest.raises(
+        UserError,
+        match=rf"x.toml is not UTF-8, as TOML has to be \(byte {byte}\): save it as UTF-8$",
+    ):
         load(str(tmp_path / "x.toml"))
 
 
-NAMES = ["it's data", 'so "called"', "a # b", "a\\b", ' """', "a = b", "[x]", "{y}", "2024", "true", "ü ñ", "two\nlines", " x ", "$HOME"]
+NAMES = [
+    "it's data",
+    'so "called"',
+    "a # b",
+    "a\\b",
+    ' """',
+    "a = b",
+    "[x]",
+    "{y}",
+    "2024",
+    "true",
+    "ü ñ",
+    "two\nlines",
+    " x ",
+    "$HOME",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,8 +179,16 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     recipe = load_recipe("digits", data=tmp_path / name)
     assert recipe.data.path == tmp_path / name
     (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8", newline="\n")
-    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe == recipe_of(recipe.to_toml(), "recipe.toml")
-    assert load_recipe("digits", data=Path(name)).data.path == recipe_of(recipe.to_toml(), "x", Path(name)).data.path == Path(name)
+    assert (
+        load_recipe(str(tmp_path / "recipe.toml"))
+        == recipe
+        == recipe_of(recipe.to_toml(), "recipe.toml")
+    )
+    assert (
+        load_recipe("digits", data=Path(name)).data.path
+        == recipe_of(recipe.to_toml(), "x", Path(name)).data.path
+        == Path(name)
+    )
 
 
 def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
@@ -134,13 +201,16 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
         lambda: load_recipe("digits", [f"data.path={latin}"]),
         lambda: load_recipe(str(tmp_path / f"{latin}.toml")),
     ):
-        with pytest.raises(UserError, match="caf\udce9 is not UTF-8, as recipes are: rename it, or use a link to it$"):
+        with pytest.raises(
+            UserError,
+            match="caf\udce9 is not UTF-8, as recipes are: rename it, or use a link to it$",
+        ):
             wrong()
 
 
 IN_ANOTHER_LOCALE = """
 import os, sys
-from swap_hpc.recipe import load_recipe, recipe_of
+from swap_hpc.recipe.loading import load_recipe, recipe_of
 recipe = load_recipe(sys.argv[1], [sys.argv[2]])
 assert recipe_of(recipe.to_toml(), "x") == recipe and recipe.name == "B" + chr(228) + "ume"
 print(ascii(recipe.to_toml().encode()), os.listdir(recipe.data.path), sys.getfilesystemencoding())
@@ -150,12 +220,16 @@ print(ascii(recipe.to_toml().encode()), os.listdir(recipe.data.path), sys.getfil
 def test_a_recipe_means_the_same_files_in_any_locale(tmp_path: Path) -> None:
     """In one without UTF-8, too: text is UTF-8, and a name on the disk is its bytes."""
     (tmp_path / "ü ñ 日本" / "train").mkdir(parents=True)
-    (tmp_path / "ü.toml").write_text(tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml(), encoding="utf-8")
+    (tmp_path / "ü.toml").write_text(
+        tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml(), encoding="utf-8"
+    )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     said = []
     for variables in ({"PYTHONUTF8": "1"}, plain):
         line = [sys.executable, "-c", IN_ANOTHER_LOCALE, "ü.toml", "name=Bäume"]
-        done = subprocess.run(line, cwd=tmp_path, env=dict(os.environ) | variables, capture_output=True, check=False)
+        done = subprocess.run(
+            line, cwd=tmp_path, env=dict(os.environ) | variables, capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         said.append(done.stdout.decode().rsplit(maxsplit=1))
     assert said[0][0] == said[1][0] and [each[1] for each in said] == ["utf-8", "ascii"]
@@ -174,14 +248,27 @@ def test_recipes_are_frozen() -> None:
 def test_differing_fields_are_named_but_for_where_things_lie() -> None:
     one = load_recipe("digits", data=Path("/a"))
     assert differing_fields(one, load_recipe("digits", data=Path("/b"))) == []
-    assert differing_fields(one, load_recipe("digits", ["seed=9", "model.width=4"])) == ["model.width", "seed"]
+    assert differing_fields(one, load_recipe("digits", ["seed=9", "model.width=4"])) == [
+        "model.width",
+        "seed",
+    ]
 
 
-GRIDS = [(1, 4, True), (2, 4, True), (3, 4, False), (4, 4, True), (6, 4, False), (8, 4, True), (16, 2, True)]
+GRIDS = [
+    (1, 4, True),
+    (2, 4, True),
+    (3, 4, False),
+    (4, 4, True),
+    (6, 4, False),
+    (8, 4, True),
+    (16, 2, True),
+]
 
 
 @pytest.mark.parametrize(("ranks", "groups", "fits"), GRIDS)
-def test_ranks_are_a_multiple_or_a_divisor_of_the_groups(ranks: int, groups: int, fits: bool) -> None:
+def test_ranks_are_a_multiple_or_a_divisor_of_the_groups(
+    ranks: int, groups: int, fits: bool
+) -> None:
     recipe = tiny.recipe(groups=groups, large_batch={"batch_size": 48}, refine={"batch_size": 16})
     if fits:
         check_ranks(recipe, ranks)
@@ -192,7 +279,8 @@ def test_ranks_are_a_multiple_or_a_divisor_of_the_groups(ranks: int, groups: int
 
 def test_batches_must_divide_by_their_ranks() -> None:
     with pytest.raises(
-        UserError, match=r"large_batch.batch_size = 24 does not divide by its 5 ranks: --set large_batch.batch_size=20 or 25"
+        UserError,
+        match=r"large_batch.batch_size = 24 does not divide by its 5 ranks: --set large_batch.batch_size=20 or 25",
     ):
         check_ranks(tiny.recipe(), 5)
     with pytest.raises(UserError, match=r"refine.batch_size = 12 does not divide by its 8 ranks"):
@@ -214,6 +302,6 @@ def test_a_missing_field_is_named() -> None:
 
 def test_the_page_of_recipes_is_that_of_the_schema() -> None:
     page = (SHIPPED / "README.md").read_text()
-    assert page == recipe_page.page(), "swap-hpc recipes --page > swap_hpc/recipes/README.md"
+    assert page == recipe_page.page(), "swap-hpc recipes --page > swap_hpc/recipe/README.md"
     described = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(described) > 40 and all(line.split("|")[-2].strip() for line in described)

@@ -6,11 +6,14 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from swap_hpc import figures, report, study_report
 from swap_hpc.errors import UserError
-from swap_hpc.study import Plan, load_study
+from swap_hpc.run.folder import load_result, load_run
+from swap_hpc.study import figures, report
+from swap_hpc.study import table as study_report
+from swap_hpc.study.study import Plan, load_study
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "tests" / "runs"
@@ -23,20 +26,27 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_table_holds_the_results_numbers() -> None:
-    result = figures.load_result(RUNS / "cifar10-cpu")
+    result = load_result(RUNS / "cifar10-cpu")
     table = report.table(result)
-    for accuracy in (*result["test_accuracy"]["groups"], result["test_accuracy"]["averaged"], result["test_accuracy"]["mean_of_groups"]):
+    for accuracy in (
+        *result["test_accuracy"]["groups"],
+        result["test_accuracy"]["averaged"],
+        result["test_accuracy"]["mean_of_groups"],
+    ):
         assert f"| {100 * accuracy:.2f} " in table
     assert f"| {result['seconds']['total']:.1f} " in table and "4 of refinement per group" in table
 
 
 def test_the_table_of_plain_sgd_has_no_groups() -> None:
-    table = report.table(figures.load_result(RUNS / "cifar10-cpu-large-batch"))
-    assert "group" not in table.replace("groups; ", "").replace("per group", "") and "averaged" not in table
+    table = report.table(load_result(RUNS / "cifar10-cpu-large-batch"))
+    assert (
+        "group" not in table.replace("groups; ", "").replace("per group", "")
+        and "averaged" not in table
+    )
 
 
 def test_cycles_have_rows_of_their_own() -> None:
-    result = figures.load_result(RUNS / "cifar10-cpu") | {"groups": 2, "cycles": 2}
+    result = load_result(RUNS / "cifar10-cpu") | {"groups": 2, "cycles": 2}
     assert "| group 1, cycle 2 " in report.table(result)
 
 
@@ -46,44 +56,76 @@ def test_figures_are_drawn_of_any_run(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def watched_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[list[float]]]:
+    """The y values of the lines on the first axes of each figure that is saved from now on."""
+    from matplotlib.figure import Figure
+
+    drawn: list[list[list[float]]] = []
+
+    def savefig(figure: Figure, file: Path, **arguments: object) -> None:
+        drawn.append([np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines])
+        file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return drawn
+
+
 def test_a_figure_shows_what_the_metrics_say(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drawn lines are read back: a changed metric is a changed line."""
-    from matplotlib.figure import Figure
-
-    drawn: list[list[list[float]]] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append([list(x.get_ydata()) for x in figure.axes[0].lines]))
+    drawn = watched_lines(monkeypatch)
     figures.curves(run, run / "curves.png")
-    lines = [json.loads(text) for text in (run / "metrics" / "group-002.jsonl").read_text().splitlines()]
-    expected = [100 * figures.load_result(run)["test_accuracy"]["large_batch"], *(100 * line["test_accuracy"] for line in lines)]
+    lines = [
+        json.loads(text) for text in (run / "metrics" / "group-002.jsonl").read_text().splitlines()
+    ]
+    expected = [
+        100 * load_result(run)["test_accuracy"]["large_batch"],
+        *(100 * line["test_accuracy"] for line in lines),
+    ]
     assert expected in drawn[0]
-    assert [100 * figures.load_result(run)["test_accuracy"]["averaged"]] in drawn[0]
+    assert [100 * load_result(run)["test_accuracy"]["averaged"]] in drawn[0]
 
 
-def test_the_averaged_models_curve_begins_and_ends_where_the_groups_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[list[list[float]]] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append([list(x.get_ydata()) for x in figure.axes[0].lines]))
+def test_the_averaged_models_curve_begins_and_ends_where_the_groups_do(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = watched_lines(monkeypatch)
     with open(run / "metrics" / "world.jsonl", "a", encoding="utf-8") as file:
         for epoch in (1, 2):
-            file.write(json.dumps({"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.8 + epoch / 100}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "phase": "evaluation",
+                        "model": "average",
+                        "epoch": epoch,
+                        "test_accuracy": 0.8 + epoch / 100,
+                    }
+                )
+                + "\n"
+            )
     figures.curves(run, run / "curves.png")
-    accuracy = figures.load_result(run)["test_accuracy"]
-    assert [100 * a for a in (accuracy["large_batch"], 0.81, 0.82, accuracy["averaged"])] in drawn[0]
+    accuracy = load_result(run)["test_accuracy"]
+    assert [100 * a for a in (accuracy["large_batch"], 0.81, 0.82, accuracy["averaged"])] in drawn[
+        0
+    ]
 
 
 def test_a_run_that_is_not_complete_is_named(run: Path) -> None:
     (run / "result.json").unlink()
     with pytest.raises(UserError, match="run has not finished yet"):
-        figures.load_result(run)
+        load_result(run)
 
 
 def test_a_run_on_its_way_is_reported_as_far_as_it_is(run: Path) -> None:
     (run / "result.json").unlink()
     (run / "metrics" / "group-001.jsonl").unlink()
     world = run / "metrics" / "world.jsonl"
-    world.write_text("".join(line for line in world.read_text().splitlines(keepends=True) if '"swap"' not in line) + '{"phase": "eva')
-    text = report.table(figures.load_run(run))
+    world.write_text(
+        "".join(
+            line for line in world.read_text().splitlines(keepends=True) if '"swap"' not in line
+        )
+        + '{"phase": "eva'
+    )
+    text = report.table(load_run(run))
     assert "not complete: epochs of the groups so far: 4, 0, 4, 4" in text
     for row in (
         "| group 1                           | -   ",
@@ -99,7 +141,10 @@ def test_a_run_that_broke_off_early_is_reported_with_the_reason(run: Path) -> No
     shutil.rmtree(run / "metrics")
     (run / "diverged.json").write_text('{"why": "the loss is nan in large_batch, epoch 1"}')
     report.write_report(run)
-    assert "0 of at most 12 epochs of phase 1; the loss is nan in large_batch, epoch 1" in (run / "report.md").read_text()
+    assert (
+        "0 of at most 12 epochs of phase 1; the loss is nan in large_batch, epoch 1"
+        in (run / "report.md").read_text()
+    )
 
 
 def test_the_page_needs_no_other_file(run: Path) -> None:
@@ -118,14 +163,26 @@ def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
     rows = [line for line in text.partition("## Search")[0].splitlines() if line.startswith("| ")]
     assert len(rows) == 14 and [row for row in rows if row not in readme] == []
     assert (plan.out / "study.md").read_text().startswith(text[:200])
-    for file in ("cifar10-cpu/curves.png", "cifar10-cpu-table/swap/seed-0/landscape.png", "cifar10-cpu-table/swap/seed-0/landscape.json"):
+    for file in (
+        "cifar10-cpu/curves.png",
+        "cifar10-cpu-table/swap/seed-0/landscape.png",
+        "cifar10-cpu-table/swap/seed-0/landscape.json",
+    ):
         assert (RUNS / file).is_file()
 
 
 def test_the_average_lies_in_the_basin_of_its_groups() -> None:
-    content = json.loads((RUNS / "cifar10-cpu-table" / "swap" / "seed-0" / "landscape.json").read_text())
+    content = json.loads(
+        (RUNS / "cifar10-cpu-table" / "swap" / "seed-0" / "landscape.json").read_text()
+    )
     for plane in content["planes"]:
-        errors = {model["name"]: model["test_error"] for model in plane["models"] if model["in_plane"]}
-        assert "swap" not in errors or errors["swap"] < min(error for name, error in errors.items() if name != "swap")
+        errors = {
+            model["name"]: model["test_error"] for model in plane["models"] if model["in_plane"]
+        }
+        assert "swap" not in errors or errors["swap"] < min(
+            error for name, error in errors.items() if name != "swap"
+        )
         grid = [value for row in plane["test_error"] for value in row]
-        assert min(grid) < min(errors.values()) + 0.01 and max(grid) > max(errors.values()) + 0.02  # a basin, with its walls
+        assert (
+            min(grid) < min(errors.values()) + 0.01 and max(grid) > max(errors.values()) + 0.02
+        )  # a basin, with its walls

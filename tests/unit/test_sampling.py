@@ -3,13 +3,24 @@
 import numpy as np
 import pytest
 
-from swap_hpc.data.sampling import Key, Phase, batchnorm_picks, epoch_picks, evaluation_picks, training_picks
+from swap_hpc.data.sampling import (
+    Key,
+    Phase,
+    batchnorm_picks,
+    epoch_picks,
+    evaluation_picks,
+    training_picks,
+)
 
 KEY = Key(seed=0, phase=Phase.REFINE, group=1)
 
 
-def steps(rank: int, size: int, epochs: range = range(3), first_step: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    picks = training_picks(KEY, samples=103, batch_size=24, rank=rank, size=size, epochs=epochs, first_step=first_step)
+def steps(
+    rank: int, size: int, epochs: range = range(3), first_step: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    picks = training_picks(
+        KEY, samples=103, batch_size=24, rank=rank, size=size, epochs=epochs, first_step=first_step
+    )
     return [(p.indices, p.draws) for p in picks if p.draws is not None]
 
 
@@ -44,10 +55,19 @@ def test_a_samples_augmentation_belongs_to_the_sample() -> None:
     for batch_size in (10, 24, 50):
         for pick in training_picks(KEY, 103, batch_size, 0, 1, range(1)):
             assert pick.draws is not None
-            assert all(by_sample[i] == d for i, d in zip(pick.indices.tolist(), pick.draws.tolist(), strict=True))
+            assert all(
+                by_sample[i] == d
+                for i, d in zip(pick.indices.tolist(), pick.draws.tolist(), strict=True)
+            )
 
 
-KEYS = [KEY, Key(1, Phase.REFINE, 1), Key(0, Phase.LARGE_BATCH, 1), Key(0, Phase.REFINE, 2), Key(0, Phase.BATCHNORM, 1)]
+KEYS = [
+    KEY,
+    Key(1, Phase.REFINE, 1),
+    Key(0, Phase.LARGE_BATCH, 1),
+    Key(0, Phase.REFINE, 2),
+    Key(0, Phase.BATCHNORM, 1),
+]
 
 
 def test_seed_phase_group_and_epoch_each_change_the_order() -> None:
@@ -64,18 +84,29 @@ def test_draws_are_uniform() -> None:
 
 def test_torch_is_seeded_by_step_and_rank() -> None:
     seeds = [key.torch_seed(step, rank) for key in KEYS for step in range(4) for rank in range(4)]
-    assert len(set(seeds)) == len(seeds) and KEY.torch_seed(3, 1) == Key(0, Phase.REFINE, 1).torch_seed(3, 1)
+    assert len(set(seeds)) == len(seeds) and KEY.torch_seed(3, 1) == Key(
+        0, Phase.REFINE, 1
+    ).torch_seed(3, 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("samples", [1, 9, 10, 11, 101])
 def test_evaluation_visits_each_sample_exactly_once(samples: int, size: int) -> None:
-    indices = [i for rank in range(size) for pick in evaluation_picks(samples, 10, rank, size) for i in pick.indices]
+    indices = [
+        i
+        for rank in range(size)
+        for pick in evaluation_picks(samples, 10, rank, size)
+        for i in pick.indices
+    ]
     assert sorted(indices) == list(range(samples))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_batchnorm_passes_whole_batches_of_distinct_samples(size: int) -> None:
-    picks = [pick for rank in range(size) for pick in batchnorm_picks(0, samples=100, use=95, batch_size=30, rank=rank, size=size)]
+    picks = [
+        pick
+        for rank in range(size)
+        for pick in batchnorm_picks(0, samples=100, use=95, batch_size=30, rank=rank, size=size)
+    ]
     assert [len(pick.indices) for pick in picks] == [30, 30, 30]
     assert len({i for pick in picks for i in pick.indices}) == 90

@@ -9,14 +9,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from swap_hpc.averaging import weights_sha256
+from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.data import loader
 from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Phase, Picks, training_picks
+from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Batches, Dataset
-from swap_hpc.fit import fit
-from swap_hpc.ranks import Team
-from swap_hpc.seeding import seed_all
+from swap_hpc.parallel.teams import Team
+from swap_hpc.train.fit import fit
 
 
 def test_all_generators_are_seeded() -> None:

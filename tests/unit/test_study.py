@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from swap_hpc import study, study_report
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.study import Plan, load_study, shipped_studies
+from swap_hpc.study import study
+from swap_hpc.study import table as study_report
+from swap_hpc.study.study import Plan, load_study, shipped_studies
 
 TINY = """
 title = "tiny"
@@ -44,7 +45,9 @@ def plan(tmp_path: Path, text: str = TINY) -> Plan:
     return Plan(load_study(str(tmp_path / "tiny.toml")), tmp_path / "out")
 
 
-def complete(trial: study.Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float) -> None:
+def complete(
+    trial: study.Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float
+) -> None:
     trial.folder.mkdir(parents=True)
     (trial.folder / "recipe.toml").write_text(trial.recipe.to_toml())
     result: dict[str, Any] = {
@@ -55,7 +58,14 @@ def complete(trial: study.Trial, averaged: float | None, groups: tuple[float, ..
     }
     if groups:
         result["test_accuracy"]["mean_of_groups"] = sum(groups) / len(groups)
-    result["seconds"] = {"large_batch": 100.0, "refine": 40.0, "average": 1.0, "batchnorm": 2.0, "evaluate": 1000.0, **seconds}
+    result["seconds"] = {
+        "large_batch": 100.0,
+        "refine": 40.0,
+        "average": 1.0,
+        "batchnorm": 2.0,
+        "evaluate": 1000.0,
+        **seconds,
+    }
     (trial.folder / "result.json").write_text(json.dumps(result))
 
 
@@ -64,7 +74,12 @@ def test_the_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     made = Plan(load_study(name), tmp_path, tmp_path)
     made.check()
     text = shipped_studies()[name].read_text()
-    assert text.startswith("# ") and "Source:" in text and "Here:" in text and f"swap-hpc study {name}" in text
+    assert (
+        text.startswith("# ")
+        and "Source:" in text
+        and "Here:" in text
+        and f"swap-hpc study {name}" in text
+    )
     for trial in made.trials():
         assert trial.recipe.data.validation == 5000 and trial.recipe.seed not in made.study.seeds
 
@@ -73,10 +88,24 @@ def test_the_papers_rows_have_its_epochs_and_batches() -> None:
     def recipe(name: str, run: str) -> Any:
         return Plan(load_study(name), Path("out"))._trial(run, 0, 0.1, None)
 
-    small, large, swap = (recipe("cifar10-table", run) for run in ("small-batch", "large-batch", "swap"))
-    assert (small.recipe.large_batch.batch_size, small.recipe.large_batch.epochs, small.ranks) == (512, 100, 1)
-    assert (large.recipe.large_batch.batch_size, large.recipe.large_batch.epochs, large.ranks) == (4096, 150, 8)
-    assert (swap.recipe.refine.batch_size, swap.recipe.refine.epochs, swap.recipe.groups) == (512, 30, 8)
+    small, large, swap = (
+        recipe("cifar10-table", run) for run in ("small-batch", "large-batch", "swap")
+    )
+    assert (small.recipe.large_batch.batch_size, small.recipe.large_batch.epochs, small.ranks) == (
+        512,
+        100,
+        1,
+    )
+    assert (large.recipe.large_batch.batch_size, large.recipe.large_batch.epochs, large.ranks) == (
+        4096,
+        150,
+        8,
+    )
+    assert (swap.recipe.refine.batch_size, swap.recipe.refine.epochs, swap.recipe.groups) == (
+        512,
+        30,
+        8,
+    )
     two = recipe("cifar100-swa-table", "swap-2-20").recipe
     assert (two.groups, two.refine.cycles, two.refine.epochs) == (8, 2, 20)
     assert recipe("cifar100-swa-table", "large-batch-swa").recipe.refine.batch_size == 2048
@@ -89,21 +118,37 @@ WRONG = [
     ('run = "first"', 'run = "second"', "second: not among first, swap"),
     ('["after", "before"]', '["after", "never"]', "never: not among phase 1, before, after"),
     ("rates = [0.05, 0.1]", "", "runs.swap: rates and a {rate} in its set go together"),
-    ('[search]\nseeds = [5]\nset = ["data.validation=100"]', "", r"runs.swap has several rates: a \[search\] chooses one"),
+    (
+        '[search]\nseeds = [5]\nset = ["data.validation=100"]',
+        "",
+        r"runs.swap has several rates: a \[search\] chooses one",
+    ),
     ("seeds = [5]", "seeds = [2]", "search.seeds and seeds have to differ"),
     ('from = "first"', 'from = "later"', "later: not among first, swap"),
     ("refine.epochs=0", "refine.epoch=0", "unknown field refine.epoch"),
     ('set = ["data.validation=100"]', "", "the search would choose rates on test images"),
-    ('set = ["refine.epochs=0"]', 'set = ["large_batch.epochs={rate}"]\nrates = [2]', "first, which may have neither rates nor a from"),
+    (
+        'set = ["refine.epochs=0"]',
+        'set = ["large_batch.epochs={rate}"]\nrates = [2]',
+        "first, which may have neither rates nor a from",
+    ),
     ('from = "first"', 'from = "swap"', "swap, which has to stand before it"),
     ("title", "titel", "unknown field titel; valid here: title, recipe, ranks"),
-    ('model = "large_batch"', 'model = "best"', "Input should be 'large_batch', 'mean_of_groups' or 'averaged'"),
+    (
+        'model = "large_batch"',
+        'model = "best"',
+        "Input should be 'large_batch', 'mean_of_groups' or 'averaged'",
+    ),
     ('title = "tiny"', "title = tiny", "is not TOML"),
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "message"), WRONG, ids=[new[:24] or old[:24] for old, new, _ in WRONG])
-def test_a_wrong_study_is_refused_before_anything_runs(old: str, new: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "message"), WRONG, ids=[new[:24] or old[:24] for old, new, _ in WRONG]
+)
+def test_a_wrong_study_is_refused_before_anything_runs(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
     assert TINY.count(old) >= 1
     with pytest.raises(UserError, match=message.replace("{", r"\{")) as error:
         plan(tmp_path, TINY.replace(old, new, 1)).check()
@@ -123,7 +168,9 @@ def test_the_best_rate_on_the_validation_samples_is_reported(tmp_path: Path) -> 
         complete(trial, accuracy, (0.5,) if accuracy else ())
     assert made.rate("swap") == 0.1
     reported = made.reported()
-    assert [(trial.name, trial.recipe.seed) for trial in reported] == [(name, seed) for seed in (0, 1, 2) for name in ("first", "swap")]
+    assert [(trial.name, trial.recipe.seed) for trial in reported] == [
+        (name, seed) for seed in (0, 1, 2) for name in ("first", "swap")
+    ]
     swap = reported[1]
     assert swap.recipe.refine.learning_rate[0] == (0.0, 0.1) and swap.recipe.data.validation == 0
     assert swap.line[-2:] == ("--from", str(reported[0].folder))
@@ -138,12 +185,21 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         complete(trial, *((0.80 + seed / 100, (0.7, 0.8)) if trial.name == "swap" else (None,)))
     phase_1, before, after = study_report.lines(made)
     assert (phase_1.epochs, after.epochs) == ("7", "7 + 4")
-    assert phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5} and phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
+    assert (
+        phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5}
+        and phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
+    )
     assert before.accuracy[1] == pytest.approx(0.75) and before.seconds[0] == 140
     # four groups on two ranks: two in turn, so that with a rank for each the refinement takes half as long
-    assert after.accuracy[2] == pytest.approx(0.82) and after.seconds[0] == 143 and after.parallel_seconds[0] == 123
+    assert (
+        after.accuracy[2] == pytest.approx(0.82)
+        and after.seconds[0] == 143
+        and after.parallel_seconds[0] == 123
+    )
     (gap,) = study_report.differences(made, [phase_1, before, after])
-    assert gap.points == pytest.approx(6) and gap.half_width == pytest.approx(4.303 * 1 / 3**0.5, rel=1e-3)  # Student's t, 2 degrees
+    assert gap.points == pytest.approx(6) and gap.half_width == pytest.approx(
+        4.303 * 1 / 3**0.5, rel=1e-3
+    )  # Student's t, 2 degrees
     written = study_report.write(made)
     text = written.read_text()
     for cell in (
@@ -155,7 +211,10 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         "over 3 seeds",
     ):
         assert cell in text, text
-    assert json.loads(written.with_suffix(".json").read_text())["rates"] == {"first": None, "swap": 0.1}
+    assert json.loads(written.with_suffix(".json").read_text())["rates"] == {
+        "first": None,
+        "swap": 0.1,
+    }
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -166,7 +225,11 @@ def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -
     complete(slow, 0.6, (0.5,))
     fast.folder.mkdir(parents=True)
     (fast.folder / "diverged.json").write_text("{}")
-    assert [trial.rate for trial in study.carry_out(made.trials(), "false", "search")] == [None, 0.05, 0.1]
+    assert [trial.rate for trial in study.carry_out(made.trials(), "false", "search")] == [
+        None,
+        0.05,
+        0.1,
+    ]
     assert made.rate("swap") == 0.05 and "0.1: diverged" in study_report.text(made)
     (slow.folder / "result.json").rename(slow.folder / "diverged.json")
     with pytest.raises(UserError, match="swap: every rate of the search diverged"):
@@ -190,19 +253,27 @@ def test_a_first_phase_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) 
     complete(first, None)
     assert first.result
     result = json.loads((first.folder / "result.json").read_text())
-    (first.folder / "result.json").write_text(json.dumps(result | {"ranks": 1, "refine_ranks": None}))
+    (first.folder / "result.json").write_text(
+        json.dumps(result | {"ranks": 1, "refine_ranks": None})
+    )
     with pytest.raises(UserError, match="holds a run on 1 ranks, not 2"):
         _ = first.result
 
 
 def test_a_launcher_that_hides_an_end_ends_the_study(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"the study ends at .*first/.*, which ended without a result: start it again to go on"):
+    with pytest.raises(
+        RunError,
+        match=r"the study ends at .*first/.*, which ended without a result: start it again to go on",
+    ):
         list(study.carry_out(plan(tmp_path).trials(), "true", "search"))
 
 
 def test_a_row_of_a_model_that_its_run_does_not_make_is_refused(tmp_path: Path) -> None:
     made = plan(tmp_path, TINY.replace('model = "large_batch"', ""))
-    with pytest.raises(UserError, match='the row "phase 1" shows the averaged model of first, which refines none: model = "large_batch"'):
+    with pytest.raises(
+        UserError,
+        match='the row "phase 1" shows the averaged model of first, which refines none: model = "large_batch"',
+    ):
         made.check()
 
 
@@ -210,5 +281,8 @@ def test_a_folder_of_another_recipe_is_not_taken_for_complete(tmp_path: Path) ->
     made = plan(tmp_path)
     complete(made.trials()[0], None)
     other = Plan(made.study, made.out, overrides=("large_batch.epochs=3",))
-    with pytest.raises(UserError, match=r"holds a run of another recipe \(large_batch.epochs differ\): choose another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"holds a run of another recipe \(large_batch.epochs differ\): choose another --out",
+    ):
         _ = other.trials()[0].result

@@ -10,10 +10,10 @@ from PIL import Image
 
 from swap_hpc.data import load
 from swap_hpc.data.sources import folder_files
-from swap_hpc.data.splits import Files
+from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import UserError
-from swap_hpc.ranks import Team
-from swap_hpc.recipe import Data
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.schema import Data
 
 
 def make(root: Path, *names: str) -> Path:
@@ -38,12 +38,16 @@ def found(root: Path) -> list[str]:
 
 def test_a_flat_folder_has_the_order_of_its_names(tmp_path: Path) -> None:
     names = ["b.png", "a.png", "B.png", "10.png", "9.png", "ä.png", "a b.png", "no extension"]
-    assert found(make(tmp_path, *names)) == [f"cat/{name}" for name in sorted([*names, "0.png"])] + ["dog/0.png"]
+    assert found(make(tmp_path, *names)) == [
+        f"cat/{name}" for name in sorted([*names, "0.png"])
+    ] + ["dog/0.png"]
     assert folder_files(tmp_path)[0].notes == ()
 
 
 def test_nested_and_linked_folders_are_walked_and_hidden_ones_are_not(tmp_path: Path) -> None:
-    root = make(tmp_path / "images", "more/1.png", "more/deep/er/2.png", ".hidden/3.png", "more/.4.png")
+    root = make(
+        tmp_path / "images", "more/1.png", "more/deep/er/2.png", ".hidden/3.png", "more/.4.png"
+    )
     picture(tmp_path / "elsewhere" / "5.png", 0)
     (root / "train" / "cat" / "link").symlink_to("../../../elsewhere")
     (root / "train" / "cat" / "6.png").symlink_to("more/1.png")
@@ -58,7 +62,9 @@ def test_links_back_to_a_folder_above_end(target: str, tmp_path: Path) -> None:
     (root / "train" / "cat" / "more" / "back").symlink_to(target)
     assert found(root) == ["cat/0.png", "cat/more/1.png", "dog/0.png"]
     (note,) = folder_files(root)[0].notes
-    assert note == (f"1 entry in {root}/train is left out: 1 link back to a folder above it ({root}/train/cat/more/back)"), note
+    assert note == (
+        f"1 entry in {root}/train is left out: 1 link back to a folder above it ({root}/train/cat/more/back)"
+    ), note
 
 
 @pytest.mark.parametrize("every", [None, 2])
@@ -85,11 +91,16 @@ def test_a_class_of_broken_links_is_empty_and_says_why(tmp_path: Path) -> None:
     (root / "train" / "dog" / "0.png").unlink()
     for i in range(3):
         (root / "train" / "dog" / f"{i}.png").symlink_to("/nowhere")
-    with pytest.raises(UserError, match=r"train/dog is empty \(left out: 3 broken links \(first: .*/dog/0.png\)\): put the class's images"):
+    with pytest.raises(
+        UserError,
+        match=r"train/dog is empty \(left out: 3 broken links \(first: .*/dog/0.png\)\): put the class's images",
+    ):
         folder_files(root)
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make(tmp_path, "more/1.png")
     scan = os.scandir
 
@@ -103,16 +114,27 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
         folder_files(root)
 
 
-def test_ranks_compare_the_places_in_the_folder_and_not_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_compare_the_places_in_the_folder_and_not_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = make(tmp_path / "one", "a/1.png", "b/2.png")
     picture(one / "train" / "dog" / "1.png", 1)
     other = Path(shutil.copytree(one, tmp_path / "another" / "place"))
     monkeypatch.chdir(other / "train")
     for every in (None, 2):
-        places = [one / "train", other / "train", Path(), Path("../train")] if every else [one, other, Path(".."), Path("../../place")]
-        data = [Data(name="folder", path=place, test_every=every, image_size=((0, 4),), memory_gib=0) for place in places]
+        places = (
+            [one / "train", other / "train", Path(), Path("../train")]
+            if every
+            else [one, other, Path(".."), Path("../../place")]
+        )
+        data = [
+            Data(name="folder", path=place, test_every=every, image_size=((0, 4),), memory_gib=0)
+            for place in places
+        ]
         assert len({load(each, Team.alone(), 1).train.contents for each in data}) == 1
-    (other / "train" / "cat" / "a").rename(other / "train" / "cat" / "c")  # the same names, in another order
+    (other / "train" / "cat" / "a").rename(
+        other / "train" / "cat" / "c"
+    )  # the same names, in another order
     assert folder_files(one)[0].contents != folder_files(other)[0].contents
 
 
@@ -124,9 +146,15 @@ def test_names_that_are_no_utf8_are_names(tmp_path: Path) -> None:
         (root / split / "dog").rename(root / split / latin)
     picture(root / "train" / latin / f"{latin}.png", 1)
     data = load(Data(name="folder", path=root), Team.alone(), 1)
-    assert data.classes == (latin, "cat") and data.train.images.mean((1, 2, 3)).tolist() == [140, 140, 40]  # type: ignore[union-attr]
-    streamed = load(Data(name="folder", path=root, image_size=((0, 4),), memory_gib=0), Team.alone(), 1)
-    assert isinstance(streamed.train, Files) and streamed.train.contents[0] == folder_files(root)[0].contents[0]
+    assert isinstance(data.train, Arrays) and data.classes == (latin, "cat")
+    assert data.train.images.mean((1, 2, 3)).tolist() == [140, 140, 40]
+    streamed = load(
+        Data(name="folder", path=root, image_size=((0, 4),), memory_gib=0), Team.alone(), 1
+    )
+    assert (
+        isinstance(streamed.train, Files)
+        and streamed.train.contents[0] == folder_files(root)[0].contents[0]
+    )
     damaged = root / "train" / latin / "0.png"
     damaged.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot decode the image .*/caf\udce9/0.png"):

@@ -1,0 +1,1 @@
+"""Averages of weights, and batch-norm statistics for them."""

@@ -1,0 +1,8 @@
+"""Ranks, devices and gradients: the only package that imports mpi4py and Horovod."""
+
+import os
+
+# Open MPI reads this when it starts. A rank, or Horovod's thread, that waits for others then yields its
+# core instead of spinning on it: the model, or another rank, may run there. On cores of its own it costs
+# nothing; other MPI libraries ignore it.
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

@@ -1,0 +1,1 @@
+"""Recipes: what to run, as a validated TOML file."""

@@ -1,0 +1,10 @@
+"""Markdown tables: of the page of recipes, and of all reports in the packages above."""
+
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of text cells, each column padded to one width; numbers stay as they are written."""
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True)

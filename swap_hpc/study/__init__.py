@@ -1,0 +1,1 @@
+"""What runs show: reports and figures of one, tables over many."""

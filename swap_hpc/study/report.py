@@ -1,0 +1,116 @@
+"""The report of a run: its table and figures, as Markdown and as one HTML page.
+
+Imports neither torch nor MPI.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+
+from swap_hpc.parallel.atomic import write_text
+from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.run.folder import load_run
+from swap_hpc.study import figures
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a result as Markdown: the accuracies, then the seconds of each phase of a complete run.
+
+    Args:
+        result: what `run.folder.load_run` returns.
+    """
+    accuracy, loss, seconds = result["test_accuracy"], result["test_loss"], result["seconds"]
+    rows = [("end of phase 1 (large batch)", accuracy["large_batch"], loss["large_batch"])]
+    if accuracy["groups"]:
+        rows += zip(_names(result), accuracy["groups"], loss["groups"], strict=True)
+        before = ("mean of groups (before averaging)", "mean_of_groups")
+        after = ("**averaged (SWAP)**", "averaged")
+        rows += [(name, accuracy[key], loss[key]) for name, key in (before, after)]
+    shown = [(name, _percent(share), _decimal(value)) for name, share, value in rows]
+    parts = [_head(result), markdown_table(("model", "test accuracy %", "test loss"), shown)]
+    if seconds:
+        row = [f"{each:.1f}" for each in seconds.values()]
+        parts += ["seconds (the slowest rank's):", markdown_table([*seconds], [row])]
+    if "state" in result:
+        parts.append(f"not complete: {result['state']}")
+    return "\n\n".join(parts)
+
+
+def _head(result: dict[str, Any]) -> str:
+    epochs = result["epochs"]
+    return (
+        f"{result['recipe']}, seed {result['seed']}: {result['ranks'] or 'some'} ranks, {result['groups']} groups; "
+        f"{epochs['large_batch']} epochs of large batches, {epochs['refine']} of refinement per group"
+    )
+
+
+def _names(result: dict[str, Any]) -> list[str]:
+    """The names of the rows, one for each group and cycle."""
+    cycles = range(1, result["cycles"] + 1)
+    groups = range(result["groups"])
+    if len(cycles) == 1:
+        return [f"group {group}" for group in groups]
+    return [f"group {group}, cycle {cycle}" for group in groups for cycle in cycles]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.md`, its figures, and all of it as one page, `report.html`, into a run's folder.
+
+    The run need not be complete.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    result = load_run(run)
+    drawn = [run / "curves.png", *figures.redraw(run)]
+    figures.curves(run, drawn[0])
+    text = (
+        f"# {run.resolve().name}\n\n{table(result)}\n\n![accuracy and learning rate](curves.png)\n"
+    )
+    text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in drawn[1:])
+    write_text(run / "report.md", text)
+    write_text(run / "report.html", _page(run, text, drawn))
+    return run / "report.md"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse }
+td, th { padding: .2rem .8rem; border-bottom: 1px solid #ccc; text-align: right }
+td:first-child, th:first-child { text-align: left }
+img { max-width: 100% }
+pre { background: #f4f4f4; padding: 1rem; overflow: auto }
+"""
+
+
+def _page(run: Path, text: str, drawn: Sequence[Path]) -> str:
+    """Return `report.md` as HTML that needs no other file, with the recipe and the environment."""
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for figure in drawn:
+        image = base64.b64encode(figure.read_bytes()).decode()
+        body = body.replace(f'src="{figure.name}"', f'src="data:image/png;base64,{image}"')
+    for file in ("recipe.toml", "environment.json"):
+        if (run / file).is_file():
+            content = html.escape((run / file).read_text(encoding="utf-8", errors="replace"))
+            body += f"<details><summary>{file}</summary><pre>{content}</pre></details>\n"
+    title = html.escape(run.resolve().name)
+    return (
+        '<!doctype html>\n<html lang="en">\n'
+        f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n'
+        f"<body>\n{body}</body>\n</html>\n"
+    )

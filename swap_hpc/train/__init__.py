@@ -1,0 +1,1 @@
+"""Training of one phase: the steps, the optimizers, the objective, evaluation and models."""
