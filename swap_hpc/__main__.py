@@ -17,9 +17,10 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schema import DataName, from_disk, on_disk
+from swap_hpc.run.checks import check_ranks, chosen_part
 from swap_hpc.run.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
-from swap_hpc.run.part import Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.train.control import Control, ignore_stops
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def train(
     out: RunDir = None,
     overrides: Overrides = None,
     phase: Annotated[
-        PhaseChoice | None,
+        Phase | None,
         typer.Option(help="Only this one: other jobs do the others, into the same folder."),
     ] = None,
     group: Annotated[
@@ -97,14 +98,13 @@ def train(
     """Run a recipe on all ranks that the launcher started."""
     control = Control()
     control.listen()
-    part = Part(phase, group)
     # all that can be checked before torch, which takes seconds to import
     world = _world()
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
     folder = out or Path("runs") / on_disk(parsed.name)
-    world.agree(lambda: check_part(part, parsed))
+    part = world.agree(lambda: chosen_part(phase, group, parsed))
     over = phase_1_of is not None or world.broadcast(
-        world.first(lambda: (folder / "large_batch.safetensors").is_file())
+        world.first((folder / f"{PHASE_1.name}.safetensors").is_file)
     )
     world.agree(lambda: check_ranks(parsed, world.size, part, bool(over)))
     from swap_hpc.run import run

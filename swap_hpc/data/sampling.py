@@ -8,39 +8,49 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
+from typing import Final, Literal
 
 import numpy as np
+
+from swap_hpc.recipe.phase import Part, Phase
 
 DRAWS = 5  # random numbers per sample: crop x, crop y, mirror, and two for cutout's place or the crop's area and ratio
 
 
-class Phase(IntEnum):
-    """The third of the numbers that key the random draws; never renumber them."""
+EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key of its own
 
-    LARGE_BATCH = 1
-    REFINE = 2
-    BATCHNORM = 3
-    EVALUATION = 4
+# The second of the numbers that key the random draws; never renumber them.
+NUMBERS: Final = {Phase.LARGE_BATCH: 1, Phase.REFINE: 2, Phase.AVERAGE: 3, EVALUATION: 4}
 
 
 @dataclass(frozen=True)
 class Key:
+    """What keys the random draws of a phase: phase 3 draws the samples that batch norm sees."""
+
     seed: int
-    phase: Phase
+    phase: Phase | Literal["evaluation"]
     group: int = 0
+
+    @classmethod
+    def of(cls, seed: int, part: Part) -> "Key":
+        """Return the key of a part of the run."""
+        return cls(seed, part.phase, part.group or 0)
+
+    @property
+    def _numbers(self) -> tuple[int, int, int]:
+        return self.seed, NUMBERS[self.phase], self.group
 
     def generator(self, *counters: int) -> np.random.Generator:
         return np.random.Generator(
-            np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters)))
+            np.random.Philox(np.random.SeedSequence((*self._numbers, *counters)))
         )
 
     def torch_seed(self, step: int, rank: int) -> int:
         """What the global generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
         return int(
-            np.random.SeedSequence(
-                (self.seed, self.phase, self.group, step, rank, 0x70726368)
-            ).generate_state(1, np.uint64)[0]
+            np.random.SeedSequence((*self._numbers, step, rank, 0x70726368)).generate_state(
+                1, np.uint64
+            )[0]
         )
 
 
@@ -122,6 +132,6 @@ def batchnorm_picks(
     seed: int, samples: int, use: int, batch_size: int, rank: int, size: int
 ) -> Iterator[Picks]:
     """`use // batch_size` whole batches of augmented training samples, cut independently of the number of ranks, dealt out."""
-    whole = Epoch.drawn(Key(seed, Phase.BATCHNORM), 0, samples)
+    whole = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples)
     for batch in range(rank, use // batch_size, size):
         yield whole.picks(batch * batch_size, (batch + 1) * batch_size)

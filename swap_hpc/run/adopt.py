@@ -5,16 +5,17 @@ from pathlib import Path
 
 from torch import nn
 
-from swap_hpc.average.state import parts_of
+from swap_hpc.average.state import split_state
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.folder import load_result
 from swap_hpc.run.journal import Line
 from swap_hpc.run.weights import Unreadable, read_tensors
-from swap_hpc.train.events import SavePoint
+from swap_hpc.train.events import Position, SavePoint
 from swap_hpc.train.job import Job
 
 # Fields, and sections, of which phase 1 does not know.
@@ -29,20 +30,18 @@ def adopt_large_batch(
     Does nothing where this run has saved of phase 1 already. Raises UserError, on all ranks, where that run is not complete, or
     its phase 1 was another, or trained on other data: of the recipe, what does not concern phase 1 may differ.
     """
-    if world.any(checkpoints.holds("large_batch")):
+    if world.any(checkpoints.holds(PHASE_1)):
         return
     state, lines, ranks, seconds = world.agree(lambda: _read(run, job))
-    weights, buffers = parts_of(state, model)
+    weights, buffers = split_state(state, model)
     point = SavePoint(
-        phase="large_batch",
-        group=None,
-        epoch=len(lines),
-        step=0,
+        part=PHASE_1,
+        at=Position(len(lines), 0),
         ended=True,
         due=True,
-        momentum={},
         weights=weights,
         buffers=buffers,
+        training={},  # the part is over: nothing of it is trained again
     )
     checkpoints.save(
         point,

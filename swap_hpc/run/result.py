@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
 
+from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.journal import Line
 
 
 def result_of(
     recipe: Recipe,
-    lines: Mapping[str, list[Line]],
+    lines: Mapping[Part, list[Line]],
     seconds: Mapping[str, float],
     memory: Memory,
     ranks: tuple[int, int | None],
@@ -25,8 +27,8 @@ def result_of(
     `memory`: this rank's peak. `ranks`: their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on
     other numbers of ranks). `digest`: of the final weights.
     """
-    first = [line for line in lines["world"] if line["phase"] == "large_batch"]
-    finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
+    first = [line for line in lines[PHASE_1] if line["phase"] == Phase.LARGE_BATCH]
+    finals = {line["model"]: line for line in lines[PHASE_1] if line["phase"] == EVALUATION}
     ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
     trained = {"large_batch": sum(line["images"] for line in first), "refine": images}
     return {
@@ -54,7 +56,7 @@ def result_of(
 
 
 def peak_memory(
-    lines: Mapping[str, list[Line]], memory: Memory, world: Team
+    lines: Mapping[Part, list[Line]], memory: Memory, world: Team
 ) -> dict[str, float | None]:
     """The largest rank's, of this start of the run and of those before."""
     names = ("peak_memory_mib", "peak_gpu_allocated_mib", "peak_gpu_reserved_mib")
@@ -70,9 +72,9 @@ def peak_memory(
 _Ends = dict[tuple[int, int], Line]  # (group, cycle) -> the line of the cycle's last epoch
 
 
-def _ends_and_images(lines: Mapping[str, list[Line]]) -> tuple[_Ends, dict[int, int]]:
+def _ends_and_images(lines: Mapping[Part, list[Line]]) -> tuple[_Ends, dict[int, int]]:
     """Of this rank's groups: the ends of their cycles, and the images that each was trained on."""
-    epochs = [line for part in lines.values() for line in part if line["phase"] == "refine"]
+    epochs = [line for part in lines.values() for line in part if line["phase"] == Phase.REFINE]
     images: dict[int, int] = {}
     for line in epochs:
         images[line["group"]] = images.get(line["group"], 0) + line["images"]

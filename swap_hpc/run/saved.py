@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import nn
 
 from swap_hpc.average.agreement import check_equal
-from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe, recipe_of
+from swap_hpc.recipe.phase import refinement_of
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.checkpoint import model_state, sum_of
 from swap_hpc.run.prepare import prepare
@@ -26,7 +26,7 @@ from swap_hpc.run.weights import (
     save_model,
 )
 from swap_hpc.train.evaluation import evaluate_job
-from swap_hpc.train.events import Evaluation, part_name
+from swap_hpc.train.events import Evaluation
 from swap_hpc.train.job import Job
 from swap_hpc.train.models import fill_
 
@@ -47,9 +47,10 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
     recipe = world.agree(lambda: recipe_in(run, data))
     chosen = world.agree(lambda: _chosen(run, recipe, groups))
     job, model = prepare_saved(recipe, world)
-    world.agree(lambda: _check_data(run / f"{part_name(chosen[0])}.safetensors", job))
+    world.agree(lambda: _check_data(run / f"{refinement_of(chosen[0]).name}.safetensors", job))
     total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
-    _average_(model, total, job, world, world)
+    average_weights_(model, world, total)
+    job.refresh_batchnorm_(model, world)
     digest = check_equal(model, world)
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
@@ -75,7 +76,8 @@ def evaluate(file: Path, data: Path | None, world: Team) -> Result:
     job, model = prepare_saved(recipe, world)
     notes = world.agree(lambda: _checked_classes(file, header, job))
     if "count" in header:
-        _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
+        average_weights_(model, Team.alone(), sum_of(tensors, int(header["count"])))
+        job.refresh_batchnorm_(model, world)
     else:
         state = model_state(tensors, header) if "checkpoint" in header else tensors
         world.agree(lambda: fill_(model, state, str(file)))
@@ -147,7 +149,7 @@ def _chosen(run: Path, recipe: Recipe, groups: Sequence[int] | None) -> list[int
     ended = [
         group
         for group in range(recipe.groups)
-        if (run / f"{part_name(group)}.safetensors").is_file()
+        if (run / f"{refinement_of(group).name}.safetensors").is_file()
     ]
     missing = [group for group in chosen if group not in ended]
     if missing:
@@ -167,15 +169,9 @@ def _sum(groups: Sequence[int], run: Path, recipe: Recipe, model: nn.Module) -> 
     total = WeightSum()
     for group in groups:
         if recipe.refine.cycles > 1:
-            tensors, header = _read(run / f"{part_name(group)}-cycles.safetensors")
+            tensors, header = _read(run / f"{refinement_of(group).name}-cycles.safetensors")
             total.merge_(sum_of(tensors, int(header["count"])))
         else:
-            load_weights_(model, run / f"{part_name(group)}.safetensors")
+            load_weights_(model, run / f"{refinement_of(group).name}.safetensors")
             total.add_(model)
     return total
-
-
-def _average_(model: nn.Module, total: WeightSum, job: Job, peers: Team, world: Team) -> None:
-    average_weights_(model, peers, total)
-    with job.autocast():
-        refresh_batchnorm_(model, job.batchnorm_batches(world), world)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from swap_hpc.errors import Diverged, RunError, Stopped, UserError
 from swap_hpc.recipe.loading import differing_fields, load_recipe, one_line, read_toml
 from swap_hpc.recipe.schema import Recipe, on_disk
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 
 SHIPPED = Path(__file__).parent
 

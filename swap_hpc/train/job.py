@@ -1,4 +1,4 @@
-"""What all phases of a run share: the recipe, the data set, the device, and what a run is asked from outside."""
+"""`Job`: what all phases of a run share, and the batches that they take."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,28 +8,26 @@ from itertools import chain, cycle, groupby, islice
 import torch
 from torch import Tensor, nn
 
+from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.state import state_of
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.loader import View
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import EVALUATION, Key
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import assign_
+from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
 from swap_hpc.train import models
 from swap_hpc.train.control import Control
-from swap_hpc.train.events import Meeting, SavePoint
+from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
 
 Batch = tuple[
     Tensor, Tensor
 ]  # images (n, C, H, W) float32, labels (n,) int64; of a user's own data, inputs and targets (n, ...)
-
-
-def _nothing_saved(part: str, team: Team) -> SavePoint | None:
-    return None
 
 
 def _square(pixels: int | None) -> tuple[int, int] | None:
@@ -38,20 +36,23 @@ def _square(pixels: int | None) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Job:
+    """What the phases of a run share.
+
+    Attributes:
+        recipe: what to run.
+        dataset: the data.
+        device: this rank's.
+        control: what this rank is asked from outside, and its heartbeat.
+        make: builds the model, where the recipe does not name it; every call builds it alike.
+    """
+
     recipe: Recipe
     dataset: Dataset
     device: Device
     control: Control = field(default_factory=Control)
-    load: Callable[[str, Team], SavePoint | None] = (
-        _nothing_saved  # where a part of the run goes on from; collective over its team
-    )
-    met: int = 0  # meetings of the groups that are over
-    make: Callable[[], nn.Module] | None = (
-        None  # the model, where the recipe does not name it; alike at every call
-    )
-    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(
-        default_factory=dict, init=False
-    )  # endless; by rank and size of a team
+    make: Callable[[], nn.Module] | None = None
+    # endless streams of test batches, by rank and size of the team
+    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)
 
     @cached_property
     def identity(self) -> Identity:
@@ -96,52 +97,60 @@ class Job:
         """Raises UserError where the recipe's cannot be imported."""
         return objective(self.recipe, len(self.dataset.classes))
 
-    def steps(self, phase: LargeBatch | Refine) -> int:
-        """Of an epoch."""
-        return len(self.dataset.train) // phase.batch_size
+    def settings(self, part: Part) -> LargeBatch | Refine:
+        """Return the section of the recipe that a part of the run is trained by."""
+        if part.phase is Phase.LARGE_BATCH:
+            return self.recipe.large_batch
+        return self.recipe.refine
+
+    def steps(self, settings: LargeBatch | Refine) -> int:
+        """Return the steps per epoch of a phase; the last partial batch is dropped."""
+        return len(self.dataset.train) // settings.batch_size
 
     @property
-    def meetings(self) -> list[Meeting]:
-        """Of the groups, to be averaged: at the refinement's end, and before it where the recipe asks for it."""
-        refine, steps, saves = (
-            self.recipe.refine,
-            self.steps(self.recipe.refine),
-            self.recipe.checkpoint.epochs,
-        )
-        last = refine.epochs * refine.cycles
-        looks = (
-            range(refine.evaluate_average, last, refine.evaluate_average)
-            if refine.evaluate_average
-            else ()
-        )
-        every = refine.average_every_steps or steps * last
+    def sync_points(self) -> list[SyncPoint]:
+        """The steps of the refinement at which the groups' weights are averaged.
 
-        def saves_at(step: int) -> bool:  # the first one after an epoch at whose end a save is due
-            return saves > 0 and step // (steps * saves) > (step - every) // (steps * saves)
+        The last one is the end of the refinement; a recipe may ask for others before it.
+        """
+        refine = self.recipe.refine
+        steps, last = self.steps(refine), refine.epochs * refine.cycles
+        end = SyncPoint(steps * last, last, "end")
+        if every := refine.evaluate_average:
+            epochs = range(every, last, every)
+            return [*(SyncPoint(epoch * steps, epoch, "evaluate") for epoch in epochs), end]
+        if every := refine.average_every_steps or 0:
+            return [
+                *(
+                    SyncPoint(step, step // steps, "continue", self._saves_at(step, every))
+                    for step in range(every, end.step, every)
+                ),
+                end,
+            ]
+        return [end]
 
-        return [
-            *(Meeting(epoch * steps, epoch, "look") for epoch in looks),
-            *(
-                Meeting(step, step // steps, "go_on", saves_at(step))
-                for step in range(every, steps * last, every)
-            ),
-            Meeting(steps * last, last, "end"),
-        ]
+    def _saves_at(self, step: int, every: int) -> bool:
+        """Tell whether the groups save at a sync point.
+
+        They do at the first one after an epoch at whose end a save is due.
+        """
+        steps = self.steps(self.recipe.refine) * self.recipe.checkpoint.epochs
+        return steps > 0 and step // steps > (step - every) // steps
 
     def training_batches(
-        self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
+        self, settings: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
     ) -> Iterator[Batch]:
         """This rank's share of every step of a phase from a step of an epoch on (both from 0), in one stream per image size."""
         before = self.recipe.large_batch.epochs if key.phase is Phase.REFINE else 0
         for pixels, same in groupby(
-            range(epoch, phase.epochs * phase.cycles),
+            range(epoch, settings.epochs * settings.cycles),
             lambda each: self.recipe.data.size_at(before + each),
         ):
             epochs = list(same)
             span = range(epochs[0], epochs[-1] + 1)
             first = step if span.start == epoch else 0
             picks = sampling.training_picks(
-                key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, first
+                key, len(self.dataset.train), settings.batch_size, team.rank, team.size, span, first
             )
             view = View(self.recipe.augment, _square(pixels))
             yield from loader.batches(
@@ -149,7 +158,7 @@ class Job:
                 self.dataset.train,
                 picks,
                 view,
-                phase.batch_size // team.size,
+                settings.batch_size // team.size,
                 self.device,
             )
 
@@ -177,12 +186,9 @@ class Job:
                 self.device,
             )
         for number, batch in enumerate(islice(stream, len(picks)) if keeps else stream):
-            self.control.beat("an evaluation")
-            seed_all(
-                Key(self.recipe.seed, Phase.EVALUATION).torch_seed(
-                    team.rank + number * team.size, 0
-                )
-            )
+            self.control.heartbeat("an evaluation")
+            key = Key(self.recipe.seed, EVALUATION)
+            seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield batch
         if keeps:
             self._evaluations[place] = stream
@@ -202,15 +208,20 @@ class Job:
             self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device
         )
         for number, (images, _) in enumerate(batches):
-            self.control.beat("the batch-norm refresh")
+            self.control.heartbeat("the batch-norm refresh")
             if self.control.stop:
                 return
-            seed_all(
-                Key(self.recipe.seed, Phase.BATCHNORM).torch_seed(team.rank + number * team.size, 0)
-            )
+            key = Key(self.recipe.seed, Phase.AVERAGE)
+            seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield images
 
+    def refresh_batchnorm_(self, model: nn.Module, team: Team) -> None:
+        """Re-estimate the batch-norm statistics of `model`, as the recipe says; collective."""
+        with self.autocast():
+            refresh_batchnorm_(model, self.batchnorm_batches(team), team)
+
     def autocast(self) -> torch.autocast:
+        """Return the context of forward passes: bfloat16 where the recipe asks for it."""
         return torch.autocast(
             self.device.torch.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"
         )

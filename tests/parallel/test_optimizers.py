@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schedule import interpolate
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
 from swap_hpc.train.optimizers import build_optimizer
@@ -26,7 +27,7 @@ Update = Callable[
 
 def trained(job: Job, world: Team) -> nn.Module:
     model = tiny.model(job)
-    for _ in fit(model, job, job.recipe.large_batch, KEY, world):
+    for _ in fit(model, job, PHASE_1, world):
         pass
     return model
 

@@ -11,9 +11,10 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.train.job import Job
 

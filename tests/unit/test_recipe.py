@@ -23,7 +23,7 @@ from swap_hpc.recipe.loading import (
     shipped_recipes,
     tomllib,
 )
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 from swap_hpc.study.study import load_study
 
 
