@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from swap_hpc.average.sharing import broadcast_tensors
-from swap_hpc.average.state import is_extra
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.parallel.tensors import from_bytes, real, tensor_bytes
 from swap_hpc.recipe.loading import differing_fields, recipe_of
 from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run.buffers import mean_of, packed, unpacked
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
 from swap_hpc.train.events import Position, Running, SavePoint
 from swap_hpc.train.state import as_json, from_json, tensors_in
@@ -70,9 +69,9 @@ class Checkpoints:
             RunError: on all ranks, it cannot be written; the files before it stay.
             UserError: on all ranks, the optimizer keeps something that a file cannot hold.
         """
-        packed = _packed(point.buffers)
-        longest = int(team.maximum(len(packed))[0])  # extra states need not be of one length
-        rows = team.gather(np.pad(packed, (0, longest - len(packed))))
+        buffers = packed(point.buffers)
+        longest = int(team.maximum(len(buffers))[0])  # extra states need not be of one length
+        rows = team.gather(np.pad(buffers, (0, longest - len(buffers))))
         running = team.allgather(astuple(point.running))
         team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
 
@@ -171,17 +170,13 @@ class Checkpoints:
         for name, (dtype, shape) in kinds.items():
             mine = tensors.get(name, torch.empty(shape, dtype=dtype))
             (tensors[name],) = broadcast_tensors([mine], team)
-        buffers = _of(tensors, "buffers")
-        if "ranks" in tensors:
-            rows = [_unpacked(row, buffers) for row in tensors["ranks"]]
-            buffers = rows[team.rank] if len(rows) == team.size else _mean(rows, state["means"])
         point = SavePoint(
             part=Part(Phase(state["phase"]), state["group"]),
             at=_position(state),
             ended=state["ended"],
             due=False,
             weights=_of(tensors, "weights"),
-            buffers=buffers,
+            buffers=_own_buffers(tensors, state["means"], team),
             training=from_json(state["training"], tensors),
             cycles=sum_of(tensors, state["cycles"]),
             running=_share([Running(*each) for each in state["running"]], team),
@@ -253,77 +248,44 @@ def _position(state: Mapping[str, Any]) -> Position:
 
 
 def sum_of(tensors: Tensors, count: int) -> WeightSum:
-    """The sum of weights in the tensors of a checkpoint, or of a group's cycles."""
+    """Return the sum of weights in the tensors of a checkpoint, or of a group's cycles."""
     return WeightSum(count, _of(tensors, "sums"), _of(tensors, "kept"))
 
 
 def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
-    """The state dict in a checkpoint; of running statistics that differ between ranks the mean."""
+    """Return the state dict in a checkpoint.
+
+    Where running statistics differ between the ranks, it has their mean.
+    """
+    return _of(tensors, "weights") | _shared_buffers(tensors, json.loads(header["state"])["means"])
+
+
+def _shared_buffers(tensors: Tensors, means: Collection[str]) -> Tensors:
+    """Return the buffers in a checkpoint for ranks that did not save it."""
     buffers = _of(tensors, "buffers")
-    if "ranks" in tensors:
-        buffers = _mean(
-            [_unpacked(row, buffers) for row in tensors["ranks"]],
-            json.loads(header["state"])["means"],
-        )
-    return _of(tensors, "weights") | buffers
+    if "ranks" not in tensors:
+        return buffers
+    return mean_of([unpacked(row, buffers) for row in tensors["ranks"]], means)
+
+
+def _own_buffers(tensors: Tensors, means: Collection[str], team: Team) -> Tensors:
+    """Return the buffers in a checkpoint for this rank: its own where the team has its old size."""
+    if "ranks" in tensors and len(tensors["ranks"]) == team.size:
+        return unpacked(tensors["ranks"][team.rank], _of(tensors, "buffers"))
+    return _shared_buffers(tensors, means)
 
 
 def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
-    return {
-        f"{part}/{name}": tensor
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
 def _of(tensors: Tensors, part: str) -> Tensors:
-    return {
-        name.removeprefix(f"{part}/"): t
-        for name, t in tensors.items()
-        if name.startswith(f"{part}/")
-    }
-
-
-def _packed(buffers: Tensors) -> np.ndarray:
-    """All buffers' bytes, in the order of their names, (n,) uint8; before those of an extra state their number."""
-    parts: list[np.ndarray] = [np.empty(0, np.uint8)]
-    for name, tensor in sorted(buffers.items()):
-        bytes_of = tensor_bytes(tensor)
-        if is_extra(name):
-            parts.append(np.array([len(bytes_of)], np.int64).view(np.uint8))
-        parts.append(bytes_of)
-    return np.concatenate(parts)
-
-
-def _unpacked(row: Tensor, like: Tensors) -> Tensors:
-    found: Tensors = {}
-    start = 0
-    for name, tensor in sorted(like.items()):
-        size = tensor.numel() * tensor.element_size()
-        if is_extra(name):
-            size = int(row[start : start + 8].clone().view(torch.int64))
-            start += 8
-        part = row[start : start + size]
-        found[name] = (
-            part.clone() if is_extra(name) else from_bytes(part, tensor.dtype, tensor.shape)
-        )
-        start += size
-    return found
-
-
-def _mean(rows: list[Tensors], means: Collection[str]) -> Tensors:
-    """The mean over the ranks, rounded once, of the buffers named in `means`; the others are the first rank's."""
-    mean = {name: real(torch.stack([row[name] for row in rows])).double().mean(0) for name in means}
-    return {name: _as(mean[name], t) if name in means else t for name, t in rows[0].items()}
-
-
-def _as(values: Tensor, like: Tensor) -> Tensor:
-    """Real numbers, (..., 2) of complex ones, rounded to a tensor's type."""
-    return (torch.view_as_complex(values) if like.is_complex() else values).to(like.dtype)
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _share(running: list[Running], team: Team) -> Running:
-    """A rank's own sums; where the ranks are others now, all of them on the first rank."""
+    """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
     if len(running) == team.size:
         return running[team.rank]
     if team.rank > 0:

@@ -13,10 +13,11 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_stops() -> None:
-    """Ignore the signals that ask for a stop, in a process that has finished its work.
+    """Ignore signals that ask for a stop, in a process that has finished its work.
 
-    The process would otherwise be ended by one, with the exit code of the signal: Python removes its
-    handlers before it unloads torch, and srun sends SIGTERM to ranks that leave later than the first.
+    The process would otherwise be ended by one, with the exit code of the signal: Python removes
+    its handlers before it unloads torch, and srun sends SIGTERM to ranks that leave later than the
+    first.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -71,7 +72,7 @@ class Control:
         self.is_waiting = False
 
     def listen(self) -> None:
-        """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop, and a second SIGINT interrupt."""
+        """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop; a second SIGINT interrupts."""
         for number in STOPPING:
             signal.signal(number, self._asked)
 

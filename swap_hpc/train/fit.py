@@ -67,7 +67,8 @@ def fit(
         is due to save, or was asked to stop; see `sync_check` for how often they agree.
 
     Raises:
-        Diverged: on all ranks of the team, a loss is not finite, or a weight that is due to be saved.
+        Diverged: on all ranks of the team, a loss, or a weight that is due to be saved, is not
+            finite.
         RunError: on all ranks of the team, the weights of two ranks differ at such a save.
     """
     broadcast_weights_(model, team)

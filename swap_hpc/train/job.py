@@ -25,9 +25,8 @@ from swap_hpc.train.control import Control
 from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
 
-Batch = tuple[
-    Tensor, Tensor
-]  # images (n, C, H, W) float32, labels (n,) int64; of a user's own data, inputs and targets (n, ...)
+# images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets (n, ...)
+Batch = tuple[Tensor, Tensor]
 
 
 def _square(pixels: int | None) -> tuple[int, int] | None:
@@ -56,16 +55,20 @@ class Job:
 
     @cached_property
     def identity(self) -> Identity:
-        """What the data are known by."""
+        """What tells the data apart from other data."""
         return Identity.of(self.dataset)
 
     @property
     def header(self) -> dict[str, str]:
-        """What stands in every file of weights: the recipe as TOML, and the data's identity as JSON."""
+        """The header of every file of weights: the recipe as TOML, the data's identity as JSON."""
         return {"recipe": self.recipe.to_toml(), "data": self.identity.to_json()}
 
     def build(self) -> nn.Module:
-        """The recipe's model as its builder makes it, in training mode, on this rank's device. Raises UserError."""
+        """Build the recipe's model, in training mode, on this rank's device.
+
+        Raises:
+            UserError: the model cannot be built.
+        """
         if self.make:
             built = self.make()
         else:
@@ -79,22 +82,30 @@ class Job:
         return built.to(memory_format=torch.channels_last) if self.recipe.channels_last else built
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """A model built as `model` was, with its weights, buffers and extra states.
+        """Build a model like `model`, and give it the weights, buffers and extra states of `model`.
 
-        Unlike a deep copy it has the hooks that the builder registers, on its own parameters, and needs no module that
-        can be copied. Raises UserError where the state dict does not fit what the builder makes.
+        Unlike a deep copy it has the hooks that the builder registers, on its own parameters, and
+        it works for modules that cannot be copied.
+
+        Raises:
+            UserError: the state dict does not fit what the builder makes.
         """
         copy = self.build()
         models.fill_(copy, state_of(model), "that the state dict holds")
         theirs = dict(chain(model.named_parameters(), model.named_buffers()))
         for name, tensor in chain(copy.named_parameters(), copy.named_buffers()):
-            if name in theirs:  # also what the state dict leaves out
+            if name in theirs:
+                # also what the state dict leaves out
                 assign_(tensor, theirs[name].detach())
         return copy
 
     @cached_property
     def objective(self) -> Objective:
-        """Raises UserError where the recipe's cannot be imported."""
+        """The loss and the score of the recipe.
+
+        Raises:
+            UserError: they cannot be imported.
+        """
         return objective(self.recipe, len(self.dataset.classes))
 
     def settings(self, part: Part) -> LargeBatch | Refine:
@@ -140,78 +151,80 @@ class Job:
     def training_batches(
         self, settings: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
     ) -> Iterator[Batch]:
-        """This rank's share of every step of a phase from a step of an epoch on (both from 0), in one stream per image size."""
+        """Yield this rank's share of every step of a phase, from a step of an epoch on.
+
+        Args:
+            settings: the section of the recipe.
+            key: of the random draws.
+            team: the ranks that share a batch.
+            epoch: where to begin, from 0.
+            step: the step of that epoch, from 0.
+        """
         before = self.recipe.large_batch.epochs if key.phase is Phase.REFINE else 0
-        for pixels, same in groupby(
-            range(epoch, settings.epochs * settings.cycles),
-            lambda each: self.recipe.data.size_at(before + each),
-        ):
+        last = settings.epochs * settings.cycles
+        share = settings.batch_size // team.size
+
+        def size_at(each: int) -> int | None:
+            return self.recipe.data.size_at(before + each)
+
+        # one stream for each image size
+        for pixels, same in groupby(range(epoch, last), size_at):
             epochs = list(same)
             span = range(epochs[0], epochs[-1] + 1)
-            first = step if span.start == epoch else 0
             picks = sampling.training_picks(
-                key, len(self.dataset.train), settings.batch_size, team.rank, team.size, span, first
+                key,
+                len(self.dataset.train),
+                settings.batch_size,
+                team.rank,
+                team.size,
+                span,
+                step if span.start == epoch else 0,
             )
             view = View(self.recipe.augment, _square(pixels))
-            yield from loader.batches(
-                self.dataset,
-                self.dataset.train,
-                picks,
-                view,
-                settings.batch_size // team.size,
-                self.device,
-            )
+            train = self.dataset.train
+            yield from loader.batches(self.dataset, train, picks, view, share, self.device)
 
     def test_batches(self, team: Team) -> Iterator[Batch]:
-        """This rank's share of the test samples, each of which the team sees once.
+        """Yield this rank's share of the test samples, each of which the team sees once.
 
-        The pipeline is kept for the next evaluation: building one each time would take time, and leave memory in pieces.
+        The pipeline is kept for the next evaluation: building it takes time, and building it again
+        and again leaves memory in pieces.
         """
         size, place = self.recipe.evaluate.batch_size, (team.rank, team.size)
-        picks = list(sampling.evaluation_picks(len(self.dataset.test), size, *place))
-        view = View(
-            None, _square(self.recipe.data.evaluation_size), self.recipe.data.evaluation_crop
-        )
-        keeps = not isinstance(self.dataset.test, Batches) or isinstance(self.dataset.test, Graph)
-        stream = self._evaluations.pop(place, None)  # an evaluation that is broken off leaves none
-        if (
-            stream is None
-        ):  # a user's function is asked anew each time, for what it may hold in a list
-            stream = loader.batches(
-                self.dataset,
-                self.dataset.test,
-                cycle(picks) if keeps else iter(picks),
-                view,
-                size,
-                self.device,
-            )
+        test, data = self.dataset.test, self.recipe.data
+        picks = list(sampling.evaluation_picks(len(test), size, *place))
+        view = View(None, _square(data.evaluation_size), data.evaluation_crop)
+        # A user's function is called anew each time: it may hold its batches in a list.
+        keeps = not isinstance(test, Batches) or isinstance(test, Graph)
+        stream = self._evaluations.pop(place, None)  # none after an evaluation that broke off
+        if stream is None:
+            endless = cycle(picks) if keeps else iter(picks)
+            stream = loader.batches(self.dataset, test, endless, view, size, self.device)
+        key = Key(self.recipe.seed, EVALUATION)
         for number, batch in enumerate(islice(stream, len(picks)) if keeps else stream):
             self.control.heartbeat("an evaluation")
-            key = Key(self.recipe.seed, EVALUATION)
             seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield batch
         if keeps:
             self._evaluations[place] = stream
 
     def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
-        """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""
-        size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
+        """Yield this rank's share of the images from which batch norm is re-estimated.
+
+        It ends early where this rank is asked to stop.
+        """
+        train, settings = self.dataset.train, self.recipe.batchnorm
+        use = settings.samples or len(train)
         picks = sampling.batchnorm_picks(
-            self.recipe.seed,
-            samples,
-            self.recipe.batchnorm.samples or samples,
-            size,
-            team.rank,
-            team.size,
+            self.recipe.seed, len(train), use, settings.batch_size, team.rank, team.size
         )
-        batches = loader.batches(
-            self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device
-        )
+        view = View(self.recipe.augment)
+        batches = loader.batches(self.dataset, train, picks, view, settings.batch_size, self.device)
+        key = Key(self.recipe.seed, Phase.AVERAGE)
         for number, (images, _) in enumerate(batches):
             self.control.heartbeat("the batch-norm refresh")
             if self.control.stop:
                 return
-            key = Key(self.recipe.seed, Phase.AVERAGE)
             seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield images
 

@@ -75,7 +75,7 @@ class Refinement:
         self.model.zero_grad()  # frees the memory of the gradients
 
     def add_to_(self, total: WeightSum) -> None:
-        """Add the weights at the ends of the cycles so far; inside a cycle, the present ones too."""
+        """Add the weights at the ends of the cycles so far, and those inside an open cycle."""
         total.merge_(self.cycles)
         refine = self._job.recipe.refine
         if self.steps % (self._job.steps(refine) * refine.epochs):
