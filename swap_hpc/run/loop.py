@@ -5,22 +5,16 @@ from typing import Any
 from torch import nn
 
 from swap_hpc.errors import Stopped
-from swap_hpc.parallel.grid import Ranks
 from swap_hpc.recipe.phase import Part, Phase
+from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.record import Recorder
 from swap_hpc.run.resume import Resume
 from swap_hpc.swap import swap
 from swap_hpc.train.events import Event, GroupsArrived, LargeBatchEnded
-from swap_hpc.train.job import Job
 
 
 def train_and_record(
-    model: nn.Module,
-    job: Job,
-    ranks: Ranks,
-    chosen: Part | None,
-    saves: Resume,
-    recorder: Recorder,
+    model: nn.Module, its: Assignment, saves: Resume, recorder: Recorder
 ) -> dict[str, Any] | None:
     """Train `model` as a recipe says, from where its saves are.
 
@@ -28,11 +22,11 @@ def train_and_record(
         What `result.json` holds; None where this job's part does not complete the run.
     """
     recorder.begin()
-    events = swap(model, job, ranks, saves)
+    events = swap(model, its.job, its.ranks, saves)
     try:
         for event in events:
             recorder.record(event)
-            if _ends(chosen, event):
+            if _ends(its.chosen, event):
                 recorder.journal.end()
                 return None
     except Stopped:

@@ -4,15 +4,14 @@ import json
 from dataclasses import dataclass
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
+from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.checks import check_ranks, needs
 from swap_hpc.run.journal import Line
 from swap_hpc.run.record import Recorder, averages_file
 from swap_hpc.train.events import Position, SavePoint
-from swap_hpc.train.job import Job
 
 NOWHERE = Position(-1, 0)  # before every save
 
@@ -21,9 +20,7 @@ NOWHERE = Position(-1, 0)  # before every save
 class Resume:
     """The saves of a run, as `swap()` asks for them."""
 
-    job: Job
-    chosen: Part | None  # the part of the run that this job does; None is the whole run
-    checkpoints: Checkpoints
+    its: Assignment
     recorder: Recorder
     # Groups that continue from their average have to stand at one step: this one. None: each
     # group resumes from its own newest save.
@@ -39,16 +36,16 @@ class Resume:
             RunError: on all ranks, no save of the part can be used.
         """
         at = self.common if part.phase is Phase.REFINE else None
-        saved = self.checkpoints.load(part, team, at)
+        saved = self.its.checkpoints.load(part, team, at)
         has_ended = saved is not None and saved.point.ended
-        if needs(self.chosen, part) and not has_ended:
+        if needs(self.its.chosen, part) and not has_ended:
             raise UserError(
-                f"{self.recorder.out}: {part.name} has not ended, and this job does not train it: "
+                f"{self.its.out}: {part.name} has not ended, and this job does not train it: "
                 f"first {_options(part)}"
             )
         if part == PHASE_1 and not has_ended:
             # the command line checks it too, but its end may have been lost, on other ranks
-            check_ranks(self.job.recipe, team.size, self.chosen)
+            check_ranks(self.its.job.recipe, team.size, self.its.chosen)
         self.recorder.resume(part, saved)
         return saved.point if saved else None
 
@@ -75,20 +72,19 @@ def saved_averages(checkpoints: Checkpoints, world: Team) -> list[Line]:
     return world.broadcast(world.first(read) or [])
 
 
-def resume(
-    job: Job, ranks: Ranks, chosen: Part | None, checkpoints: Checkpoints, recorder: Recorder
-) -> Resume:
+def resume(its: Assignment, recorder: Recorder) -> Resume:
     """Find out where a run resumes; collective over the world.
 
     Groups that continue from their average go back to the newest sync point that all of them have
     saved; their saves behind it are removed.
     """
+    job, ranks = its.job, its.ranks
     if not job.recipe.refine.average_every_steps:
-        return Resume(job, chosen, checkpoints, recorder, None, len(recorder.averages))
+        return Resume(its, recorder, None, len(recorder.averages))
     parts = [refinement_of(group) for group in ranks.groups]
-    common = checkpoints.common(parts, ranks.world) or NOWHERE
+    common = its.checkpoints.common(parts, ranks.world) or NOWHERE
     for part in parts:
-        checkpoints.forget_after(common, part, ranks.group)
+        its.checkpoints.forget_after(common, part, ranks.group)
     steps = common.epoch * job.steps(job.recipe.refine) + common.step
     over = [sync for sync in job.sync_points if sync.then == "continue" and sync.step <= steps]
-    return Resume(job, chosen, checkpoints, recorder, common, len(over))
+    return Resume(its, recorder, common, len(over))

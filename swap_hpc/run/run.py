@@ -19,6 +19,7 @@ from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.adopt import adopt_large_batch
+from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.board import check_tensorboard
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.checks import does
@@ -30,9 +31,8 @@ from swap_hpc.run.environment import environment
 from swap_hpc.run.lock import owning
 from swap_hpc.run.loop import train_and_record
 from swap_hpc.run.prepare import prepare
-from swap_hpc.run.record import Recorder
+from swap_hpc.run.record import recorder_of
 from swap_hpc.run.resume import resume, saved_averages
-from swap_hpc.run.stopwatch import Stopwatch
 from swap_hpc.run.watchdog import watching
 from swap_hpc.train.control import Control
 from swap_hpc.train.job import Job
@@ -107,12 +107,9 @@ def train(
                 for line in warnings:
                     display.say(line)
                 averages = saved_averages(checkpoints, world)
-                watch = Stopwatch(started)
-                recorder = Recorder.of(
-                    job, ranks, out, chosen, checkpoints, display, watch, averages
-                )
-                saves = resume(job, ranks, chosen, checkpoints, recorder)
-                result = train_and_record(model, job, ranks, chosen, saves, recorder)
+                its = Assignment(job, ranks, out, chosen, checkpoints, display)
+                recorder = recorder_of(its, started, averages)
+                result = train_and_record(model, its, resume(its, recorder), recorder)
             if result is None:
                 assert chosen is not None
                 display.say(f"{chosen.name} is done, for the run in {out}")
