@@ -57,7 +57,7 @@ def decoding(tmp: Path) -> Finished:
 
 def another_recipe(tmp: Path) -> Finished:
     (tmp / "runs" / "digits").mkdir(parents=True)
-    recipe = (ROOT / "swap_hpc" / "recipes" / "digits.toml").read_text()
+    recipe = (ROOT / "swap_hpc" / "recipe" / "digits.toml").read_text()
     (tmp / "runs" / "digits" / "recipe.toml").write_text("seed = 7\n" + recipe)
     return train(cwd=tmp)
 
