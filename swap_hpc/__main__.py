@@ -449,9 +449,9 @@ def main() -> None:
         tell_launcher("stopped")
         sys.exit(75)
     except UserError as error:
-        fail(2, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(2, f"swap-hpc: {error}", error.reported_elsewhere)
     except RunError as error:
-        fail(3, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(3, f"swap-hpc: {error}", error.reported_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
             fail(3, _traceback(error))
