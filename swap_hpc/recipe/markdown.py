@@ -6,5 +6,5 @@ from tabulate import tabulate
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of text cells, each column padded to one width; numbers are left as written."""
+    """Return a table of text cells: columns padded to one width, numbers left as written."""
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)
