@@ -17,7 +17,7 @@ from swap_hpc.average.sharing import broadcast_tensors
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.loading import differing_fields, recipe_of
+from swap_hpc.recipe.loading import check_same_recipe, recipe_of
 from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.buffers import mean_of, packed, unpacked
@@ -223,12 +223,8 @@ class Checkpoints:
                 f"{path} has checkpoint format {version}, this version reads {FORMAT}: "
                 "finish the run with the version that began it, or choose another --out"
             )
-        differing = differing_fields(self.recipe, recipe_of(header["recipe"], str(path)))
-        if differing:
-            raise UserError(
-                f"{path} was saved by another recipe ({', '.join(differing)} differ): "
-                "choose another --out, or remove the file"
-            )
+        other = recipe_of(header["recipe"], str(path))
+        check_same_recipe(self.recipe, other, f"{path} was saved by", "the file")
 
     def _files(self, part: Part) -> list[Path]:
         """Return the files of a part, newest first."""

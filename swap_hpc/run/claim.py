@@ -9,7 +9,7 @@ from typing import Any
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.parallel.atomic import write_text
-from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.recipe.loading import check_same_recipe, load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.checks import refines_one_group
@@ -28,12 +28,8 @@ def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     if not (out.is_dir() or not out.exists()):
         raise UserError(f"--out {out} is a file: name a folder")
     if (out / "recipe.toml").is_file():
-        differing = differing_fields(recipe, load_recipe(str(out / "recipe.toml")))
-        if differing:
-            raise UserError(
-                f"{out} holds a run of another recipe ({', '.join(differing)} differ): "
-                "choose another --out, or remove the folder"
-            )
+        other = load_recipe(str(out / "recipe.toml"))
+        check_same_recipe(recipe, other, f"{out} holds a run of", "the folder")
     try:
         return json.loads((out / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

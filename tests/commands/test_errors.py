@@ -90,7 +90,7 @@ CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
     "an argument that is no number": (
         ("digits", "--set", "model.width=nan"),
         2,
-        "model: nan is no finite number",
+        "model: nan is not a finite number",
     ),
     "no GPU": (
         ("digits", "--set", "device=cuda"),

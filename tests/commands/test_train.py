@@ -281,7 +281,7 @@ def test_recipes_are_listed_and_shown() -> None:
     shown = swap_hpc("recipes", "digits")
     assert shown.stdout.strip() == shipped_recipes()["digits"].read_text().strip()
     assert swap_hpc("recipes", "digit").ours == [
-        f"swap-hpc: no recipe 'digit'; there are {', '.join(shipped_recipes())}"
+        f"swap-hpc: no recipe 'digit'; choose one of {', '.join(shipped_recipes())}"
     ]
 
 

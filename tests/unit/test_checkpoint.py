@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints: Checkpoints) -> N
     saves = SavedAt(saved.point)
     with pytest.raises(
         UserError,
-        match=r"the weights of the checkpoint of large_batch are not of this model: .*[Uu]nexpected key",
+        match=r"the weights of the checkpoint of large_batch do not fit this model: .*[Uu]nexpected key",
     ):
         list(fit(tiny.model(job), job, PHASE_1, ONE, saves))
 

@@ -241,7 +241,7 @@ def test_a_gpu_whose_memory_is_full_gets_one_line() -> None:
     known = explained(full)
     assert isinstance(known, UserError) and "\n" not in str(known)
     assert re.match(
-        r"the GPU's memory is full \(CUDA out of memory\. Tried.*or large_batch\.accumulate",
+        r"the GPU's memory is full \(CUDA out of memory\. Tried.*or raise large_batch\.accumulate",
         str(known),
     )
     other = RuntimeError("out of memory")
@@ -264,7 +264,7 @@ def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.Monk
 def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="deterministic and cudnn_benchmark exclude each other"):
         tiny.recipe(deterministic=True, cudnn_benchmark=True)
-    with pytest.raises(UserError, match="fused is SGD's: lars has no such step"):
+    with pytest.raises(UserError, match="fused is for sgd only: lars has no fused step"):
         tiny.recipe(optimizer={"name": "lars", "fused": True})
 
 
