@@ -65,7 +65,7 @@ def _entry(path: str) -> str:
     thing = getattr(import_module(module), name)
     fields = isinstance(thing, type) and is_dataclass(thing)
     code = _fields(thing) if fields else _signature(name, thing)
-    parts = [f"#### {module}.{name}\n", f"```python\n{code}\n```\n"]
+    parts = [f"#### `{module}.{name}`\n", f"```python\n{code}\n```\n"]
     # A dataclass without a docstring gets its signature for one, which the code above has.
     if (doc := inspect.getdoc(thing)) and not doc.startswith(f"{name}("):
         parts.append(f"{_markdown(doc)}\n")
