@@ -22,7 +22,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test test-gpu test-slurm test-image test-bundle test-mpi bench soak fuzz lint doctor image bundle clean
+.PHONY: help setup run test test-gpu test-slurm test-image test-bundle test-mpi bench soak fuzz pages lint doctor image bundle clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -60,6 +60,10 @@ soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAUL
 
 fuzz: setup  ## train random mixtures of layers of every kind, 5 minutes (MODELS=300, SEED=0; ARGS="--only NAME")
 	@$(activate) && python tests/fuzz.py --models $(MODELS) --seed $(SEED) $(ARGS)
+
+pages: setup  ## write what pages take from the code: the recipes' fields, the API, the drawing of the grid
+	@$(activate) && swap-hpc recipes --page >swap_hpc/recipe/README.md.new && mv swap_hpc/recipe/README.md.new swap_hpc/recipe/README.md
+	@$(activate) && python tests/pages/api.py && python tests/pages/grid.py
 
 lint: setup  ## run ruff, mypy, import-linter and codespell
 	@$(activate) && $(linters)
