@@ -15,6 +15,7 @@ from typing import Any
 PAGE = Path(__file__).parents[2] / "swap_hpc" / "README.md"
 BEGIN = "<!-- made by tests/pages/api.py -->"
 END = "<!-- end of what tests/pages/api.py makes -->"
+DESCRIPTORS = (classmethod, staticmethod, property)
 LINE = 96  # characters; a longer signature has a line for each parameter
 
 SECTIONS = {
@@ -142,13 +143,21 @@ def _fields(kind: type) -> str:
 
 def _methods(kind: type) -> str:
     """Return a list of a class's own public methods, each with its docstring's first line."""
-    names = [name for name in vars(kind) if not name.startswith("_")]
+    names = [
+        name
+        for name, thing in vars(kind).items()
+        if not name.startswith("_") and (callable(thing) or isinstance(thing, DESCRIPTORS))
+    ]
     return "".join(f"- {_method(name, getattr(kind, name))}\n" for name in names)
 
 
 def _method(name: str, method: Any) -> str:
     doc = inspect.getdoc(method)
-    return f"`{_signature(name, method)}`" + (f": {_escaped(doc.splitlines()[0])}" if doc else "")
+    if isinstance(method, property):
+        head = f"{name}: {_parameters(method.fget)[1]}"
+    else:
+        head = _signature(name, method)
+    return f"`{head}`" + (f": {_escaped(doc.splitlines()[0])}" if doc else "")
 
 
 def _markdown(doc: str) -> str:
