@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.sampling import Picks
-from swap_hpc.data.splits import Batches, Dataset
+from swap_hpc.data.splits import Batches
 
 CLASSES = 3
 WIDTH = 4  # channels of an image inside a model

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swap_hpc.data.splits import Arrays, Dataset, with_statistics
+from swap_hpc.data.dataset import Dataset, with_statistics
+from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.tensors import real
 from swap_hpc.recipe.loading import parse

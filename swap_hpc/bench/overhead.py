@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.data.crops import cropped
+from swap_hpc.data.dataset import with_statistics
 from swap_hpc.data.sampling import Key, training_picks
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.data.splits import Arrays, with_statistics
+from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import choose_device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe

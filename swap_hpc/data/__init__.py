@@ -1,16 +1,17 @@
-"""Data sets, and their batches through DALI. The only package that imports DALI and torchvision's data sets."""
+"""Data sets and their batches. The only package that imports DALI and torchvision's data sets."""
 
 from pathlib import Path
 
+from swap_hpc.data.dataset import Dataset, with_validation
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.data.splits import Arrays, Batches, Dataset, Files, Graph, with_validation
+from swap_hpc.data.splits import Arrays, Batches, Files, Graph
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.grid import first_then_rest
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Data
 
-# Data of the user's own, and what lies in their folder.
+# What a folder of the user's own data must hold, by the name of the data set.
 LOCAL = {
     "folder": "train/<class>/ and test/<class>/ (or set data.test_every, which splits <class>/)",
     "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)",
@@ -18,15 +19,57 @@ LOCAL = {
 
 __all__ = ["Arrays", "Batches", "Dataset", "Files", "Graph", "Picks", "download", "load"]
 
+# The functions below import DALI, by way of `sources`, only when they need it: a user's data set
+# that imports this package must not wait for it.
+
 
 def load(data: Data, team: Team, threads: int) -> Dataset:
-    """The data set that a recipe names, on every rank of `team`; one of them downloads what is missing.
+    """Load the data set that a recipe names, on every rank of a team.
 
-    Raises UserError: a folder that is missing, empty, or has other classes in test than in train; a download that
-    fails; an image that cannot be read; a validation split that leaves nothing to train on; ranks whose data differ
-    (of a user's own `Batches`, whose number or classes do).
+    One rank downloads what is missing, while the others wait. Collective over `team`.
+
+    Args:
+        data: the recipe's section `[data]`.
+        team: the ranks that load it, all of the same data.
+        threads: CPU threads that this rank decodes with.
+
+    Returns:
+        The data set, with the same samples in the same order on all ranks.
+
+    Raises:
+        UserError: a folder is missing, is empty, or has other classes in test than in train; a
+            download fails; an image cannot be read; a validation split leaves nothing to train on;
+            the data differ between ranks. `Batches` and `Graph` are compared only by the numbers
+            of their samples and by the classes. Raised on all ranks.
     """
-    dataset = _loaded(data, team, threads)
+    dataset = _load_on_each_rank(data, team, threads)
+    _check_alike(dataset, team)
+    return dataset
+
+
+def _load_on_each_rank(data: Data, team: Team, threads: int) -> Dataset:
+    if ":" in data.name:
+        # one rank first: a user's function may download, too
+        return first_then_rest(team, lambda: with_validation(_custom(data), data.validation))
+
+    from swap_hpc.data import sources
+
+    # `download` checks for train/ and test/, which a folder to be split does not have
+    if not data.test_every:
+        first_then_rest(team, lambda: download(data.name, data.path))
+    source = sources.SOURCES[data.name]
+    return team.agree(lambda: with_validation(source(data, threads), data.validation))
+
+
+def _custom(data: Data) -> Dataset:
+    from swap_hpc.data.custom import load_custom
+
+    # what the function draws or splits at random is the same on all ranks and in a resumed run
+    seed_all(0)
+    return load_custom(data)
+
+
+def _check_alike(dataset: Dataset, team: Team) -> None:
     mine = (
         dataset.classes,
         dataset.channels,
@@ -35,46 +78,35 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
         dataset.train.contents,
         dataset.test.contents,
     )
-    every = team.allgather(mine)
-    if other := next((rank for rank, each in enumerate(every) if each != every[0]), None):
-        counts = [
-            f"{train} training and {test} test images"
-            for _, _, train, test, *_ in (every[other], every[0])
-        ]
-        raise UserError(
-            f"rank {other} has other data than rank 0 ({counts[0]}, rank 0 {counts[1]}; in another order, maybe): "
-            "give all nodes the same files, and what is random in a function of your own a seed"
-        )
-    return dataset
-
-
-def _loaded(data: Data, team: Team, threads: int) -> Dataset:
-    from swap_hpc.data import sources
-
-    if ":" in data.name:
-        return first_then_rest(
-            team, lambda: with_validation(_seeded(data), data.validation)
-        )  # it may download
-    if not data.test_every:
-        first_then_rest(team, lambda: download(data.name, data.path))
-    return team.agree(
-        lambda: with_validation(sources.SOURCES[data.name](data, threads), data.validation)
-    )
-
-
-def _seeded(data: Data) -> Dataset:
-    from swap_hpc.data.own import own
-
-    seed_all(0)  # what it splits or makes by chance is the same on all ranks, and at the next start
-    return own(data)
+    first, *others = team.allgather(mine)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise UserError(
+                f"rank {rank} has other data than rank 0 ({other[2]} training and {other[3]} test "
+                f"samples, rank 0 has {first[2]} and {first[3]}, maybe in another order): give all "
+                "nodes the same files, and seed what is random in your own function"
+            )
 
 
 def download(name: str, path: Path) -> str:
-    """Makes sure that the data set's files are in `path`, verified, and says where they are. Raises UserError."""
+    """Make sure that a data set's files are in a folder, and verify what was downloaded.
+
+    Args:
+        name: the data set.
+        path: the folder.
+
+    Returns:
+        A line that names the data set and where it is.
+
+    Raises:
+        UserError: a folder is missing, or the download fails.
+    """
     from swap_hpc.data import sources
 
-    if name in LOCAL and not (path / "train").is_dir():
+    has_train = (path / "train").is_dir()
+    if name in LOCAL and not has_train:
         raise UserError(f"no folder {path / 'train'}: point --data at a folder with {LOCAL[name]}")
-    if name in sources.TORCHVISION and not (path / "train").is_dir():
+    if name in sources.TORCHVISION and not has_train:
         sources.torchvision_download(name, path)
-    return f"{name}: {path if name in (*sources.TORCHVISION, *LOCAL) else 'comes with the package'}"
+    has_files = name in LOCAL or name in sources.TORCHVISION
+    return f"{name}: {path if has_files else 'comes with the package'}"

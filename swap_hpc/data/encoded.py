@@ -1,10 +1,10 @@
-"""Encoded images as DALI's graphs take them, and the one that cannot be decoded named."""
+"""Encoded images in DALI's graphs, and the name of the one that cannot be decoded."""
 
 import io
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from nvidia.dali import fn, types
@@ -17,16 +17,17 @@ from swap_hpc.errors import RunError
 Encoded: TypeAlias = Files | Shards
 
 
-def encoded(split: Encoded, source: Any) -> Any:
-    """In a DALI graph, the encoded images from what `split.sources` gives."""
+def file_content(split: Encoded, source: Any) -> Any:
+    """In a DALI graph, return the encoded images for what `split.sources` gives."""
     return fn.io.file.read(source) if isinstance(split, Files) else source
 
 
-def whole_image(file: Any, device: str = "cpu") -> Any:
-    """In a DALI graph, the decoded image (H, W, 3) uint8.
+def decode_whole(file: Any, device: str = "cpu") -> Any:
+    """In a DALI graph, decode whole images to (H, W, 3) uint8, red, green and blue.
 
-    The size is read first: DALI's decoder (2.4.0) sometimes ends the process where a header in its batch is damaged, by
-    leaving while its threads go on; `peek_image_shape` fails as it should.
+    The size is read first, though the decoder would find it. DALI's decoder (2.4.0) sometimes ends
+    the process where a header in its batch is damaged, because it returns while its threads still
+    run; `peek_image_shape` raises an error.
     """
     size = fn.peek_image_shape(file, dtype=types.INT32)[:2]
     return fn.decoders.image_slice(
@@ -40,19 +41,31 @@ def whole_image(file: Any, device: str = "cpu") -> Any:
 
 
 def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exception) -> None:
-    """Raises RunError naming the first of `samples` that cannot be decoded; returns where all can be."""
-    asked: list[int] = []
+    """Name the first of `samples` that cannot be decoded; return if all of them can be.
+
+    DALI's own error does not tell which image of a batch it is about.
+
+    Args:
+        split: what the samples belong to.
+        samples: those that DALI was asked for when it failed.
+        error: DALI's error, the cause of what is raised.
+
+    Raises:
+        RunError: an image cannot be read or decoded.
+    """
+    tried: list[int] = []
 
     def one_by_one() -> Iterator[list[np.ndarray]]:
         for sample in samples:
-            asked.append(sample)
+            tried.append(sample)
             _check_readable(split, sample)
             yield split.sources([sample])
 
     def graph() -> Any:
-        return whole_image(encoded(split, fn.external_source(one_by_one(), batch=True)))
+        return decode_whole(file_content(split, fn.external_source(one_by_one(), batch=True)))
 
-    pipeline = pipeline_def(graph)(  # nothing ahead: the one asked for last is the one that fails
+    # nothing runs ahead: the sample tried last is the one that fails
+    pipeline = pipeline_def(graph)(
         batch_size=1,
         num_threads=1,
         device_id=None,
@@ -67,36 +80,42 @@ def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exceptio
         return
     except OSError as unreadable:
         reason = unreadable.strerror or "it cannot be read"
-    except RunError:  # a shard that cannot be read
+        _raise_unreadable(split.name(tried[-1]), reason, error)
+    except RunError:  # it names a shard that cannot be read
         raise
     except RuntimeError:
-        reason = "not an image that DALI decodes, or damaged"
-        if kind := _whole_for_pillow(split, asked[-1]):
-            refused = f"DALI does not decode this valid {kind} file ({split.name(asked[-1])})"
-            raise RunError(f"{refused}: convert it, for example to PNG") from error
+        name = split.name(tried[-1])
+        if kind := _format_by_pillow(split, tried[-1]):
+            raise RunError(
+                f"DALI does not decode this valid {kind} file ({name}): "
+                "convert it, for example to PNG"
+            ) from error
+        _raise_unreadable(name, "not an image that DALI decodes, or damaged", error)
+
+
+def _raise_unreadable(name: str, reason: str, cause: Exception) -> NoReturn:
     raise RunError(
-        f"cannot decode the image {split.name(asked[-1])} ({reason}): replace or remove the file"
-    ) from error
+        f"cannot decode the image {name} ({reason}): replace or remove the file"
+    ) from cause
 
 
-def _whole_for_pillow(split: Encoded, sample: int) -> str | None:
-    """The format of an image that Pillow decodes to its end; None where it does not, either."""
-    content = (
-        split.read(sample).tobytes()
-        if isinstance(split, Shards)
-        else Path(split.paths[sample]).read_bytes()
-    )
+def _format_by_pillow(split: Encoded, sample: int) -> str | None:
+    """Return the format of an image that Pillow decodes to its end, or None if it cannot."""
+    if isinstance(split, Shards):
+        content = split.read(sample).tobytes()
+    else:
+        content = Path(split.paths[sample]).read_bytes()
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
             warnings.simplefilter("ignore")
             image.load()
             return (image.format or "image").replace("WEBP", "WebP")
-    except Exception:  # whatever a damaged file makes of its decoder
+    except Exception:  # a damaged file may make its decoder raise anything
         return None
 
 
 def _check_readable(split: Encoded, sample: int) -> None:
-    """Raises OSError where an image is empty or cannot be read."""
+    """Raise OSError if a file is empty or cannot be read; `Shards.read` checks its own."""
     if isinstance(split, Shards):
         return
     with open(split.paths[sample], "rb") as file:

@@ -1,28 +1,30 @@
-"""What tells one state of a data set from another, so that a run does not go on with other data than it began with."""
+"""The identity of a data set: a run does not continue with other data than it began with."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from swap_hpc.data.splits import Dataset, Split
+from swap_hpc.data.dataset import Dataset
+from swap_hpc.data.splits import Split
 
 
 @dataclass(frozen=True)
 class SplitIdentity:
     samples: int
-    sha256: str  # of the names and labels of its files; of data in memory, of the data
+    sha256: str  # of the files' names and labels; for data in memory, of the data
 
     @classmethod
     def of(cls, split: Split) -> "SplitIdentity":
-        return cls(len(split), hashlib.sha256("\n".join(split.contents).encode()).hexdigest())
+        contents = "\n".join(split.contents)
+        return cls(len(split), hashlib.sha256(contents.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Alike for the same data on any rank, machine and path."""
+    """The identity of a data set, equal for the same data on any rank, machine and path."""
 
-    classes: tuple[str, ...]  # their places are the labels
+    classes: tuple[str, ...]  # in the order of their numbers
     train: SplitIdentity
     test: SplitIdentity
 
@@ -36,7 +38,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, text: str) -> "Identity":
-        """The reverse of `to_json`."""
+        """Reverse `to_json`."""
         fields = json.loads(text)
         return cls(
             tuple(fields["classes"]),
@@ -48,31 +50,39 @@ class Identity:
         return json.dumps(asdict(self))
 
     def classes_differ(self, now: "Identity") -> str | None:
-        """How the classes of data at hand differ from these, in a few words; None where they do not."""
+        """Describe briefly how the classes of other data differ from these; None: they are equal.
+
+        Args:
+            now: the data at hand, where `self` are those of an earlier run.
+        """
         if self.classes == now.classes:
             return None
         lost = [name for name in self.classes if name not in now.classes]
         new = [name for name in now.classes if name not in self.classes]
-        told = [
-            f"{', '.join(names[:3])} {when}"
-            for names, when in ((lost, "then"), (new, "now"))
-            if names
-        ]
-        return f"other classes: {', '.join(told)}" if told else "the classes in another order"
+        parts = []
+        if lost:
+            parts.append(f"{', '.join(lost[:3])} then")
+        if new:
+            parts.append(f"{', '.join(new[:3])} now")
+        return f"other classes: {', '.join(parts)}" if parts else "the classes in another order"
 
     def differ(self, now: "Identity", splits: Sequence[str] = ("train", "test")) -> str | None:
-        """How data at hand differ from these, in a few words; None where they do not."""
+        """Describe briefly how other data differ from these; None: they are equal.
+
+        Args:
+            now: the data at hand, where `self` are those of an earlier run.
+            splits: the splits to compare besides the classes.
+        """
         if classes := self.classes_differ(now):
             return classes
-        for name, then, here in (
-            ("training", self.train, now.train),
-            ("test", self.test, now.test),
-        ):
-            if name.startswith(tuple(splits)) and then != here:
-                same = (
-                    "other names, labels or contents"
-                    if then.samples == here.samples
-                    else f"{here.samples:,} now"
-                )
-                return f"{then.samples:,} {name} samples then, {same}"
+        if "train" in splits and self.train != now.train:
+            return _change("training", self.train, now.train)
+        if "test" in splits and self.test != now.test:
+            return _change("test", self.test, now.test)
         return None
+
+
+def _change(name: str, then: SplitIdentity, now: SplitIdentity) -> str:
+    same_number = then.samples == now.samples
+    change = "other names, labels or contents" if same_number else f"{now.samples:,} now"
+    return f"{then.samples:,} {name} samples then, {change}"

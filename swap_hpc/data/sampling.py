@@ -1,7 +1,8 @@
-"""Which samples a step holds and how each is augmented: pure functions, of numbers only.
+"""Which samples a step holds and how each is augmented: pure functions of numbers.
 
-Everything random is drawn by a counter-based generator keyed by (seed, phase, group, epoch) and indexed by the sample.
-So the samples of a step do not depend on how many ranks share them, and resuming needs no generator state.
+A counter-based generator, keyed by (seed, phase, group, epoch) and indexed by the sample, draws all
+random numbers. So the samples of a step do not depend on how many ranks share them, and resuming
+needs no generator state.
 """
 
 import hashlib
@@ -14,8 +15,9 @@ import numpy as np
 
 from swap_hpc.recipe.phase import Part, Phase
 
-DRAWS = 5  # random numbers per sample: crop x, crop y, mirror, and two for cutout's place or the crop's area and ratio
-
+# Random numbers per sample: the crop's x and y, mirroring, and two more. The last two place the
+# cutout of an image in memory; for a streamed image they choose the crop's area and aspect ratio.
+DRAWS = 5
 
 EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key of its own
 
@@ -46,28 +48,36 @@ class Key:
         )
 
     def torch_seed(self, step: int, rank: int) -> int:
-        """What the global generators are seeded with at a step, so that dropout is resumable too; `step` since the phase began."""
-        return int(
-            np.random.SeedSequence((*self._numbers, step, rank, 0x70726368)).generate_state(
-                1, np.uint64
-            )[0]
-        )
+        """Return the seed of the global generators at a step, which makes dropout resumable.
+
+        Args:
+            step: counted from 0 since the phase began.
+            rank: the rank in the phase's team.
+        """
+        words = (*self._numbers, step, rank, 0x70726368)
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
 class Picks:
-    """One rank's samples of one step."""
+    """One rank's samples of one step.
 
-    indices: np.ndarray  # (n,) int64, into the training or test split
-    draws: (
-        np.ndarray | None
-    )  # (n, DRAWS) float32 in [0, 1): the samples' augmentation; None: no augmentation
+    Attributes:
+        indices: (n,) int64, the samples' numbers in their split, from 0.
+        draws: (n, 5) float32 in [0, 1), five random numbers for the augmentation of each sample;
+            None where nothing is augmented.
+    """
+
+    indices: np.ndarray
+    draws: np.ndarray | None
 
     @property
     def seed(self) -> int:
-        """What the global generators are seeded with for code that makes this batch: a hash of its samples and draws."""
-        told = self.indices.tobytes() + (b"" if self.draws is None else self.draws.tobytes())
-        return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
+        """A 64-bit hash of the samples and draws, to seed the code that makes this batch."""
+        content = self.indices.tobytes()
+        if self.draws is not None:
+            content += self.draws.tobytes()
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -75,24 +85,24 @@ class Epoch:
     """All samples of one epoch."""
 
     order: np.ndarray  # (N,) int64
-    draws: np.ndarray  # (N, DRAWS) float32 in [0, 1), by sample
+    draws: np.ndarray  # (N, DRAWS) float32 in [0, 1); row i belongs to sample i, not to order[i]
 
     @classmethod
     def drawn(cls, key: Key, epoch: int, samples: int) -> "Epoch":
-        """`epoch` counts from 0 since the phase began, over all its cycles."""
+        """Draw an epoch; `epoch` counts from 0 since the phase began, over all its cycles."""
         generator = key.generator(epoch)
-        return cls(
-            generator.permutation(samples), generator.random((samples, DRAWS), dtype=np.float32)
-        )
+        order = generator.permutation(samples)
+        draws = generator.random((samples, DRAWS), dtype=np.float32)
+        return cls(order, draws)
 
     def picks(self, first: int, end: int) -> Picks:
-        """The samples from one place in the order to another."""
+        """Return the samples at the places `first` to `end` (exclusive) of the order."""
         indices = self.order[first:end]
         return Picks(indices, self.draws[indices])
 
 
 def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:
-    """All samples of one epoch, in its order. `epoch` counts from 0 since the phase began, over all its cycles."""
+    """Return all samples of one epoch in its order; `epoch` counts as in `Epoch.drawn`."""
     return Epoch.drawn(key, epoch, samples).picks(0, samples)
 
 
@@ -105,33 +115,54 @@ def training_picks(
     epochs: range,
     first_step: int = 0,
 ) -> Iterator[Picks]:
-    """A rank's share of each step of `epochs`: contiguous, and together with the other ranks' the step's whole batch.
+    """Yield a rank's share of each step of `epochs`.
 
-    An epoch's last partial batch is dropped. `first_step` skips that many steps of the first epoch. Each epoch is drawn by a
-    thread while the one before is trained on.
+    A share is contiguous; the shares of all ranks in turn are the step's batch. The last partial
+    batch of an epoch is dropped.
+
+    Args:
+        key: the key of the random draws.
+        samples: samples of the split.
+        batch_size: samples per step, all ranks together; a multiple of `size`.
+        rank: this rank's place in the team.
+        size: ranks of the team.
+        epochs: consecutive epochs, counted from 0 since the phase began.
+        first_step: steps of the first epoch to skip.
     """
     share = batch_size // size
-    with ThreadPoolExecutor(1, "picks") as ahead:
-        drawing = ahead.submit(Epoch.drawn, key, epochs.start, samples)
+    steps = samples // batch_size
+    # a thread draws the next epoch while this one is trained on
+    with ThreadPoolExecutor(1, "picks") as pool:
+        drawing = pool.submit(Epoch.drawn, key, epochs.start, samples)
         for epoch in epochs:
-            whole = drawing.result()
+            drawn = drawing.result()
             if epoch + 1 in epochs:
-                drawing = ahead.submit(Epoch.drawn, key, epoch + 1, samples)
-            for step in range(first_step if epoch == epochs.start else 0, samples // batch_size):
+                drawing = pool.submit(Epoch.drawn, key, epoch + 1, samples)
+            begin = first_step if epoch == epochs.start else 0
+            for step in range(begin, steps):
                 first = step * batch_size + rank * share
-                yield whole.picks(first, first + share)
+                yield drawn.picks(first, first + share)
 
 
 def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Iterator[Picks]:
-    """Each sample once: batches cut independently of the number of ranks (the last one may be smaller), dealt out to them."""
+    """Yield a rank's batches of an evaluation, which sees each sample once.
+
+    Batches are cut independently of the number of ranks, and dealt out to them in turn. The last
+    one may be smaller.
+    """
     for start in range(rank * batch_size, samples, size * batch_size):
-        yield Picks(np.arange(start, min(start + batch_size, samples)), None)
+        end = min(start + batch_size, samples)
+        yield Picks(np.arange(start, end), None)
 
 
 def batchnorm_picks(
     seed: int, samples: int, use: int, batch_size: int, rank: int, size: int
 ) -> Iterator[Picks]:
-    """`use // batch_size` whole batches of augmented training samples, cut independently of the number of ranks, dealt out."""
-    whole = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples)
+    """Yield a rank's batches of augmented training samples to re-estimate batch norm on.
+
+    `use // batch_size` whole batches are cut independently of the number of ranks, and dealt out
+    to them in turn.
+    """
+    drawn = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples)
     for batch in range(rank, use // batch_size, size):
-        yield whole.picks(batch * batch_size, (batch + 1) * batch_size)
+        yield drawn.picks(batch * batch_size, (batch + 1) * batch_size)

@@ -1,4 +1,4 @@
-"""The generators that a user's code may draw from, seeded all at once."""
+"""Seeding of the global random generators that a user's code may draw from."""
 
 import random
 
@@ -7,11 +7,14 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global generators of torch (on the CPU and the current GPU), numpy.random and random. `seed`: of 64 bits, not negative."""
+    """Seed the global generators of torch (CPU and current GPU), `numpy.random` and `random`.
+
+    Args:
+        seed: an unsigned 64-bit number.
+    """
     torch.default_generator.manual_seed(seed)
-    if (
-        torch.cuda.is_initialized()
-    ):  # torch.manual_seed notes a stack trace where it is not: a millisecond each
+    # torch.manual_seed() would record a stack trace, 1 ms each time, in a process without CUDA
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # all that it takes
+    np.random.seed(seed % 2**32)  # numpy takes 32 bits
     random.seed(seed)

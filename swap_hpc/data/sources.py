@@ -1,4 +1,4 @@
-"""Where each data set comes from."""
+"""The data sets that the package knows by name, and how each is loaded."""
 
 import contextlib
 import importlib.util
@@ -9,38 +9,38 @@ from pathlib import Path
 
 import numpy as np
 
+from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.decode import decode, image_shapes
 from swap_hpc.data.encoded import Encoded
+from swap_hpc.data.folders import folder_files, folder_of_test_split, split_folder_files
+from swap_hpc.data.open_tars import allow_open_files
 from swap_hpc.data.pieces import pixels_within
-from swap_hpc.data.shards import CLASSES, allow_open_files, find_shards, read_classes
-from swap_hpc.data.splits import Arrays, Dataset, Files, with_statistics
-from swap_hpc.data.walk import LeftOut, entries, identity, is_folder, note_special, walk
+from swap_hpc.data.shards import CLASSES, find_shards, read_classes
+from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Data
 
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # names here and in torchvision
 
 # Per channel, of pixels in [0, 255]: what torchvision's ImageNet models are normalised by.
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 def digits(data: Data, threads: int) -> Dataset:
-    """scikit-learn's embedded digits: 1,797 images of 8x8, one channel; every third is a test image.
+    """Load scikit-learn's digits: 1,797 images of 8x8, one channel; every third one is for testing.
 
-    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
+    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+    Repository, 1998.
     """
     # the file itself: importing scikit-learn for it would take each rank a second
     found = importlib.util.find_spec("sklearn")
     assert found is not None and found.submodule_search_locations, "a dependency"
-    table = np.loadtxt(
-        Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz",
-        delimiter=",",
-        dtype=np.int64,
-    )
-    images, labels = (
-        (table[:, :64].reshape(-1, 8, 8, 1) * 15).astype(np.uint8),
-        table[:, 64].copy(),
-    )  # 0..16 -> 0..240
+    package = Path(found.submodule_search_locations[0])
+    file = package / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    pixels, labels = table[:, :64], table[:, 64].copy()
+    images = (pixels.reshape(-1, 8, 8, 1) * 15).astype(np.uint8)  # 0 to 16 becomes 0 to 240
     test = np.arange(len(images)) % 3 == 0
     return with_statistics(
         Arrays(images[~test], labels[~test]),
@@ -50,19 +50,29 @@ def digits(data: Data, threads: int) -> Dataset:
 
 
 def cifar(data: Data, threads: int) -> Dataset:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) as torchvision stores it; or a folder with train/ and test/ of image files."""
+    """Load CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) as torchvision stores it.
+
+    A folder with image files in train/ and test/ will do, too.
+    """
     if (data.path / "train").is_dir():
         return folder(data, threads)
-    train, test = (_torchvision(data.name, data.path, train=train) for train in (True, False))
-    in_memory = [
-        Arrays(split.data, np.array(split.targets, dtype=np.int64)) for split in (train, test)
-    ]
-    return with_statistics(in_memory[0], in_memory[1], tuple(train.classes))
+    train = _torchvision(data.name, data.path, train=True)
+    test = _torchvision(data.name, data.path, train=False)
+    return with_statistics(
+        Arrays(train.data, np.array(train.targets, dtype=np.int64)),
+        Arrays(test.data, np.array(test.targets, dtype=np.int64)),
+        tuple(train.classes),
+    )
 
 
 def torchvision_download(name: str, path: Path) -> None:
+    """Download one of torchvision's data sets into a folder, unless it is there, and verify it.
+
+    Raises:
+        UserError: the download fails.
+    """
     try:
-        # torchvision prints what it does; a job's output is not the place
+        # torchvision prints its progress, which does not belong in a job's output
         with (
             open(os.devnull, "w", encoding="utf-8") as nowhere,
             contextlib.redirect_stdout(nowhere),
@@ -71,7 +81,7 @@ def torchvision_download(name: str, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{name} is not in {path} and could not be downloaded ({error}): "
-            f"where there is a network run swap-hpc data {name} --data DIR, then use --data DIR"
+            f"where there is a network, run swap-hpc data {name} --data DIR, then use --data DIR"
         ) from None
 
 
@@ -82,148 +92,100 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 
 def folder(data: Data, threads: int) -> Dataset:
-    """`train/<class>/**` and `test/<class>/**`: decoded into memory where that fits `data.memory_gib`, else read in every epoch."""
-    train, test, classes = (
-        _split_files(data.path, data.test_every) if data.test_every else folder_files(data.path)
-    )
-    return replace(_encoded(data, train, test, classes, threads), notes=train.notes + test.notes)
+    """Load the images of `train/<class>/` and `test/<class>/`.
 
-
-def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
-    """Training and test files, and the classes, of a folder with one folder per class in each split. Raises UserError."""
-    held_out = _test_split(path)
-    classes = _classes(path / "train")
-    if (others := _classes(held_out)) != classes:
-        differ = sorted(set(classes) ^ set(others))
-        raise UserError(
-            f"{path}: train and {held_out.name} have different classes ({', '.join(differ[:5])}): give both the same folders"
-        )
-    return _files(path / "train", classes), _files(held_out, classes), classes
-
-
-def _split_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]:
-    """The same of a folder with one folder per class: of each class the first image tests, and every `every`-th after it."""
-    if (path / "train").is_dir() and _test_split(path).is_dir():
-        raise UserError(
-            f"{path} has train and test, so it is split already: leave data.test_every out"
-        )
-    classes = _classes(path, "<class>/")
-    files = _files(path, classes)
-    counts = np.bincount(files.labels)
-    if counts.min() == 1:
-        raise UserError(
-            f"{path / classes[int(counts.argmin())]} holds one image: it needs two, to train and to test on"
-        )
-    test = np.concatenate([np.arange(count) for count in counts]) % every == 0
-    return (
-        replace(files.take(np.flatnonzero(~test)), notes=files.notes),
-        files.take(np.flatnonzero(test)),
-        classes,
-    )
-
-
-def _test_split(path: Path) -> Path:
-    """`test`, or `val` as ImageNet has it."""
-    return (
-        path / "val" if (path / "val").is_dir() and not (path / "test").is_dir() else path / "test"
-    )
+    Where the recipe sets `test_every`, it splits those of `<class>/`.
+    """
+    if data.test_every:
+        train, test, classes = split_folder_files(data.path, data.test_every)
+    else:
+        train, test, classes = folder_files(data.path)
+    dataset = _from_images(data, train, test, classes, threads)
+    return replace(dataset, notes=train.notes + test.notes)
 
 
 def webdataset(data: Data, threads: int) -> Dataset:
-    """`train/*.tar` and `test/*.tar`, WebDataset shards of images and labels, as `swap-hpc pack` makes them."""
-    train, test = find_shards(data.path / "train"), find_shards(_test_split(data.path))
+    """Load the shards `train/*.tar` and `test/*.tar`, as `swap-hpc pack` makes them."""
+    train = find_shards(data.path / "train")
+    test = find_shards(folder_of_test_split(data.path))
     allow_open_files(len(train.tars) + len(test.tars))
     names = data.path / CLASSES
     number = 1 + int(max(train.labels.max(), test.labels.max()))
     classes = read_classes(names) if names.is_file() else tuple(map(str, range(number)))
     if number > len(classes):
         raise UserError(
-            f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, which are 0 to {len(classes) - 1}"
+            f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, "
+            "counted from 0: add the missing names"
         )
-    return _encoded(data, train, test, classes, threads)
+    return _from_images(data, train, test, classes, threads)
 
 
-def _encoded(
+def _from_images(
     data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int
 ) -> Dataset:
-    side, several, pixels = (
-        data.last_size,
-        len(data.image_size or ()) > 1,
-        pixels_within(data.memory_gib),
-    )
+    """Decode encoded images into memory if they fit in `data.memory_gib`.
+
+    Otherwise, or if the recipe sets several sizes, they are read in every epoch.
+
+    Raises:
+        UserError: an image cannot be decoded, or the recipe must set a size.
+    """
+    side = data.last_size
     size = (side, side) if side else None
-    height, width = size or _own_size(train.take(np.arange(1)), threads)
-    if (len(train) + len(test)) * height * width * 3 <= data.memory_gib * 2**30 and not several:
+    pixels = pixels_within(data.memory_gib)
+    height, width = size or _common_size(train.take(np.arange(1)), threads)
+    several_sizes = len(data.image_size or ()) > 1
+    bytes_in_memory = (len(train) + len(test)) * height * width * 3
+    if bytes_in_memory <= data.memory_gib * 2**30 and not several_sizes:
         if size is None:
             for split in (train, test):
-                _own_size(split, threads, (height, width))
-        in_memory = [
-            Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents))
-            for split in (train, test)
-        ]
-        return with_statistics(in_memory[0], in_memory[1], classes)
+                _common_size(split, threads, (height, width))
+        return with_statistics(
+            _decoded(train, size, threads, pixels), _decoded(test, size, threads, pixels), classes
+        )
     if size is None:
         raise UserError(
             f"{data.path} is larger than data.memory_gib = {data.memory_gib}: "
             "set data.image_size (pixels) to read it in every epoch, or allow more memory"
         )
+    # a pass over all images for their own statistics would take as long as an epoch
     return Dataset(
         train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels
     )
 
 
-def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:
-    if not split.is_dir():
-        raise UserError(f"no folder {split}: point --data at a folder with {wanted}")
-    classes = tuple(sorted(entry.name for entry in entries(split) if is_folder(entry)))
-    if not classes:
-        raise UserError(f"{split} is empty: it needs one folder of images per class")
-    return classes
+def _decoded(split: Encoded, size: tuple[int, int] | None, threads: int, pixels: int) -> Arrays:
+    return Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents))
 
 
-def _files(split: Path, classes: tuple[str, ...]) -> Files:
-    """The files of all classes, class by class, each class's sorted by path. Raises UserError."""
-    paths: list[str] = []
-    labels: list[int] = []
-    left_out, above = LeftOut(), tuple(map(identity, (split, *split.resolve().parents)))
-    note_special(split, left_out)
-    for label, name in enumerate(classes):
-        before = len(left_out)
-        found = sorted(walk(split / name, left_out, above))
-        if not found:
-            why = f" (left out: {left_out})" if len(left_out) > before else ""
-            raise UserError(
-                f"{split / name} is empty{why}: put the class's images there, or remove the folder from train and test"
-            )
-        paths += found
-        labels += [label] * len(found)
-    return Files(tuple(paths), np.array(labels, dtype=np.int64), _notes(split, left_out))
-
-
-def _notes(split: Path, left_out: LeftOut) -> tuple[str, ...]:
-    if not len(left_out):
-        return ()
-    number = "1 entry" if len(left_out) == 1 else f"{len(left_out)} entries"
-    return (f"{number} in {split} {'is' if len(left_out) == 1 else 'are'} left out: {left_out}",)
-
-
-def _own_size(
+def _common_size(
     split: Encoded, threads: int, expected: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """(height, width) of images that are all of one size, the `expected` one where given. Raises UserError."""
-    shapes = image_shapes(split, threads)[:, :2]
-    height, width = expected or (int(shapes[0][0]), int(shapes[0][1]))
-    odd = np.flatnonzero((shapes != (height, width)).any(axis=1))
-    if len(odd):
-        found = f"{split.name(odd[0])} is {shapes[odd[0]][1]}x{shapes[odd[0]][0]}"
+    """Return the (height, width) that all images have.
+
+    Args:
+        split: the images.
+        threads: CPU threads.
+        expected: the size that they must have; None: that of the first one.
+
+    Raises:
+        UserError: an image cannot be read, or has another size.
+    """
+    sizes = image_shapes(split, threads)[:, :2]
+    height, width = expected or (int(sizes[0][0]), int(sizes[0][1]))
+    others = np.flatnonzero((sizes != (height, width)).any(axis=1))
+    if len(others):
+        other = others[0]
+        found = f"{split.name(other)} is {sizes[other][1]}x{sizes[other][0]}"
         raise UserError(
-            f"the images differ in size (the first one is {width}x{height}, {found}): set data.image_size (pixels)"
+            f"the images differ in size (the first one is {width}x{height}, {found}): "
+            "set data.image_size (pixels)"
         )
     return height, width
 
 
 def synthetic(data: Data, threads: int) -> Dataset:
-    """Noise around one random pattern per class: something to learn, of any size, for trials without data."""
+    """Make noise around one random pattern per class: something to learn without data, any size."""
     size = data.last_size or 32
     generator = np.random.Generator(np.random.Philox(0))
     patterns = generator.normal(0, 20, (data.classes, size, size, 3))
@@ -231,13 +193,13 @@ def synthetic(data: Data, threads: int) -> Dataset:
     def split(samples: int) -> Arrays:
         labels = np.arange(samples, dtype=np.int64) % data.classes
         noise = generator.normal(128, 40, (samples, size, size, 3))
-        return Arrays((noise + patterns[labels]).clip(0, 255).astype(np.uint8), labels)
+        images = (noise + patterns[labels]).clip(0, 255).astype(np.uint8)
+        return Arrays(images, labels)
 
-    return with_statistics(
-        split(data.samples),
-        split(max(1, data.samples // 4)),
-        tuple(str(c) for c in range(data.classes)),
-    )
+    # the training split first: both draw from one generator
+    train = split(data.samples)
+    test = split(max(1, data.samples // 4))
+    return with_statistics(train, test, tuple(map(str, range(data.classes))))
 
 
 SOURCES: dict[str, Callable[[Data, int], Dataset]] = {

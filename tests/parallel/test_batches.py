@@ -58,7 +58,7 @@ def test_ranks_whose_data_differ_are_refused(world: Team, monkeypatch: pytest.Mo
     if world.size > 1:
         with pytest.raises(
             UserError,
-            match=r"rank 1 has other data than rank 0 \(6 training and 6 test images, rank 0 6 .* give all nodes",
+            match=r"rank 1 has other data than rank 0 \(6 training and 6 test samples, rank 0 has 6 and 6, .* give all nodes",
         ):
             load(data, world, 1)
 

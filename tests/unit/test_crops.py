@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from swap_hpc.data import crops, loader
+from swap_hpc.data import crops, loader, pipeline
 from swap_hpc.data.crops import cropped
+from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.sampling import Key, Picks, evaluation_picks, training_picks
-from swap_hpc.data.splits import Arrays, Dataset, with_statistics
+from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
 from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import Augment
@@ -110,9 +111,11 @@ def test_a_graphs_output_on_the_cpu_is_copied_before_dali_uses_its_memory_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The copy to the GPU goes on while DALI fills its buffers again. (The GPU is left out: the copy stays on the CPU.)"""
-    monkeypatch.setattr(loader, "to_device", lambda values, device: torch.from_numpy(values))
+    monkeypatch.setattr(pipeline, "to_device", lambda values, device: torch.from_numpy(values))
     output = torch.arange(4.0)
-    kept = loader.kept(output, Device(torch.device("cuda", 0), 1))
+    kept = pipeline.to_torch(output, Device(torch.device("cuda", 0), 1))
     output.zero_()
     assert kept.tolist() == [0, 1, 2, 3]
-    assert loader.kept(output, CPU).data_ptr() == output.data_ptr()  # on the CPU nothing is copied
+    assert (
+        pipeline.to_torch(output, CPU).data_ptr() == output.data_ptr()
+    )  # on the CPU nothing is copied

@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_split_is_by_a_field(tmp_path: Path) -> None:
     for path in every[1][1:]:
         path.unlink()
     with pytest.raises(
-        UserError, match=r"train/dog holds one image: it needs two, to train and to test on"
+        UserError, match=r"train/dog holds one image: it needs two, one to train and one to test on"
     ):
         loaded(name="folder", path=folder / "train", test_every=5)
     with pytest.raises(

@@ -8,9 +8,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.sources import folder
-from swap_hpc.data.splits import Arrays, Dataset
+from swap_hpc.data.splits import Arrays
 from swap_hpc.recipe.schema import Data
 
 

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from swap_hpc.data import load, loader
+from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.decode import decode, image_shapes
 from swap_hpc.data.pack import pack
 from swap_hpc.data.pieces import cut, pieces, pixels_within
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.sources import folder_files
-from swap_hpc.data.splits import Dataset, Files
+from swap_hpc.data.splits import Files
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Augment, Data
@@ -79,7 +80,7 @@ def test_a_piece_holds_so_many_pixels_at_most_or_one_image(
         joined: list[list[int]] = [[]]
         for piece in found:
             joined[-1] += piece.pick.indices.tolist()
-            joined += [[]] if piece.ends else []
+            joined += [[]] if piece.is_last else []
         assert joined[:-1] == [pick.indices.tolist() for pick in picks(12)] and joined[-1] == []
         assert pixels < 2**40 or len(found) == 6
 

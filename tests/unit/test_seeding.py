@@ -11,10 +11,11 @@ from torch import Tensor
 
 from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.data import loader
+from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.loader import View
 from swap_hpc.data.sampling import Key, Picks, training_picks
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.data.splits import Batches, Dataset
+from swap_hpc.data.splits import Batches
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.train.fit import fit

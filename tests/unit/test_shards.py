@@ -17,11 +17,12 @@ from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
 from swap_hpc.data import load, loader
+from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.pack import pack
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.shards import LABELS, find_shards
 from swap_hpc.data.sources import folder_files
-from swap_hpc.data.splits import Arrays, Dataset
+from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Augment, Data, DataName
@@ -283,7 +284,7 @@ def test_wrong_shards_are_named(shards: Path, tmp_path: Path) -> None:
     index = copy / "train" / "000000.idx"
     index.write_text("v1.2 1\njpeg 512\n")
     with pytest.raises(
-        UserError, match=r"000000.idx is not an index of DALI's: make it again with wds2idx"
+        UserError, match=r"000000.idx is not a DALI index: make it again with wds2idx"
     ):
         find_shards(copy / "train")
     index.write_text("v1.2 1\njpeg 512 7 a.jpeg\n")

@@ -81,7 +81,7 @@ def test_what_is_no_file_is_left_out_and_said(every: int | None, tmp_path: Path)
     data = load(Data(name="folder", path=path, test_every=every, validation=1), Team.alone(), 1)
     first = min(f"{train}/{name}" for name in ("cat/more/x.png", "cat/a.png", "wolf"))
     assert data.notes == (
-        f"4 entries in {train} are left out: 3 broken links (first: {first}), 1 is no regular file ({train}/dog/pipe.png)",
+        f"4 entries in {train} are left out: 3 broken links (first: {first}), 1 special file ({train}/dog/pipe.png)",
     )
     assert len(data.train) + len(data.test) == (2 if every else 5)
 

@@ -47,10 +47,13 @@ def test_arrays_become_a_data_set(own: ModuleType) -> None:
 
 
 WRONG = [
-    (None, "returned a NoneType: a Dataset, or ((images, labels), (images, labels)), is needed"),
+    (
+        None,
+        "returned a NoneType: a Dataset, or ((images, labels), (test images, test labels)), is needed",
+    ),
     (
         ((IMAGES[0], LABELS), (IMAGES, LABELS)),
-        "returned images [8, 8, 3] uint8: they have to be (N, H, W, C) uint8",
+        "returned images [8, 8, 3] uint8: they must be (N, H, W, C) uint8",
     ),
     (
         ((IMAGES.transpose(0, 3, 1, 2), LABELS), (IMAGES, LABELS)),
@@ -58,16 +61,16 @@ WRONG = [
     ),
     (
         ((IMAGES / 255, LABELS), (IMAGES, LABELS)),
-        "returned images [6, 8, 8, 3] float64: they have to be (N, H, W, C) uint8",
+        "returned images [6, 8, 8, 3] float64: they must be (N, H, W, C) uint8",
     ),
     (
         ((IMAGES, LABELS[:5]), (IMAGES, LABELS)),
-        "returned labels [5] int64: they have to be (N,) integers from 0",
+        "returned labels [5] int64: they must be (N,) integers from 0",
     ),
-    (((IMAGES, LABELS - 1), (IMAGES, LABELS)), "they have to be (N,) integers from 0"),
+    (((IMAGES, LABELS - 1), (IMAGES, LABELS)), "they must be (N,) integers from 0"),
     (
         ((IMAGES, LABELS), (IMAGES[:, :4], LABELS)),
-        "returned images of [8, 8, 3] and [4, 8, 3] to train and to test on",
+        "returned training images of [8, 8, 3] and test images of [4, 8, 3]: they must have",
     ),
 ]
 
@@ -82,7 +85,7 @@ def test_what_is_no_data_set_is_named(returns: Any, message: str, own: ModuleTyp
 def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
     with pytest.raises(
         UserError,
-        match="is called with data.path and data.arguments, and refuses them: got an unexpected keyword",
+        match="cannot be called with data.path and data.arguments: got an unexpected keyword",
     ):
         loaded(None, own, colour=3)
     with pytest.raises(
@@ -204,7 +207,7 @@ def test_own_batches_may_be_a_list_and_have_to_be_those_asked_for() -> None:
                 (inputs[pick.indices], targets[pick.indices]) for pick in [next(picks)]
             ]
         )
-    with pytest.raises(UserError, match="made one of 9 for 4 picked samples"):
+    with pytest.raises(UserError, match="returned 9 targets for 4 picked samples"):
         evaluated(lambda picks, training: ((inputs, targets) for _ in picks))
 
 

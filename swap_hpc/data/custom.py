@@ -1,0 +1,105 @@
+"""Data sets made by a user's own function, which a recipe names by its import path."""
+
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from swap_hpc.data.dataset import Dataset, with_statistics
+from swap_hpc.data.splits import Arrays
+from swap_hpc.errors import UserError
+from swap_hpc.recipe.imports import imported
+from swap_hpc.recipe.schema import Data
+
+
+def load_custom(data: Data) -> Dataset:
+    """Call the function that a recipe names, and check what it returns.
+
+    The function takes `data.path` and `data.arguments`. It returns a `Dataset`, or arrays:
+    `((images, labels), (test images, test labels))`, images (N, H, W, C) uint8, labels (N,)
+    integers from 0.
+
+    Raises:
+        UserError: the function does not take these arguments, or returns anything else.
+    """
+    function = imported(data.name, "the data")
+    try:
+        signature(function).bind(data.path, **data.arguments)
+    except TypeError as error:
+        raise UserError(
+            f"the data {data.name} cannot be called with data.path and data.arguments: {error}"
+        ) from None
+    found = function(data.path, **data.arguments)
+    if isinstance(found, Dataset):
+        return _complete(data.name, found)
+    return _from_arrays(data.name, found)
+
+
+def _complete(name: str, found: Dataset) -> Dataset:
+    """Fill in the image size and the statistics that a data set of arrays lacks."""
+    if not len(found.train) or not len(found.test):
+        raise UserError(
+            f"the data {name} returned a Dataset without samples to train or to test on: "
+            "it needs both"
+        )
+    if not isinstance(found.train, Arrays) or not isinstance(found.test, Arrays):
+        return found
+    train = _arrays(name, found.train.images, found.train.labels)
+    test = _arrays(name, found.test.images, found.test.labels)
+    made = with_statistics(train, test, found.classes)
+    return replace(made, mean=found.mean or made.mean, std=found.std or made.std)
+
+
+def _from_arrays(name: str, found: Any) -> Dataset:
+    try:
+        (images, labels), (test_images, test_labels) = found
+    except (TypeError, ValueError):
+        raise UserError(
+            f"the data {name} returned a {type(found).__name__}: "
+            "a Dataset, or ((images, labels), (test images, test labels)), is needed"
+        ) from None
+    train = _arrays(name, images, labels)
+    test = _arrays(name, test_images, test_labels)
+    shape, test_shape = train.images.shape[1:], test.images.shape[1:]
+    if shape != test_shape:
+        raise UserError(
+            f"the data {name} returned training images of {list(shape)} and test images of "
+            f"{list(test_shape)}: they must have the same shape"
+        )
+    classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    return with_statistics(train, test, tuple(map(str, range(classes))))
+
+
+def _arrays(name: str, images: Any, labels: Any) -> Arrays:
+    """Check one split's images and labels.
+
+    Raises:
+        UserError: they are not (N, H, W, C) uint8 and (N,) integers from 0.
+    """
+    try:
+        images, labels = np.asarray(images), np.asarray(labels)
+    except ValueError as error:
+        raise UserError(
+            f"the data {name} returned something that is not an array ({error}): "
+            "images must be (N, H, W, C) uint8"
+        ) from None
+    shape = list(images.shape)
+    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+        raise UserError(
+            f"the data {name} returned images {shape} {images.dtype}: "
+            "they must be (N, H, W, C) uint8"
+        )
+    # images have 1, 3 or 4 channels; five or more are more likely the width
+    if images.shape[3] > 4 and images.shape[1] in (1, 3, 4):
+        raise UserError(
+            f"the data {name} returned images {shape}, which look like (N, C, H, W): "
+            "use images.transpose(0, 2, 3, 1)"
+        )
+    one_per_image = labels.shape == images.shape[:1]
+    if not one_per_image or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(
+            f"the data {name} returned labels {list(labels.shape)} {labels.dtype}: "
+            "they must be (N,) integers from 0"
+        )
+    return Arrays(np.ascontiguousarray(images), labels.astype(np.int64))

@@ -1,0 +1,85 @@
+"""A data set: a training split, a test split, and what a model and the loader must know of them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from swap_hpc.data.splits import Arrays, Split
+from swap_hpc.errors import UserError
+
+# "val" in ASCII. The key does not depend on the recipe's seed: runs with different seeds, which
+# are compared with each other, set the same samples aside.
+VALIDATION_KEY = 0x76616C
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What is trained and tested on.
+
+    A user's own data set holds `Arrays`, whose missing `image_size`, `mean` and `std` are computed,
+    or `Batches` or `Graph`, which need none of the three.
+
+    Attributes:
+        train: the training split.
+        test: the split that models are evaluated on.
+        classes: the classes' names, in the order of their numbers. A model is built for their
+            number and for `channels`.
+        image_size: (height, width) in pixels, as the model sees the images.
+        channels: channels of an image.
+        mean: per channel, of pixels in [0, 255]; subtracted from them.
+        std: the standard deviation per channel, of pixels in [0, 255]; they are divided by it.
+        notes: lines to print about how the data were found.
+        pixels_at_once: the most pixels that are decoded at once where image files are read in
+            every epoch; always at least one image.
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    image_size: tuple[int, int] = (0, 0)
+    channels: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+    pixels_at_once: int = 2**25
+
+
+def with_validation(dataset: Dataset, samples: int) -> Dataset:
+    """Replace the test split by `samples` training samples, which are no longer trained on.
+
+    They are always the same samples of a data set. With 0 the data set is returned as it is.
+
+    Raises:
+        UserError: no training sample is left.
+    """
+    if not samples:
+        return dataset
+    number = len(dataset.train)
+    if samples >= number:
+        raise UserError(
+            f"data.validation = {samples} leaves none of {number} training samples: set it lower"
+        )
+    order = np.random.Generator(np.random.Philox(VALIDATION_KEY)).permutation(number)
+    validation = np.sort(order[:samples])
+    training = np.sort(order[samples:])
+    return replace(dataset, train=dataset.train.take(training), test=dataset.train.take(validation))
+
+
+def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Dataset:
+    """Return a data set in memory that is normalised by its training images' mean and deviation."""
+    _, height, width, channels = train.images.shape
+    statistics = [_mean_and_deviation(train.images[..., channel]) for channel in range(channels)]
+    mean = tuple(mean for mean, _ in statistics)
+    std = tuple(deviation for _, deviation in statistics)
+    return Dataset(train, test, classes, (height, width), channels, mean, std)
+
+
+def _mean_and_deviation(pixels: np.ndarray) -> tuple[float, float]:
+    """Compute the two in float64 from the histogram of one channel, (N, H, W) uint8."""
+    # np.bincount makes 8 bytes of each pixel: a thousand images at a time bound that memory
+    parts = (pixels[start : start + 1024] for start in range(0, len(pixels), 1024))
+    counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
+    values = np.arange(256.0)
+    mean = float(counts @ values / counts.sum())
+    deviation = float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
+    return mean, deviation or 1.0  # a channel of one value is not divided by 0
