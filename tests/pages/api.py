@@ -44,7 +44,9 @@ SECTIONS = {
         "swap_hpc.train.events:SyncPoint",
         "swap_hpc.train.events:LargeBatchEnded",
         "swap_hpc.train.events:GroupArrived",
+        "swap_hpc.train.events:GroupsArrived",
         "swap_hpc.train.events:Averaged",
+        "swap_hpc.train.events:Continued",
         "swap_hpc.train.events:Refreshed",
     ),
 }

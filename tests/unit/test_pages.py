@@ -2,11 +2,13 @@
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pages import api, grid
 
 import swap_hpc
+from swap_hpc.train.events import Event
 
 
 def test_the_api_section_is_made_of_the_code() -> None:
@@ -14,9 +16,10 @@ def test_the_api_section_is_made_of_the_code() -> None:
     assert page == api.with_section(page), "make pages"
 
 
-def test_every_public_name_is_in_the_api_section() -> None:
+def test_every_public_name_and_every_event_is_in_the_api_section() -> None:
     shown = {name for names in api.SECTIONS.values() for name in names}
     assert {f"swap_hpc:{name}" for name in swap_hpc.__all__} <= shown
+    assert {f"swap_hpc.train.events:{kind.__name__}" for kind in get_args(Event)} <= shown
 
 
 def test_the_drawing_is_that_of_its_script(tmp_path: Path) -> None:
