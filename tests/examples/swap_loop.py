@@ -1,4 +1,4 @@
-"""The loop of plain_loop.py with SWAP: mpirun -n 4 python swap_loop.py"""
+"""The loop of plain_loop.py with SWAP: mpirun -n 4 python -m mpi4py swap_loop.py"""
 
 from typing import Any
 
@@ -16,9 +16,8 @@ def main(batches: Any = batches) -> nn.Module:
     model = build()
     train(model, batches(samples, size=200, epochs=10, seed=0), rate=0.2)
     world = Team(MPI.COMM_WORLD)
-    train(
-        model, batches(samples, size=40, epochs=3, seed=1 + world.rank), rate=0.05
-    )  # each rank alone, in an order of its own
+    # each rank refines its own copy, on batches in another order
+    train(model, batches(samples, size=40, epochs=3, seed=1 + world.rank), rate=0.05)
     average_weights_(model, world)
     mine = list(batches(samples, size=200, epochs=1, seed=1000))[world.rank :: world.size]
     refresh_batchnorm_(model, (images for images, _ in mine), world)
