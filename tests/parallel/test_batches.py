@@ -1,4 +1,4 @@
-"""Through DALI: the samples of a step do not depend on the ranks, and an epoch sees each at most once."""
+"""Batches on several ranks: a step's samples do not depend on them, an epoch has each once."""
 
 import sys
 from types import ModuleType
@@ -31,7 +31,8 @@ def test_an_epoch_sees_each_sample_at_most_once(world: Team) -> None:
     job = tiny.job(augment={"pad": 0, "flip": False, "cutout": 0})
     batches = list(job.training_batches(job.recipe.large_batch, Key(5, Phase.LARGE_BATCH), world))
     for epoch in (batches[:4], batches[4:]):
-        images = [image for part in world.allgather(epoch) for batch, _ in part for image in batch]
+        mine = torch.cat([images for images, _ in epoch])
+        images = torch.cat(world.allgather(mine))
         assert len({image.numpy().tobytes() for image in images}) == len(images) == 96
 
 
@@ -52,13 +53,12 @@ def test_ranks_whose_data_differ_are_refused(world: Team, monkeypatch: pytest.Mo
     data = tiny.recipe(data={"name": "own_split:load"}).data
     own.load = lambda path: ((images, labels), (images, labels))  # type: ignore[attr-defined]
     assert len(load(data, world, 1).train) == 6
-    other = np.roll(labels, world.rank)  # an order of each rank's own
-    own.load = lambda path: ((images, other), (images, labels))  # type: ignore[attr-defined]
+    reordered = np.roll(labels, world.rank)
+    own.load = lambda path: ((images, reordered), (images, labels))  # type: ignore[attr-defined]
+    numbers = "6 training and 6 test samples, rank 0 has 6 and 6, maybe in another order"
+    message = rf"rank 1 has other data than rank 0 \({numbers}\): give all nodes"
     if world.size > 1:
-        with pytest.raises(
-            UserError,
-            match=r"rank 1 has other data than rank 0 \(6 training and 6 test samples, rank 0 has 6 and 6, .* give all nodes",
-        ):
+        with pytest.raises(UserError, match=message):
             load(data, world, 1)
 
 
@@ -66,7 +66,8 @@ def test_files_are_the_same_wherever_a_node_keeps_them() -> None:
     def files(*paths: str) -> Files:
         return Files(paths, np.zeros(len(paths), np.int64))
 
-    assert (
-        files("/a/x/1.png", "/a/x/2.png").contents == files("/b/c/x/1.png", "/b/c/x/2.png").contents
-    )
-    assert files("/a/x/1.png", "/a/x/2.png").contents != files("/a/x/1.png", "/a/x/3.png").contents
+    one = files("/a/x/1.png", "/a/x/2.png")
+    elsewhere = files("/b/c/x/1.png", "/b/c/x/2.png")
+    another = files("/a/x/1.png", "/a/x/3.png")
+    assert one.contents == elsewhere.contents
+    assert one.contents != another.contents

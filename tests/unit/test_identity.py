@@ -1,4 +1,4 @@
-"""Data that changed between two starts are noticed, and named."""
+"""A change of the data between two starts is found and named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +34,12 @@ def test_the_same_data_elsewhere_are_the_same(tmp_path: Path) -> None:
     assert Identity.from_json(one.to_json()) == one
 
 
-def test_what_changed_is_named(tmp_path: Path) -> None:
+def test_the_change_is_named(tmp_path: Path) -> None:
     then = identity(images(tmp_path))
     cat = tmp_path / "train" / "cat"
     (cat / "0.png").rename(cat / "9.png")
-    assert (
-        then.differ(identity(tmp_path))
-        == "9 training samples then, other names, labels or contents"
-    )
+    renamed = "9 training samples then, other names, labels or contents"
+    assert then.differ(identity(tmp_path)) == renamed
     (cat / "0.png").write_bytes((cat / "9.png").read_bytes())
     assert then.differ(identity(tmp_path)) == "9 training samples then, 10 now"
     assert then.differ(identity(tmp_path), ["test"]) is None
@@ -51,14 +49,14 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     assert then.differ(now) == then.classes_differ(now) == "other classes: bee then, wasp now"
 
 
-def test_classes_in_another_order_are_others(tmp_path: Path) -> None:
+def test_classes_in_another_order_differ() -> None:
     then = Identity.of(tiny.dataset())
-    turned = replace(tiny.dataset(), classes=("b", "a", "c"))
-    assert then.classes_differ(Identity.of(turned)) == "the classes in another order"
+    reordered = replace(tiny.dataset(), classes=("b", "a", "c"))
+    assert then.classes_differ(Identity.of(reordered)) == "the classes in another order"
 
 
 @pytest.mark.parametrize("changed", ["images", "labels"])
-def test_data_in_memory_are_known_by_what_they_hold(changed: str) -> None:
+def test_data_in_memory_are_identified_by_their_contents(changed: str) -> None:
     def made(shift: int) -> Dataset:
         data = tiny.dataset()
         assert isinstance(data.train, Arrays)
@@ -69,7 +67,6 @@ def test_data_in_memory_are_known_by_what_they_hold(changed: str) -> None:
             labels = np.roll(labels, shift)
         return replace(data, train=Arrays(images, labels))
 
-    assert Identity.of(made(0)) == Identity.of(made(0))
-    assert "other names, labels or contents" in (
-        Identity.of(made(0)).differ(Identity.of(made(1))) or ""
-    )
+    then, now = Identity.of(made(0)), Identity.of(made(1))
+    assert then == Identity.of(made(0))
+    assert "other names, labels or contents" in (then.differ(now) or "")

@@ -1,4 +1,4 @@
-"""What DALI makes of images, against numpy and torchvision."""
+"""DALI's pixels against numpy's and torchvision's."""
 
 from pathlib import Path
 
@@ -18,55 +18,55 @@ from swap_hpc.recipe.schema import Augment
 
 
 def normalised(dataset: Dataset, images: np.ndarray) -> np.ndarray:
-    return (images.astype(np.float32) - np.array(dataset.mean, np.float32)) / np.array(
-        dataset.std, np.float32
-    )
+    mean, std = np.array(dataset.mean, np.float32), np.array(dataset.std, np.float32)
+    return (images.astype(np.float32) - mean) / std
 
 
-@pytest.mark.parametrize(
-    "augment",
-    [
-        Augment(pad=2, flip=True, cutout=3),
-        Augment(pad=1),
-        Augment(cutout=4),
-        Augment(flip=True),
-        Augment(),
-    ],
-)
+AUGMENTS = [
+    Augment(pad=2, flip=True, cutout=3),
+    Augment(pad=1),
+    Augment(cutout=4),
+    Augment(flip=True),
+    Augment(),
+]
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
 def test_augmentation_equals_numpys(augment: Augment) -> None:
     data = tiny.dataset()
     assert isinstance(data.train, Arrays)
     pick = epoch_picks(Key(0, Phase.REFINE), 0, len(data.train))
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(
-        data, data.train, iter([pick]), loader.View(augment), len(data.train), tiny.CPU
-    )
+    view, size = loader.View(augment), len(data.train)
+    ((images, labels),) = loader.batches(data, data.train, iter([pick]), view, size, tiny.CPU)
     assert torch.equal(labels, torch.from_numpy(data.train.labels[pick.indices]))
-    p, c = augment.pad, augment.cutout
     for image, index, u in zip(images.numpy(), pick.indices, pick.draws, strict=True):
-        padded = np.pad(data.train.images[index], ((p, p), (p, p), (0, 0)), mode="reflect")
-        x, y = int(u[0] * (2 * p + 1)), int(u[1] * (2 * p + 1))
-        expected = normalised(data, padded[y : y + 8, x : x + 8])
-        if augment.flip and u[2] >= 0.5:
-            expected = expected[:, ::-1].copy()
-        if c:
-            left, top = int(u[3] * (8 - c + 1)), int(u[4] * (8 - c + 1))
-            expected[top : top + c, left : left + c] = 0
+        expected = augmented(data, data.train.images[index], u, augment)
         np.testing.assert_allclose(image.transpose(1, 2, 0), expected, rtol=1e-5, atol=1e-5)
+
+
+def augmented(data: Dataset, image: np.ndarray, u: np.ndarray, augment: Augment) -> np.ndarray:
+    """Augment and normalise an 8x8 image by its five random numbers `u`."""
+    pad, cutout = augment.pad, augment.cutout
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    x, y = int(u[0] * (2 * pad + 1)), int(u[1] * (2 * pad + 1))
+    result = normalised(data, padded[y : y + 8, x : x + 8])
+    if augment.flip and u[2] >= 0.5:
+        result = result[:, ::-1].copy()
+    if cutout:
+        left, top = int(u[3] * (8 - cutout + 1)), int(u[4] * (8 - cutout + 1))
+        result[top : top + cutout, left : left + cutout] = 0
+    return result
 
 
 def test_images_are_channels_last_and_own_their_memory() -> None:
     data = tiny.dataset()
-    batches = list(
-        loader.batches(
-            data, data.test, evaluation_picks(37, 5, 0, 1), loader.View(None), 5, tiny.CPU
-        )
-    )
+    picks = evaluation_picks(37, 5, 0, 1)
+    batches = list(loader.batches(data, data.test, picks, loader.View(None), 5, tiny.CPU))
     first = batches[0][0].clone()
-    assert all(
-        images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
-        for images, _ in batches
-    )
+    for images, _ in batches:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert images.dtype == torch.float32
     assert isinstance(data.test, Arrays)
     together = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(together, normalised(data, data.test.images), rtol=1e-5, atol=1e-5)
@@ -75,21 +75,19 @@ def test_images_are_channels_last_and_own_their_memory() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Dataset:
-    """40 images of many sizes whose red grows from left to right and whose green grows downwards; blue tells the class."""
+    """40 images of many sizes whose pixels show where they lie.
+
+    Red grows from left to right, green grows downwards, and blue shows the class.
+    """
     paths = []
     generator = np.random.default_rng(0)
     for i in range(40):
-        h, w = generator.integers(60, 140, 2)
-        ramp = np.stack(
-            [
-                np.broadcast_to(np.linspace(0, 255, w), (h, w)),
-                np.broadcast_to(np.linspace(0, 255, h)[:, None], (h, w)),
-                np.full((h, w), 80 * (i % 3)),
-            ],
-            -1,
-        )
+        height, width = generator.integers(60, 140, 2)
+        red = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+        green = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+        blue = np.full((height, width), 80 * (i % 3))
         paths.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(ramp.astype(np.uint8)).save(paths[-1])
+        Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8)).save(paths[-1])
     split = Files(tuple(paths), np.arange(40) % 3)
     return Dataset(split, split, ("a", "b", "c"), (32, 32), 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -99,16 +97,13 @@ def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(
     files: Dataset, kind: str
 ) -> None:
     data = files if kind == "streamed" else tiny.dataset(40)
-    augment, key = Augment(pad=0 if kind == "streamed" else 1, flip=True), Key(0, Phase.REFINE, 1)
+    view = loader.View(Augment(pad=0 if kind == "streamed" else 1, flip=True))
+    key = Key(0, Phase.REFINE, 1)
 
     def images(first_epoch: int, step: int) -> list[torch.Tensor]:
         picks = training_picks(key, 40, 12, 1, 2, range(first_epoch, 3), step)
-        return [
-            batch.clone()
-            for batch, _ in loader.batches(
-                data, data.train, picks, loader.View(augment), 6, tiny.CPU
-            )
-        ]
+        batches = loader.batches(data, data.train, picks, view, 6, tiny.CPU)
+        return [images.clone() for images, _ in batches]
 
     whole, rest = images(0, 0), images(1, 2)
     assert len(whole) == 9 and len(rest) == 4
@@ -116,40 +111,42 @@ def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(
 
 
 def test_streamed_crops_have_the_stated_area_ratio_and_place(files: Dataset) -> None:
-    """On a ramp the crop's edges can be read off its pixels."""
+    """On a ramp the pixels of a crop show where its edges were."""
     assert isinstance(files.train, Files)
     augment = Augment(flip=True, crop_area=(0.2, 0.6), crop_ratio=(0.5, 2.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 40)
     assert pick.draws is not None
-    ((images, labels),) = loader.batches(
-        files, files.train, iter([pick]), loader.View(augment), 40, tiny.CPU
-    )
-    assert images.shape == (40, 3, 32, 32) and torch.equal(
-        labels, torch.from_numpy(files.train.labels[pick.indices])
-    )
-    for image, label, index, u in zip(
+    view = loader.View(augment)
+    ((images, labels),) = loader.batches(files, files.train, iter([pick]), view, 40, tiny.CPU)
+    assert images.shape == (40, 3, 32, 32)
+    assert torch.equal(labels, torch.from_numpy(files.train.labels[pick.indices]))
+    for (red, green, blue), label, index, u in zip(
         images.numpy(), labels, pick.indices, pick.draws, strict=True
     ):
-        assert np.allclose(image[2], 80 * int(label), atol=2)
+        assert np.allclose(blue, 80 * int(label), atol=2)
         width, height = Image.open(files.train.paths[index]).size
         area, ratio = 0.2 + u[3] * 0.4, 0.5 * 4 ** u[4]
-        w, h = (
-            min(1, np.sqrt(area * ratio * height / width)),
-            min(1, np.sqrt(area / ratio * width / height)),
-        )
-        red = image[0][:, ::-1] if u[2] >= 0.5 else image[0]
-        assert red.mean() / 255 == pytest.approx(u[0] * (1 - w) + w / 2, abs=0.03)
-        assert image[1].mean() / 255 == pytest.approx(u[1] * (1 - h) + h / 2, abs=0.03)
-        assert (red[:, -1] - red[:, 0]).mean() / 255 == pytest.approx(w, abs=0.06)
+        # sides of the crop as shares of the image's
+        w = min(1, np.sqrt(area * ratio * height / width))
+        h = min(1, np.sqrt(area / ratio * width / height))
+        unmirrored = red[:, ::-1] if u[2] >= 0.5 else red
+        centre, middle = u[0] * (1 - w) + w / 2, u[1] * (1 - h) + h / 2
+        assert unmirrored.mean() / 255 == pytest.approx(centre, abs=0.03)
+        assert green.mean() / 255 == pytest.approx(middle, abs=0.03)
+        across = unmirrored[:, -1] - unmirrored[:, 0]
+        assert across.mean() / 255 == pytest.approx(w, abs=0.06)
 
 
 def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
-    """On noise, to a level of 255 and a half, which is what rounding leaves: cropped, resized with antialiasing, mirrored, normalised."""
+    """On noise: cropped, resized with antialiasing, mirrored and normalised.
+
+    Up to one level and a half of 255, which rounding explains.
+    """
     generator = np.random.default_rng(1)
-    images = [
-        generator.integers(0, 256, (*generator.integers(20, 90, 2), 3), dtype=np.uint8)
-        for _ in range(24)
-    ]
+    images = []
+    for _ in range(24):
+        height, width = generator.integers(20, 90, 2)
+        images.append(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
     paths = [str(tmp_path / f"{i}.png") for i in range(24)]
     for image, path in zip(images, paths, strict=True):
         Image.fromarray(image).save(path)
@@ -157,34 +154,31 @@ def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
     data = Dataset(split, split, ("a",), (24, 40), 3, (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 24)
     assert pick.draws is not None and 0 < (pick.draws[:, 2] >= 0.5).sum() < 24
-    ((found, _),) = loader.batches(
-        data, split, iter([pick]), loader.View(Augment(flip=True)), 24, tiny.CPU
-    )
+    view = loader.View(Augment(flip=True))
+    ((found, _),) = loader.batches(data, split, iter([pick]), view, 24, tiny.CPU)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    for image, index, u in zip(
-        found.permute(0, 2, 3, 1).numpy(), pick.indices, pick.draws, strict=True
-    ):
-        whole = images[index]
-        area, aspect = (
-            (0.08 + u[3] * 0.92) * whole.shape[0] * whole.shape[1],
-            np.exp(np.log(3 / 4) + u[4] * np.log(16 / 9)),
-        )
-        size = np.minimum(
-            whole.shape[:2], np.floor(np.sqrt([area / aspect, area * aspect]) + 0.5)
-        ).astype(int)
-        top, left = np.floor(u[1::-1] * (np.array(whole.shape[:2]) - size + 1)).astype(int)
-        crop = functional.to_pil_image(whole[top : top + size[0], left : left + size[1]])
-        expected = np.asarray(functional.resize(crop, [24, 40], antialias=True))
-        expected = expected[:, ::-1] if u[2] >= 0.5 else expected
-        np.testing.assert_allclose(image * data.std + data.mean, expected, atol=1.5)
+    pixels = found.permute(0, 2, 3, 1).numpy() * data.std + data.mean
+    for image, index, u in zip(pixels, pick.indices, pick.draws, strict=True):
+        expected = cropped_by_torchvision(images[index], u, [24, 40])
+        np.testing.assert_allclose(image, expected, atol=1.5)
+
+
+def cropped_by_torchvision(image: np.ndarray, u: np.ndarray, size: list[int]) -> np.ndarray:
+    """Crop, resize and mirror an image by its five random numbers `u`."""
+    shape = np.array(image.shape[:2])
+    area = (0.08 + u[3] * 0.92) * shape.prod()
+    aspect = np.exp(np.log(3 / 4) + u[4] * np.log(16 / 9))
+    wanted = np.floor(np.sqrt([area / aspect, area * aspect]) + 0.5)
+    height, width = np.minimum(shape, wanted).astype(int)
+    top, left = np.floor(u[1::-1] * (shape - [height, width] + 1)).astype(int)
+    crop = functional.to_pil_image(image[top : top + height, left : left + width])
+    resized = np.asarray(functional.resize(crop, size, antialias=True))
+    return resized[:, ::-1] if u[2] >= 0.5 else resized
 
 
 def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
-    batches = list(
-        loader.batches(
-            files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU
-        )
-    )
+    picks = evaluation_picks(40, 16, 0, 1)
+    batches = list(loader.batches(files, files.test, picks, loader.View(None), 16, tiny.CPU))
     assert [len(images) for images, _ in batches] == [16, 16, 8]
     for images, _ in batches:
         np.testing.assert_allclose(images[:, :2].mean((2, 3)) / 255, 0.5, atol=0.03)
@@ -193,29 +187,22 @@ def test_streamed_evaluation_takes_the_centre(files: Dataset) -> None:
 def test_an_image_that_cannot_be_decoded_is_named(files: Dataset) -> None:
     assert isinstance(files.train, Files)
     Path(files.train.paths[23]).write_bytes(b"\x89PNG not really")
-    picks = iter(
-        [Picks(np.arange(a, a + 8), np.full((8, 5), 0.5, np.float32)) for a in range(0, 40, 8)]
-    )
+    draws = np.full((8, 5), 0.5, np.float32)
+    picks = (Picks(np.arange(start, start + 8), draws) for start in range(0, 40, 8))
+    batches = loader.batches(files, files.train, picks, loader.View(Augment()), 8, tiny.CPU)
+    message = r"cannot decode the image .*/23.png \(not an image that DALI decodes, or damaged\)"
     seen = 0
-    with pytest.raises(
-        RunError,
-        match=r"cannot decode the image .*/23.png \(not an image that DALI decodes, or damaged\)",
-    ):
-        for images, _ in loader.batches(
-            files, files.train, picks, loader.View(Augment()), 8, tiny.CPU
-        ):
+    with pytest.raises(RunError, match=message):
+        for images, _ in batches:
             seen += len(images)
-    assert seen <= 16
+    assert seen <= 16  # the batch of image 23 has not come
 
 
 def test_an_image_that_is_gone_is_named(files: Dataset) -> None:
     assert isinstance(files.test, Files)
     Path(files.test.paths[3]).unlink()
-    with pytest.raises(
-        RunError, match=r"cannot decode the image .*/3.png \(No such file or directory\)"
-    ):
-        list(
-            loader.batches(
-                files, files.test, evaluation_picks(40, 16, 0, 1), loader.View(None), 16, tiny.CPU
-            )
-        )
+    picks = evaluation_picks(40, 16, 0, 1)
+    batches = loader.batches(files, files.test, picks, loader.View(None), 16, tiny.CPU)
+    message = r"cannot decode the image .*/3.png \(No such file or directory\)"
+    with pytest.raises(RunError, match=message):
+        list(batches)

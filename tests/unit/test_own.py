@@ -1,4 +1,4 @@
-"""Data, losses and metrics of one's own: what they may return, and what is said where they do not."""
+"""A user's own data, losses and metrics: what they may return, and the messages otherwise."""
 
 import sys
 from collections import namedtuple
@@ -28,16 +28,21 @@ IMAGES, LABELS = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An importable module of the user's own, still empty."""
     module = ModuleType("own_parts")
     monkeypatch.setitem(sys.modules, "own_parts", module)
     return module
 
 
 def loaded(returns: Any, own: ModuleType, **arguments: Any) -> Dataset:
+    """Load data by a function that takes `size` and returns `returns`."""
     own.load = lambda path, size=8: returns  # type: ignore[attr-defined]
-    return load(
-        tiny.recipe(data={"name": "own_parts:load", "arguments": arguments}).data, Team.alone(), 1
-    )
+    return loaded_by("own_parts:load", **arguments)
+
+
+def loaded_by(name: str, **arguments: Any) -> Dataset:
+    recipe = tiny.recipe(data={"name": name, "arguments": arguments})
+    return load(recipe.data, Team.alone(), 1)
 
 
 def test_arrays_become_a_data_set(own: ModuleType) -> None:
@@ -46,53 +51,36 @@ def test_arrays_become_a_data_set(own: ModuleType) -> None:
     assert dataset.train.labels.dtype == np.int64  # type: ignore[union-attr]
 
 
+GOOD = (IMAGES, LABELS)
+CHANNELS_FIRST = IMAGES.transpose(0, 3, 1, 2)
+UINT8, FROM_0 = "they must be (N, H, W, C) uint8", "they must be (N,) integers from 0"
 WRONG = [
-    (
-        None,
-        "returned a NoneType: a Dataset, or ((images, labels), (test images, test labels)), is needed",
-    ),
-    (
-        ((IMAGES[0], LABELS), (IMAGES, LABELS)),
-        "returned images [8, 8, 3] uint8: they must be (N, H, W, C) uint8",
-    ),
-    (
-        ((IMAGES.transpose(0, 3, 1, 2), LABELS), (IMAGES, LABELS)),
-        "returned images [6, 3, 8, 8], which look like (N, C, H, W)",
-    ),
-    (
-        ((IMAGES / 255, LABELS), (IMAGES, LABELS)),
-        "returned images [6, 8, 8, 3] float64: they must be (N, H, W, C) uint8",
-    ),
-    (
-        ((IMAGES, LABELS[:5]), (IMAGES, LABELS)),
-        "returned labels [5] int64: they must be (N,) integers from 0",
-    ),
-    (((IMAGES, LABELS - 1), (IMAGES, LABELS)), "they must be (N,) integers from 0"),
-    (
-        ((IMAGES, LABELS), (IMAGES[:, :4], LABELS)),
-        "returned training images of [8, 8, 3] and test images of [4, 8, 3]: they must have",
-    ),
+    (None, "returned a NoneType: a Dataset, or ((images, labels), (test images, test labels)), is"),
+    (((IMAGES[0], LABELS), GOOD), f"returned images [8, 8, 3] uint8: {UINT8}"),
+    (((CHANNELS_FIRST, LABELS), GOOD), "returned images [6, 3, 8, 8], which look like (N, C,"),
+    (((IMAGES / 255, LABELS), GOOD), f"returned images [6, 8, 8, 3] float64: {UINT8}"),
+    (((IMAGES, LABELS[:5]), GOOD), f"returned labels [5] int64: {FROM_0}"),
+    (((IMAGES, LABELS - 1), GOOD), f"returned labels [6] int64: {FROM_0}"),
+    ((GOOD, (IMAGES[:, :4], LABELS)), "training images of [8, 8, 3] and test images of [4, 8, 3]"),
 ]
 
 
 @pytest.mark.parametrize(("returns", "message"), WRONG)
-def test_what_is_no_data_set_is_named(returns: Any, message: str, own: ModuleType) -> None:
+def test_a_wrong_data_set_is_explained(returns: Any, message: str, own: ModuleType) -> None:
     with pytest.raises(UserError) as raised:
         loaded(returns, own)
     assert message in str(raised.value)
 
 
 def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
-    with pytest.raises(
-        UserError,
-        match="cannot be called with data.path and data.arguments: got an unexpected keyword",
-    ):
+    refused = "cannot be called with data.path and data.arguments: got an unexpected keyword"
+    with pytest.raises(UserError, match=refused):
         loaded(None, own, colour=3)
     with pytest.raises(
         UserError,
-        match=r"the data nowhere:load cannot be imported \(No module named 'nowhere'\): is it in this folder",
+        match=r"the data nowhere:load cannot be imported \(No module named 'nowhere'\): is it in ",
     ):
-        load(tiny.recipe(data={"name": "nowhere:load"}).data, Team.alone(), 1)
+        loaded_by("nowhere:load")
     with pytest.raises(UserError, match="the loss own_parts:mse: own_parts has no mse; it has "):
         _ = tiny.job(loss="own_parts:mse").objective
     own.number = 3  # type: ignore[attr-defined]
@@ -102,26 +90,22 @@ def test_wrong_arguments_and_missing_modules_are_named(own: ModuleType) -> None:
         tiny.model(tiny.job(model={"name": ":build"}))
 
 
-def test_a_module_that_fails_is_told_from_one_that_is_not_there(
+def test_a_module_that_fails_is_not_called_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "needs_more.py").write_text("import numpy\nimport a_library_that_nobody_has\n")
     (tmp_path / "fails_here.py").write_text("import numpy\n\nnumpy.zeros(-1)\n")
     (tmp_path / "not_python.py").write_text("def build(:\n")
     monkeypatch.syspath_prepend(tmp_path)
+    missing = "ModuleNotFoundError: No module named 'a_library_that_nobody_has'"
+    negative = "ValueError: negative dimensions are not allowed"
     for name, message in (
-        (
-            "needs_more",
-            r"ModuleNotFoundError: No module named 'a_library_that_nobody_has' \(needs_more.py, line 2\)$",
-        ),
-        (
-            "fails_here",
-            r"ValueError: negative dimensions are not allowed \(fails_here.py, line 3\)$",
-        ),
+        ("needs_more", rf"{missing} \(needs_more.py, line 2\)$"),
+        ("fails_here", rf"{negative} \(fails_here.py, line 3\)$"),
         ("not_python", r"SyntaxError: .*\(not_python.py, line 1\)$"),
     ):
         with pytest.raises(UserError, match=f"the data {name}:load cannot be imported: {message}"):
-            load(tiny.recipe(data={"name": f"{name}:load"}).data, Team.alone(), 1)
+            loaded_by(f"{name}:load")
 
 
 def test_names_are_checked_where_the_recipe_is_read() -> None:
@@ -138,21 +122,21 @@ def test_names_are_checked_where_the_recipe_is_read() -> None:
             parse(fields | wrong)
 
 
-def test_a_split_of_ones_own_is_cut_by_its_own_numbers() -> None:
-    seen: list[list[int]] = []
+def test_a_part_of_custom_batches_is_asked_for_by_the_numbers_of_the_whole() -> None:
+    asked: list[list[int]] = []
 
     def function(picks: Any, training: bool) -> Any:
         for pick in picks:
-            seen.append(pick.indices.tolist())
+            asked.append(pick.indices.tolist())
             yield torch.zeros(len(pick.indices), 2), torch.zeros(len(pick.indices))
 
-    half = Batches(10, function).take(np.array([1, 3, 5, 7])).take(np.array([3, 0]))
-    assert len(half) == 2
-    list(half.read(iter([Picks(np.array([0, 1]), None)]), training=True))
-    assert seen == [[7, 1]]
+    part = Batches(10, function).take(np.array([1, 3, 5, 7])).take(np.array([3, 0]))
+    assert len(part) == 2
+    list(part.read(iter([Picks(np.array([0, 1]), None)]), training=True))
+    assert asked == [[7, 1]]
 
 
-def test_a_loss_and_a_score_of_ones_own_are_used(own: ModuleType) -> None:
+def test_a_users_own_loss_and_score_are_used(own: ModuleType) -> None:
     own.loss = lambda outputs, targets: F.mse_loss(outputs[:, 0], targets.float())  # type: ignore[attr-defined]
     own.near = lambda outputs, targets: 1 / (1 + (outputs[:, 0] - targets).abs())  # type: ignore[attr-defined]
     objective = tiny.job(loss="own_parts:loss", metric="own_parts:near").objective
@@ -175,54 +159,38 @@ def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
         UserError, match="the loss own_parts:number returned a float: the batch's mean"
     ):
         tiny.job(loss="own_parts:number").objective.total_loss(outputs, targets)
-    with pytest.raises(
-        UserError,
-        match=r"the metric own_parts:mean returned a tensor \[\] float32: .* a tensor \[4\], is needed",
-    ):
+    scalar = r"returned a tensor \[\] float32: .* a tensor \[4\], is needed"
+    with pytest.raises(UserError, match=f"the metric own_parts:mean {scalar}"):
         tiny.job(metric="own_parts:mean").objective.score(outputs, targets)
 
 
-def test_own_batches_may_be_a_list_and_have_to_be_those_asked_for() -> None:
-    """An evaluation hands over its picks once; a pair too few or of another size is named instead of counted."""
+def test_custom_batches_may_be_a_list_and_must_be_those_asked_for() -> None:
+    """Each evaluation hands over its picks once, and refuses a batch too few or of another size."""
     inputs, targets = torch.randn(9, 3, 4, 4), torch.arange(9) % 3
 
-    def evaluated(function: Any) -> int:
+    def evaluated(function: Any) -> list[int]:
+        """Return the number of test samples of two evaluations."""
         split = Batches(9, function)
-        job = Job(
-            tiny.recipe(evaluate={"batch_size": 4}), Dataset(split, split, tuple("abc")), tiny.CPU
-        )
-        return [sum(len(found) for _, found in job.test_batches(Team.alone())) for _ in range(2)][1]
+        recipe = tiny.recipe(evaluate={"batch_size": 4})
+        job = Job(recipe, Dataset(split, split, tuple("abc")), tiny.CPU)
+        return [sum(len(found) for _, found in job.test_batches(Team.alone())) for _ in range(2)]
 
-    assert (
-        evaluated(
-            lambda picks, training: [
-                (inputs[pick.indices], targets[pick.indices]) for pick in picks
-            ]
-        )
-        == 9
-    )
+    def listed(picks: Any, training: bool) -> Any:
+        return [(inputs[pick.indices], targets[pick.indices]) for pick in picks]
+
+    assert evaluated(listed) == [9, 9]
     with pytest.raises(UserError, match="makes test batches ended early"):
-        evaluated(
-            lambda picks, training: [
-                (inputs[pick.indices], targets[pick.indices]) for pick in [next(picks)]
-            ]
-        )
+        evaluated(lambda picks, training: listed([next(picks)], training))
     with pytest.raises(UserError, match="returned 9 targets for 4 picked samples"):
         evaluated(lambda picks, training: ((inputs, targets) for _ in picks))
 
 
 def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:
-    bare = Dataset(
-        Arrays(IMAGES, LABELS.astype(np.int64)),
-        Arrays(IMAGES, LABELS.astype(np.int64)),
-        ("a", "b", "c"),
-    )
+    split = Arrays(IMAGES, LABELS.astype(np.int64))
+    bare = Dataset(split, split, ("a", "b", "c"))
     found = loaded(bare, own)
-    assert (
-        found.image_size == (8, 8)
-        and found.channels == 3
-        and len(found.mean) == len(found.std) == 3
-    )
+    assert found.image_size == (8, 8) and found.channels == 3
+    assert len(found.mean) == len(found.std) == 3
     assert loaded(replace(bare, mean=(1.0, 2.0, 3.0)), own).mean == (1.0, 2.0, 3.0)
     with pytest.raises(UserError, match="returned a Dataset without samples"):
         loaded(replace(bare, test=Arrays(IMAGES[:0], LABELS[:0])), own)
@@ -233,11 +201,8 @@ def test_outputs_of_any_shape_leave_autocast_as_float32() -> None:
     found = as_float32({"a": low, "b": (low, [whole, None])})
     pair = namedtuple("pair", "logits aux")
     assert as_float32(pair(low, whole)).logits.dtype == torch.float32
-    assert (
-        found["a"].dtype == found["b"][0].dtype == torch.float32
-        and found["b"][1][0] is whole
-        and found["b"][1][1] is None
-    )
+    assert found["a"].dtype == found["b"][0].dtype == torch.float32
+    assert found["b"][1][0] is whole and found["b"][1][1] is None
 
 
 def test_modules_of_the_folder_that_a_job_starts_in_are_found(
@@ -247,21 +212,16 @@ def test_modules_of_the_folder_that_a_job_starts_in_are_found(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(UserError, match="returned a NoneType"):
-        load(tiny.recipe(data={"name": "here_it_is:load"}).data, Team.alone(), 1)
+        loaded_by("here_it_is:load")
 
 
-def test_batch_norms_sizes_matter_to_models_that_have_it() -> None:
+def test_sizes_of_the_batch_norm_refresh_matter_only_to_models_with_batch_norm() -> None:
     def prepared(model: str) -> None:
-        recipe = tiny.recipe(
-            model={"name": model},
-            data={"samples": 100},
-            batchnorm={"batch_size": 200, "samples": 200},
-        )
+        sizes = {"batch_size": 200, "samples": 200}
+        recipe = tiny.recipe(model={"name": model}, data={"samples": 100}, batchnorm=sizes)
         prepare(recipe, Team.alone(), Team.alone())
 
     prepared("tiny:plain")
-    with pytest.raises(
-        UserError,
-        match=r"batchnorm.batch_size = 200, but there are 100 training samples: --set batchnorm.batch_size=100",
-    ):
+    too_large = "batchnorm.batch_size = 200, but there are 100 training samples"
+    with pytest.raises(UserError, match=f"{too_large}: --set batchnorm.batch_size=100"):
         prepared("tiny:batch_normed")

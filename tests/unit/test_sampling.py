@@ -18,18 +18,19 @@ KEY = Key(seed=0, phase=Phase.REFINE, group=1)
 def steps(
     rank: int, size: int, epochs: range = range(3), first_step: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    picks = training_picks(
-        KEY, samples=103, batch_size=24, rank=rank, size=size, epochs=epochs, first_step=first_step
-    )
-    return [(p.indices, p.draws) for p in picks if p.draws is not None]
+    """Return the indices and draws of a rank's steps over 103 samples in batches of 24."""
+    picks = training_picks(KEY, 103, 24, rank, size, epochs, first_step)
+    return [(pick.indices, pick.draws) for pick in picks if pick.draws is not None]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_ranks_share_what_one_rank_gets(size: int) -> None:
-    together = [steps(rank, size) for rank in range(size)]
-    for step, (indices, draws) in enumerate(steps(0, 1)):
-        np.testing.assert_array_equal(np.concatenate([t[step][0] for t in together]), indices)
-        np.testing.assert_array_equal(np.concatenate([t[step][1] for t in together]), draws)
+def test_ranks_share_the_samples_of_one_rank(size: int) -> None:
+    ranks = [steps(rank, size) for rank in range(size)]
+    for (indices, draws), *shares in zip(steps(0, 1), *ranks, strict=True):
+        joined_indices = np.concatenate([share[0] for share in shares])
+        joined_draws = np.concatenate([share[1] for share in shares])
+        np.testing.assert_array_equal(joined_indices, indices)
+        np.testing.assert_array_equal(joined_draws, draws)
 
 
 def test_an_epoch_visits_each_sample_at_most_once_and_drops_the_rest() -> None:
@@ -37,7 +38,8 @@ def test_an_epoch_visits_each_sample_at_most_once_and_drops_the_rest() -> None:
     assert len(all_steps) == 3 * (103 // 24)
     for epoch in range(3):
         indices = np.concatenate([i for i, _ in all_steps[4 * epoch : 4 * epoch + 4]])
-        assert len(np.unique(indices)) == 96 and 0 <= indices.min() and indices.max() < 103
+        assert len(np.unique(indices)) == 96
+        assert indices.min() >= 0 and indices.max() < 103
 
 
 def test_starting_inside_the_phase_gives_the_same_rest() -> None:
@@ -55,10 +57,8 @@ def test_a_samples_augmentation_belongs_to_the_sample() -> None:
     for batch_size in (10, 24, 50):
         for pick in training_picks(KEY, 103, batch_size, 0, 1, range(1)):
             assert pick.draws is not None
-            assert all(
-                by_sample[i] == d
-                for i, d in zip(pick.indices.tolist(), pick.draws.tolist(), strict=True)
-            )
+            for sample, draws in zip(pick.indices.tolist(), pick.draws.tolist(), strict=True):
+                assert by_sample[sample] == draws
 
 
 KEYS = [
@@ -84,29 +84,25 @@ def test_draws_are_uniform() -> None:
 
 def test_torch_is_seeded_by_step_and_rank() -> None:
     seeds = [key.torch_seed(step, rank) for key in KEYS for step in range(4) for rank in range(4)]
-    assert len(set(seeds)) == len(seeds) and KEY.torch_seed(3, 1) == Key(
-        0, Phase.REFINE, 1
-    ).torch_seed(3, 1)
+    assert len(set(seeds)) == len(seeds)
+    assert KEY.torch_seed(3, 1) == Key(0, Phase.REFINE, 1).torch_seed(3, 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("samples", [1, 9, 10, 11, 101])
 def test_evaluation_visits_each_sample_exactly_once(samples: int, size: int) -> None:
-    indices = [
-        i
-        for rank in range(size)
-        for pick in evaluation_picks(samples, 10, rank, size)
-        for i in pick.indices
-    ]
-    assert sorted(indices) == list(range(samples))
+    seen: list[int] = []
+    for rank in range(size):
+        for pick in evaluation_picks(samples, 10, rank, size):
+            seen += pick.indices.tolist()
+    assert sorted(seen) == list(range(samples))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_batchnorm_passes_whole_batches_of_distinct_samples(size: int) -> None:
-    picks = [
-        pick
-        for rank in range(size)
-        for pick in batchnorm_picks(0, samples=100, use=95, batch_size=30, rank=rank, size=size)
-    ]
-    assert [len(pick.indices) for pick in picks] == [30, 30, 30]
-    assert len({i for pick in picks for i in pick.indices}) == 90
+    batches: list[list[int]] = []
+    for rank in range(size):
+        picks = batchnorm_picks(0, samples=100, use=95, batch_size=30, rank=rank, size=size)
+        batches += [pick.indices.tolist() for pick in picks]
+    assert [len(batch) for batch in batches] == [30, 30, 30]
+    assert len(set().union(*batches)) == 90

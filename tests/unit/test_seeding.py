@@ -1,4 +1,4 @@
-"""What a user's code draws from the global generators is the same in every run, and where a run goes on."""
+"""A user's code draws the same from the global generators in every run, also in a resumed one."""
 
 import random
 from collections.abc import Iterator
@@ -53,14 +53,14 @@ def noisy(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tens
 
 
 def ahead(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Asks for its samples in a thread of its own."""
+    """Ask for the picks in another thread."""
     with ThreadPoolExecutor(1) as pool:
         while pick := pool.submit(next, picks, None).result():
             indices = torch.from_numpy(pick.indices)
             yield indices, indices
 
 
-def test_a_functions_own_thread_leaves_the_models_generators_alone() -> None:
+def test_another_thread_leaves_the_models_generators_alone() -> None:
     split = Batches(40, ahead)
     data = Dataset(split, split, ("a", "b"))
     picks = training_picks(Key(3, Phase.REFINE, 1), 40, 10, 0, 1, range(2))
@@ -71,11 +71,12 @@ def test_a_functions_own_thread_leaves_the_models_generators_alone() -> None:
     assert [torch.rand(()).item() for _ in found] == expected
 
 
-def test_data_that_draw_are_the_same_from_any_step_on() -> None:
+def test_data_that_draw_are_the_same_from_any_step() -> None:
     split = Batches(40, noisy)
     data = Dataset(split, split, ("a", "b"))
 
     def batches(first_step: int) -> list[Tensor]:
+        # from the system's entropy: nothing may depend on the state before
         random.seed(), np.random.seed(), torch.seed()
         picks = training_picks(Key(3, Phase.REFINE, 1), 40, 10, 0, 1, range(2), first_step)
         found = loader.batches(data, split, picks, View(None), 10, tiny.CPU)

@@ -1,4 +1,4 @@
-"""Shards hold what the folder held: in DALI's own eyes, and as we read them."""
+"""Shards hold what the folder held, as DALI's reader and the package's read them."""
 
 import os
 import re
@@ -12,16 +12,18 @@ import imagenet_like
 import numpy as np
 import pytest
 import tiny
+import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
+from torch import Tensor
 
 from swap_hpc.data import load, loader
 from swap_hpc.data.dataset import Dataset
+from swap_hpc.data.folders import folder_files
 from swap_hpc.data.pack import pack
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.shards import LABELS, find_shards
-from swap_hpc.data.sources import folder_files
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
@@ -42,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
-    said: list[str] = []
-    assert pack(folder, out, 10, ONE, said.append) == 4 + 3
-    assert said[-1] == "test: 3 of 3 shards"
+    lines: list[str] = []
+    assert pack(folder, out, 10, ONE, lines.append) == 4 + 3
+    assert lines[-1] == "test: 3 of 3 shards"
     return out
 
 
@@ -52,20 +54,22 @@ def test_every_file_comes_back_in_the_folders_order(folder: Path, shards: Path) 
     train, test, _ = folder_files(folder)
     for split, files in (("train", train), ("test", test)):
         found = find_shards(shards / split)
-        assert [found.read(i).tobytes() for i in range(len(found))] == [
-            Path(path).read_bytes() for path in files.paths
-        ]
+        read = [found.read(i).tobytes() for i in range(len(found))]
+        assert read == [Path(path).read_bytes() for path in files.paths]
         assert (found.labels == files.labels).all()
         assert len(set(found.tar[:5])) > 1  # a class lies in several tar files
 
 
 def test_the_index_is_what_dalis_tool_writes(shards: Path, tmp_path: Path) -> None:
-    tool = Path(sys.executable).with_name("wds2idx")
     for tar in sorted((shards / "train").glob("*.tar")):
-        subprocess.run([tool, tar, tmp_path / "theirs.idx"], check=True, capture_output=True)
-        assert (tmp_path / "theirs.idx").read_text().split() == tar.with_suffix(
-            ".idx"
-        ).read_text().split()
+        assert index_by_dali(tar, tmp_path) == tar.with_suffix(".idx").read_text().split()
+
+
+def index_by_dali(tar: Path, folder: Path) -> list[str]:
+    """Return the fields of the index that DALI's wds2idx makes of a tar file."""
+    tool, index = Path(sys.executable).with_name("wds2idx"), folder / "theirs.idx"
+    subprocess.run([tool, tar, index], check=True, capture_output=True)
+    return index.read_text().split()
 
 
 def test_dalis_reader_reads_them(shards: Path) -> None:
@@ -83,10 +87,10 @@ def test_dalis_reader_reads_them(shards: Path) -> None:
 
     images, labels = pipeline_def(graph)(batch_size=35, num_threads=1, device_id=None).run()
     found = find_shards(shards / "train")
-    theirs = sorted(
-        (np.array(images[i]).tobytes(), int(np.array(labels[i]).tobytes())) for i in range(35)
-    )
-    assert theirs == sorted((found.read(i).tobytes(), int(found.labels[i])) for i in range(35))
+    encoded = [np.array(images[i]).tobytes() for i in range(35)]
+    theirs = zip(encoded, (int(np.array(labels[i]).tobytes()) for i in range(35)), strict=True)
+    ours = [(found.read(i).tobytes(), int(found.labels[i])) for i in range(35)]
+    assert sorted(theirs) == sorted(ours)
 
 
 @pytest.mark.parametrize("without", ["index", "labels", "both", "old index"])
@@ -104,11 +108,8 @@ def test_shards_of_others_need_neither_our_labels_nor_an_index(
         for index in theirs.glob("*.idx"):
             index.write_text(index.read_text().replace("v1.2", "v1.1"))
     found = find_shards(theirs)
-    assert (
-        (found.offset == ours.offset).all()
-        and (found.labels == ours.labels).all()
-        and (found.tar == ours.tar).all()
-    )
+    assert (found.tar == ours.tar).all() and (found.offset == ours.offset).all()
+    assert (found.labels == ours.labels).all()
 
 
 def test_packing_again_writes_only_what_is_missing(
@@ -124,112 +125,87 @@ def test_packing_again_writes_only_what_is_missing(
 
 def test_folder_and_shards_give_the_same_pixels(folder: Path, shards: Path) -> None:
     """Training crops of all kinds of files (grey, CMYK, one pixel), and the evaluation's centre."""
-    sets = [
-        loaded("folder", folder, 32, memory_gib=0),
-        loaded("webdataset", shards, 32, memory_gib=0),
-    ]
+    of_folder = loaded("folder", folder, 32, memory_gib=0)
+    of_shards = loaded("webdataset", shards, 32, memory_gib=0)
+    order = np.random.default_rng(1).permutation(35)
     draws = np.random.default_rng(0).random((35, 5), dtype=np.float32)
-    for view in (
-        loader.View(Augment(flip=True)),
-        loader.View(None),
-        loader.View(None, (20, 20), 0.5),
-    ):
-        pick = Picks(np.random.default_rng(1).permutation(35), draws if view.augment else None)
-        seen = [
-            next(loader.batches(data, data.train, iter([pick]), view, 35, tiny.CPU))
-            for data in sets
-        ]
-        assert (seen[0][0] == seen[1][0]).all() and (seen[0][1] == seen[1][1]).all()
-        assert seen[0][0].shape == (35, 3, *(view.size or (32, 32)))
+
+    def batch(data: Dataset, view: loader.View) -> tuple[Tensor, Tensor]:
+        pick = Picks(order, draws if view.augment else None)
+        return next(loader.batches(data, data.train, iter([pick]), view, 35, tiny.CPU))
+
+    training, centre = loader.View(Augment(flip=True)), loader.View(None)
+    small = loader.View(None, (20, 20), 0.5)
+    for view in (training, centre, small):
+        images, labels = batch(of_folder, view)
+        packed, packed_labels = batch(of_shards, view)
+        assert torch.equal(images, packed) and torch.equal(labels, packed_labels)
+        assert images.shape == (35, 3, *(view.size or (32, 32)))
 
 
 def test_small_shards_are_decoded_into_memory_as_a_folder_is(folder: Path, shards: Path) -> None:
-    sets = [loaded("folder", folder, 24), loaded("webdataset", shards, 24)]
-    one, other = (each.train for each in sets)
+    of_folder, of_shards = loaded("folder", folder, 24), loaded("webdataset", shards, 24)
+    one, other = of_folder.train, of_shards.train
     assert isinstance(one, Arrays) and isinstance(other, Arrays)
-    assert (one.images == other.images).all() and sets[0].classes == sets[1].classes
+    assert (one.images == other.images).all() and of_folder.classes == of_shards.classes
 
 
-NAMES = [
-    "Dr. No",
-    "x.json",
-    "x.txt",
-    "x.cls",
-    "x.CLS",
-    "x.idx",
-    "x.npy",
-    "x.gz",
-    "x.tar",
-    "x.ñ",
-    "x.jpg~",
-    "x.a b",
-    "x.",
-    "x",
-]
-NAMES += [
-    "a.b.c.JPG",
-    "_.png",
-    " y.png",
-    "two\nlines.p\nng",
-    "tab.\tpng",
-    os.fsdecode(b"caf\xe9.caf\xe9"),
-    f"x.{'long' * 50}",
-]
-NAMES += ["jpg.jpg", "\u2028.png", "it's.png", "100%.png"]
+CLASSES = ["Dr. No", "a b", "c\x85d", os.fsdecode(b"caf\xe9"), "'", "日本"]
+WITHOUT_EXTENSION = ["Dr. No", "x", "x."]
+EXTENSIONS = [".json", ".txt", ".cls", ".CLS", ".idx", ".npy", ".gz", ".tar", ".ñ", ".jpg~", ".a b"]
+OF_IMAGES = ["a.b.c.JPG", "_.png", " y.png", "jpg.jpg", "\u2028.png", "it's.png", "100%.png"]
+ODD = ["two\nlines.p\nng", "tab.\tpng", os.fsdecode(b"caf\xe9.caf\xe9"), f"x.{'long' * 50}"]
+NAMES = [*WITHOUT_EXTENSION, *(f"x{extension}" for extension in EXTENSIONS), *OF_IMAGES, *ODD]
 
 
-def test_a_folder_of_any_names_packs_and_reads_back(tmp_path: Path) -> None:
-    """The same images and labels in the same order, with an index and without; DALI's tool finds the same samples."""
-    classes = ["Dr. No", "a b", "c\x85d", os.fsdecode(b"caf\xe9"), "'", "日本"]
+@pytest.fixture(scope="module")
+def any_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose classes and files have names of all kinds, and its shards."""
+    root = tmp_path_factory.mktemp("names")
     for number, name in enumerate(NAMES * 2):
-        place = tmp_path / "folder" / "train" / classes[number % len(classes)]
+        place = root / "folder" / "train" / CLASSES[number % len(CLASSES)]
         place.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(
-            np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        )
-        picture.save(place / name, "PNG")
-    shutil.copytree(tmp_path / "folder" / "train", tmp_path / "folder" / "test")
-    pack(tmp_path / "folder", tmp_path / "shards", 9, ONE, lambda _: None)
-    for index in ("with an index", "without"):
-        places: dict[DataName, str] = {"folder": "folder", "webdataset": "shards"}
-        sets = [
-            load(Data(name=name, path=tmp_path / place), ONE, 1) for name, place in places.items()
-        ]
-        for split in ("train", "test"):
-            folder, shards = (getattr(data, split) for data in sets)
-            assert (folder.images == shards.images).all() and (
-                folder.labels == shards.labels
-            ).all(), index
-        assert sets[0].classes == sets[1].classes == tuple(sorted(classes))
-        if index == "with an index":
-            tars = sorted((tmp_path / "shards" / "train").glob("*.tar"))
-            subprocess.run(
-                [Path(sys.executable).with_name("wds2idx"), tars[0], tmp_path / "theirs.idx"],
-                check=True,
-                capture_output=True,
-            )
-            assert (tmp_path / "theirs.idx").read_text().split() == tars[0].with_suffix(
-                ".idx"
-            ).read_text().split()
-            for file in (tmp_path / "shards").glob("*/*.idx"):
-                file.unlink()
-    listed = [
-        subprocess.run(["tar", "-tf", tar], capture_output=True, text=True, check=True).stdout
-        for tar in tars
-    ]
-    members = "".join(listed).splitlines()
-    assert all(re.fullmatch(r"\d{9}\.(jpg|png|cls)", name) for name in members) and len(
-        set(members)
-    ) == len(members)
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / name, "PNG")
+    shutil.copytree(root / "folder" / "train", root / "folder" / "test")
+    pack(root / "folder", root / "shards", 9, ONE, lambda _: None)
+    return root
 
 
-def test_a_class_that_no_line_can_name_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["with an index", "without"])
+def test_a_folder_of_any_names_packs_and_reads_back(
+    any_names: Path, index: str, tmp_path: Path
+) -> None:
+    """The same images and labels in the same order."""
+    shards = Path(shutil.copytree(any_names / "shards", tmp_path / "shards"))
+    if index == "without":
+        for file in shards.glob("*/*.idx"):
+            file.unlink()
+    of_folder = load(Data(name="folder", path=any_names / "folder"), ONE, 1)
+    of_shards = load(Data(name="webdataset", path=shards), ONE, 1)
+    assert of_folder.classes == of_shards.classes == tuple(sorted(CLASSES))
+    for split in ("train", "test"):
+        one, other = getattr(of_folder, split), getattr(of_shards, split)
+        assert (one.images == other.images).all() and (one.labels == other.labels).all()
+
+
+def test_members_have_plain_names_that_dalis_tool_finds(any_names: Path, tmp_path: Path) -> None:
+    tars = sorted((any_names / "shards" / "train").glob("*.tar"))
+    assert index_by_dali(tars[0], tmp_path) == tars[0].with_suffix(".idx").read_text().split()
+    members = []
+    for tar in tars:
+        listed = subprocess.run(["tar", "-tf", tar], capture_output=True, text=True, check=True)
+        members += listed.stdout.splitlines()
+    assert all(re.fullmatch(r"\d{9}\.(jpg|png|cls)", name) for name in members)
+    assert len(set(members)) == len(members) == 2 * 2 * len(NAMES)
+
+
+def test_a_class_name_with_a_line_break_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split / "two\nlines").mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / split / "two\nlines" / "0.png")
-    with pytest.raises(
-        UserError, match=r"the class 'two\\nlines' has a line break in its name: rename its folder$"
-    ):
+    message = r"the class 'two\\nlines' has a line break in its name: rename its folder$"
+    with pytest.raises(UserError, match=message):
         pack(tmp_path, tmp_path / "shards", 9, ONE, lambda _: None)
 
 
@@ -248,19 +224,17 @@ def test_an_image_that_cannot_be_read_is_named_and_no_shard_blamed(
         pack(tmp_path, tmp_path / "shards", 9, ONE, lambda _: None)
 
 
-def test_packing_says_what_it_leaves_out(folder: Path, tmp_path: Path) -> None:
-    copy, said = Path(shutil.copytree(folder, tmp_path / "folder")), list[str]()
-    (copy / "test" / "n00000002" / "x.png").symlink_to("/nowhere")
-    pack(copy, tmp_path / "shards", 100, ONE, said.append)
-    assert (
-        said[0]
-        == f"1 entry in {copy}/test is left out: 1 broken link ({copy}/test/n00000002/x.png)"
-        and len(said) == 3
-    )
+def test_packing_reports_what_it_leaves_out(folder: Path, tmp_path: Path) -> None:
+    copy, lines = Path(shutil.copytree(folder, tmp_path / "folder")), list[str]()
+    link = copy / "test" / "n00000002" / "x.png"
+    link.symlink_to("/nowhere")
+    pack(copy, tmp_path / "shards", 100, ONE, lines.append)
+    assert lines[0] == f"1 entry in {copy}/test is left out: 1 broken link ({link})"
+    assert len(lines) == 3
 
 
-def test_grey_and_cmyk_images_have_the_colours_that_others_see(folder: Path) -> None:
-    """Against Pillow, whose conversion of CMYK knows no profile either."""
+def test_grey_and_cmyk_images_have_pillows_colours(folder: Path) -> None:
+    """Pillow converts CMYK without a colour profile, too."""
     data = load(Data(name="folder", path=folder, image_size=((0, 16),)), ONE, 1)
     files, _, _ = folder_files(folder)
     kinds = set()
@@ -273,69 +247,56 @@ def test_grey_and_cmyk_images_have_the_colours_that_others_see(folder: Path) -> 
     assert kinds == {"RGB", "L", "CMYK"}
 
 
-def damaged(shards: Path, tmp_path: Path) -> Path:
+def copied(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
 def test_wrong_shards_are_named(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no .tar files in .*swap-hpc pack makes them"):
         find_shards(tmp_path)
-    copy = damaged(shards, tmp_path)
+    copy = copied(shards, tmp_path)
     index = copy / "train" / "000000.idx"
     index.write_text("v1.2 1\njpeg 512\n")
-    with pytest.raises(
-        UserError, match=r"000000.idx is not a DALI index: make it again with wds2idx"
-    ):
+    not_an_index = "000000.idx is not a DALI index: make it again with wds2idx"
+    with pytest.raises(UserError, match=not_an_index):
         find_shards(copy / "train")
     index.write_text("v1.2 1\njpeg 512 7 a.jpeg\n")
     with pytest.raises(UserError, match=r"the sample a.jpeg needs one image and one .cls file"):
         find_shards(copy / "train")
     (copy / "classes.txt").write_text("one\n")
     shutil.copy(shards / "train" / "000000.idx", index)
-    with pytest.raises(UserError, match=r"there is a class 6, but .*classes.txt names 1"):
+    with pytest.raises(UserError, match="there is a class 6, but .*classes.txt names 1, counted"):
         load(Data(name="webdataset", path=copy), ONE, 1)
 
 
 def test_a_damaged_image_in_a_shard_is_named(shards: Path, tmp_path: Path) -> None:
-    copy = damaged(shards, tmp_path)
+    copy = copied(shards, tmp_path)
     found = find_shards(copy / "train")
-    tar = Path(found.tars[found.tar[4]])
+    tar, begin, size = Path(found.tars[found.tar[4]]), found.offset[4], found.size[4]
     content = bytearray(tar.read_bytes())
-    content[found.offset[4] : found.offset[4] + found.size[4]] = bytes(found.size[4])
+    content[begin : begin + size] = bytes(size)
     tar.write_bytes(content)
-    with pytest.raises(
-        UserError,
-        match=rf"cannot decode the image at byte {found.offset[4]} of {tar} \(not an image",
-    ):
+    message = rf"cannot decode the image at byte {begin} of {tar} \(not an image"
+    with pytest.raises(UserError, match=message):
         load(Data(name="webdataset", path=copy, image_size=((0, 8),)), ONE, 1)
 
 
 def test_a_shard_that_is_cut_off_is_named_and_no_image_blamed(shards: Path, tmp_path: Path) -> None:
-    copy = damaged(shards, tmp_path)
+    copy = copied(shards, tmp_path)
     found = find_shards(copy / "train")
     tar = Path(found.tars[-1])
-    tar.write_bytes(
-        tar.read_bytes()[: int(found.offset[found.tar == len(found.tars) - 1].max()) + 10]
-    )
-    data = Data(name="webdataset", path=copy, image_size=((0, 8),), memory_gib=0)
+    last_image = int(found.offset[found.tar == len(found.tars) - 1].max())
+    tar.write_bytes(tar.read_bytes()[: last_image + 10])
+    data = loaded("webdataset", copy, 8, memory_gib=0)
+    number = len(data.train)
+    pick = Picks(np.arange(number), np.full((number, 5), 0.5, np.float32))
+    view = loader.View(Augment())
     with pytest.raises(RunError, match=rf"{tar} is shorter than its index says"):
-        dataset = load(data, ONE, 1)
-        picks = iter(
-            [
-                Picks(
-                    np.arange(len(dataset.train)), np.full((len(dataset.train), 5), 0.5, np.float32)
-                )
-            ]
-        )
-        list(
-            loader.batches(
-                dataset, dataset.train, picks, loader.View(Augment()), len(dataset.train), tiny.CPU
-            )
-        )
+        list(loader.batches(data, data.train, iter([pick]), view, number, tiny.CPU))
 
 
 def test_shards_that_tar_made_of_folders_are_read(folder: Path, tmp_path: Path) -> None:
-    """Names with `./`, folders with dots, no index, labels in `.cls` files of their own."""
+    """Names with `./`, folders with dots, no index, and labels only in `.cls` files."""
     train, _, _ = folder_files(folder)
     for i in range(8):
         place = tmp_path / "all" / f"v1.{i % 2}"
@@ -344,14 +305,13 @@ def test_shards_that_tar_made_of_folders_are_read(folder: Path, tmp_path: Path) 
         (place / f"{i}.cls").write_text(str(train.labels[i]))
     split = tmp_path / "train"
     split.mkdir()
-    subprocess.run(
-        ["tar", "--sort=name", "-C", tmp_path / "all", "-cf", split / "a.tar", "."], check=True
-    )
-    (split / "a.idx").touch()  # empty: as if there were none
+    whole_folder = ("-C", str(tmp_path / "all"), ".")
+    tar = ("tar", "--sort=name", "-cf", str(split / "a.tar"), *whole_folder)
+    subprocess.run(tar, check=True)
+    (split / "a.idx").touch()  # an empty index is ignored
     found = find_shards(split)
-    assert sorted(found.read(i).tobytes() for i in range(8)) == sorted(
-        Path(path).read_bytes() for path in train.paths[:8]
-    )
+    read = sorted(found.read(i).tobytes() for i in range(8))
+    assert read == sorted(Path(path).read_bytes() for path in train.paths[:8])
     shutil.copy(split / "a.tar", split / "b.tar")
     with pytest.raises(UserError, match="hold the sample ./v1.0/0 twice"):
         find_shards(split)
@@ -362,18 +322,21 @@ def test_another_packing_into_the_same_folder_is_refused(
 ) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "shards"))
     other = Path(shutil.copytree(folder, tmp_path / "folder"))
-    with pytest.raises(
-        UserError, match="holds shards of other images, or of another --samples-per-shard"
-    ):
-        pack(folder, copy, 9, ONE, lambda _: None)
+
+    def refused(source: Path, samples_per_shard: int, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            pack(source, copy, samples_per_shard, ONE, lambda _: None)
+
+    refused(folder, 9, "holds shards of other images, or of another --samples-per-shard")
     next((other / "train").glob("*/*")).unlink()
-    with pytest.raises(UserError, match="choose another folder, or remove it"):
-        pack(other, copy, 10, ONE, lambda _: None)
+    refused(other, 10, "choose another folder, or remove it")
     (copy / "packing.json").unlink()
-    with pytest.raises(UserError, match="holds shards of other images"):
-        pack(folder, copy, 10, ONE, lambda _: None)
+    refused(folder, 10, "holds shards of other images")
+
+
+def test_labels_of_another_number_of_samples_are_refused(shards: Path, tmp_path: Path) -> None:
+    copy = copied(shards, tmp_path)
     np.save(copy / "train" / LABELS, np.zeros(3, np.int64))
-    with pytest.raises(
-        UserError, match=r"labels.npy has 3 labels, the .tar files hold 35 samples: pack again"
-    ):
+    message = "labels.npy has 3 labels, the .tar files hold 35 samples: pack again"
+    with pytest.raises(UserError, match=message):
         find_shards(copy / "train")
