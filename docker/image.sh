@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Builds the image with whichever of docker, podman and buildah is there. `make image`, `make image BASE=debian:trixie ...`
+# Build the image with docker, podman or buildah, the first that is installed: `make image`,
+# `make image BASE=debian:trixie ...`
 #
-#   IMAGE=swap_hpc  TOOL=docker|podman|buildah  BASE=  RUNTIME=  CUDA=13|12  HOROVOD_BUILD=nccl|cpu  MPI_PACKAGES=  RUN_PACKAGES=   image.sh [options of the tool's build]
+#   IMAGE=swap_hpc TOOL=docker|podman|buildah BASE= RUNTIME= CUDA=13|12 HOROVOD_BUILD=nccl|cpu MPI_PACKAGES= \
+#       RUN_PACKAGES= image.sh [options of the tool's build command]
 #
-# Tools' own options: BUILDAH_ISOLATION=chroot and STORAGE_DRIVER=vfs make buildah work inside a container.
+# The tools have settings of their own, too: buildah works inside a container with BUILDAH_ISOLATION=chroot and
+# STORAGE_DRIVER=vfs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +15,7 @@ for each in docker podman buildah; do
   if [ -z "$tool" ] && command -v "$each" >/dev/null; then tool=$each; fi
 done
 if [ -z "$tool" ] || ! command -v "$tool" >/dev/null; then
-  echo "swap_hpc image: no ${tool:-docker, podman or buildah} here: install one (Debian: apt-get install buildah)" >&2
+  echo "swap_hpc image: no ${tool:-docker, podman or buildah} on the PATH: install one (Debian: apt-get install buildah)" >&2
   exit 1
 fi
 

@@ -1,7 +1,11 @@
-"""The commands; errors to one clear line; exit codes.
+"""The command line. An error ends all ranks with one clear line, which one rank prints.
 
-0: done. 1: nobody reads what is said. 2: the input is wrong. 3: the run failed. 75: stopped on request, all is saved. One rank
-speaks for all.
+Exit codes:
+    0: Done.
+    1: Nobody reads the output: a pipe was closed.
+    2: The input is wrong.
+    3: The run failed.
+    75: The run was asked to stop, and everything is saved.
 """
 
 import io
@@ -17,10 +21,13 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schema import DataName, from_disk, on_disk
+from swap_hpc.run.checks import check_ranks, chosen_part
 from swap_hpc.run.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
-from swap_hpc.run.part import Part, PhaseChoice, check_part, check_ranks
 from swap_hpc.train.control import Control, ignore_stops
+
+STARTED = time.perf_counter()  # the time from here to the first step is a run's set-up
 
 app = typer.Typer(
     add_completion=False,
@@ -31,7 +38,10 @@ app = typer.Typer(
 
 
 def _utf8(path: Path | None) -> Path | None:
-    """A run's folder or a file in it, which a library opens that takes UTF-8 alone. Raises UserError."""
+    """Return a path unchanged; UserError if it is not UTF-8.
+
+    Some of the libraries that open files in a run's folder accept only UTF-8.
+    """
     try:
         from_disk(path or "")
     except UnicodeDecodeError:
@@ -41,37 +51,33 @@ def _utf8(path: Path | None) -> Path | None:
 
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data", metavar="DIR", help="Folder with the data, or to download it to."),
+    typer.Option(
+        "--data", metavar="DIR", help="Folder that holds the data, or receives the download."
+    ),
 ]
-
-
 RunDir = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", callback=_utf8, help="The run's folder.  [default: runs/<recipe name>]"
     ),
 ]
-
-
 StudyDir = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", callback=_utf8, help="The study's folder.  [default: runs/<study name>]"
     ),
 ]
-
-
 PhaseOneOf = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", callback=_utf8, help="Begin with this complete run's phase 1."
+        "--from",
+        metavar="RUN",
+        callback=_utf8,
+        help="Start from the end of phase 1 of this complete run.",
     ),
 ]
-
-
-Launcher = Annotated[str, typer.Option(metavar="LINE", help="What starts the ranks.")]
-
-
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
+Launcher = Annotated[str, typer.Option(metavar="LINE", help="Command that starts the ranks.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10"),
@@ -80,33 +86,30 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
+    recipe: RecipeName,
     data: DataDir = None,
     out: RunDir = None,
     overrides: Overrides = None,
     phase: Annotated[
-        PhaseChoice | None,
-        typer.Option(help="Only this one: other jobs do the others, into the same folder."),
+        Phase | None,
+        typer.Option(help="Run this phase only; other jobs run the others into the same folder."),
     ] = None,
     group: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With --phase refine: the group to refine, on all ranks."),
+        typer.Option(metavar="N", help="With --phase refine: the group that all ranks refine."),
     ] = None,
     phase_1_of: PhaseOneOf = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     control = Control()
     control.listen()
-    part = Part(phase, group)
-    # all that can be checked before torch, which takes seconds to import
+    # Everything that needs no torch is checked first, because torch takes seconds to import.
     world = _world()
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
     folder = out or Path("runs") / on_disk(parsed.name)
-    world.agree(lambda: check_part(part, parsed))
-    over = phase_1_of is not None or world.broadcast(
-        world.first(lambda: (folder / "large_batch.safetensors").is_file())
-    )
-    world.agree(lambda: check_ranks(parsed, world.size, part, bool(over)))
+    part = world.agree(lambda: chosen_part(phase, group, parsed))
+    phase_1_is_over = phase_1_of is not None or _has_phase_1(folder, world)
+    world.agree(lambda: check_ranks(parsed, world.size, part, phase_1_is_over))
     from swap_hpc.run import run
     from swap_hpc.run.display import Screen
     from swap_hpc.study import report
@@ -117,7 +120,7 @@ def train(
 
 
 def _world() -> Any:
-    """All ranks. Raises UserError where launcher and MPI library do not match."""
+    """Return the team of all ranks; UserError if the launcher and the MPI library do not match."""
     from swap_hpc.parallel.mpi import launcher_mismatch
     from swap_hpc.parallel.teams import Team
 
@@ -125,6 +128,12 @@ def _world() -> Any:
     if mismatch := launcher_mismatch(world):
         raise UserError(mismatch)
     return world
+
+
+def _has_phase_1(folder: Path, world: Any) -> bool:
+    """Return whether a run's folder holds the end of phase 1, as the first rank sees it."""
+    found = world.first((folder / f"{PHASE_1.name}.safetensors").is_file)
+    return bool(world.broadcast(found))
 
 
 @app.command()
@@ -137,7 +146,7 @@ def average(
     ] = None,
     data: DataDir = None,
 ) -> None:
-    """Average the weights that a run's groups ended with, without training, and refresh batch norm."""
+    """Average the final weights of a run's groups and refresh batch norm, without training."""
     world = _world()
     chosen = world.agree(lambda: _numbers("--groups", groups) if groups is not None else None)
     from swap_hpc.run import saved
@@ -148,7 +157,7 @@ def average(
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(callback=_utf8, help="Any .safetensors file that a run leaves.")
+        Path, typer.Argument(callback=_utf8, help="A .safetensors file of a run.")
     ],
     data: DataDir = None,
 ) -> None:
@@ -160,6 +169,7 @@ def evaluate(
 
 
 def _numbers(option: str, text: str) -> list[int]:
+    """Return the integers of a comma-separated option; UserError if it is something else."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -169,22 +179,24 @@ def _numbers(option: str, text: str) -> list[int]:
 def _say_result(result: Any) -> None:
     for note in result.notes:
         say(note)
-    say(
-        f"{result.file}: test accuracy {100 * result.test.accuracy:.2f} %, test loss {result.test.loss:.4f}"
-    )
+    accuracy, loss = 100 * result.test.accuracy, result.test.loss
+    say(f"{result.file}: test accuracy {accuracy:.2f} %, test loss {loss:.4f}")
     say(f"weights_sha256 {result.weights_sha256}")
 
 
 @app.command()
 def landscape(
     run: Annotated[Path, typer.Argument(callback=_utf8, help="A complete run's folder.")],
-    points: Annotated[int, typer.Option(metavar="N", help="Of the grid, to a side.", min=3)] = 15,
+    points: Annotated[
+        int, typer.Option(metavar="N", help="Points along each side of a plane's grid.", min=3)
+    ] = 15,
     samples: Annotated[
-        int, typer.Option(metavar="N", help="Images of each kind, at each point.", min=1)
+        int,
+        typer.Option(metavar="N", help="Training images, and test images, per point.", min=1),
     ] = 2000,
     data: DataDir = None,
 ) -> None:
-    """Draw train and test error on planes through a run's weights, the points shared out to all ranks."""
+    """Draw train and test error on planes through a run's weights; the ranks share the points."""
     world = _world()
     from swap_hpc.study import landscape as landscapes
 
@@ -196,10 +208,12 @@ def trajectory(
     run: Annotated[
         Path, typer.Argument(callback=_utf8, help="A complete run's folder, with snapshots.")
     ],
-    samples: Annotated[int, typer.Option(metavar="N", help="Images for a gradient.", min=1)] = 2000,
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="Training images per gradient.", min=1)
+    ] = 2000,
     data: DataDir = None,
 ) -> None:
-    """Draw how gradients point to the average along a run, and how far the groups are from each other."""
+    """Draw the cosine of gradients with the way to the average, and the groups' distances."""
     world = _world()
     from swap_hpc.study import trajectory as trajectories
 
@@ -208,9 +222,9 @@ def trajectory(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None,
     page: Annotated[
-        bool, typer.Option("--page", help="Every field of a recipe, explained, as Markdown.")
+        bool, typer.Option("--page", help="Explain every field of a recipe, as Markdown.")
     ] = False,
 ) -> None:
     """List the shipped recipes, or show one."""
@@ -228,17 +242,17 @@ def recipes(
     elif name in files:
         say(files[name].read_text(encoding="utf-8").rstrip())
     else:
-        raise UserError(f"no recipe {name!r}; there are {', '.join(files)}")
+        raise UserError(f"no recipe {name!r}; choose one of {', '.join(files)}")
 
 
 @app.command()
 def data(
     name: Annotated[DataName, typer.Argument(help="The data set.")],
-    directory: Annotated[Path, typer.Option("--data", metavar="DIR", help="Where to.")] = Path(
-        "data"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--data", metavar="DIR", help="Folder that receives the download.")
+    ] = Path("data"),
 ) -> None:
-    """Download a data set ahead of a job, on a login node, and verify it."""
+    """Download and verify a data set, on a login node ahead of a job."""
     from swap_hpc.data import download
     from swap_hpc.parallel.grid import first_then_rest
     from swap_hpc.parallel.teams import Team
@@ -251,12 +265,12 @@ def pack(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="A folder with train/<class>/ and test/<class>/.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="DST", help="Where the shards go.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the shards.")],
     samples_per_shard: Annotated[
-        int, typer.Option(metavar="N", help="Images in a tar file.", min=1)
+        int, typer.Option(metavar="N", help="Images per tar file.", min=1)
     ] = 1000,
 ) -> None:
-    """Pack a folder of images into WebDataset shards with DALI's index files, shared out to the ranks."""
+    """Pack a folder of images into WebDataset shards for DALI; the ranks share the work."""
     world = _world()
     from swap_hpc.data import pack as packing
 
@@ -266,9 +280,11 @@ def pack(
 
 @app.command()
 def doctor(
-    groups: Annotated[int, typer.Option(help="Groups of the grid to look at.", min=1)] = 1,
+    groups: Annotated[
+        int, typer.Option(help="Number of groups to divide the ranks into.", min=1)
+    ] = 1,
 ) -> None:
-    """Print versions, MPI, Horovod, GPUs, where each rank runs, and what is wrong."""
+    """Print versions, MPI, Horovod, GPUs and where each rank runs, and diagnose problems."""
     from swap_hpc.parallel.teams import Team
     from swap_hpc.run import doctor
 
@@ -279,7 +295,7 @@ def doctor(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, complete or not.")],
 ) -> None:
-    """Write a table and figures into runs' folders, as Markdown and as one HTML page."""
+    """Write a table and figures into each run's folder, as Markdown and as one HTML page."""
     from swap_hpc.run.folder import load_run
     from swap_hpc.study import report
 
@@ -301,7 +317,7 @@ def study(
     overrides: Overrides = None,
     launcher: Launcher = "mpirun -n {ranks}",
 ) -> None:
-    """Run all rows of a table, one after the other; again: what is missing of it."""
+    """Run all rows of a table, one after the other; a second call runs what is missing."""
     from swap_hpc.study import study as studies
     from swap_hpc.study import table as study_report
 
@@ -309,32 +325,32 @@ def study(
         for known in studies.shipped_studies():
             say(f"{known:<18} {studies.load_study(known).title}")
         return
-    plan = studies.Plan(
-        studies.load_study(name),
-        out or Path("runs") / Path(name).stem,
-        data,
-        tuple(overrides or ()),
-    )
+    folder = out or Path("runs") / Path(name).stem
+    plan = studies.Plan(studies.load_study(name), folder, data, tuple(overrides or ()))
     plan.check()
     for _ in studies.carry_out(plan.trials(), launcher, "search"):
         pass
+    # The report is written again after each run, so that a study can be read while it goes on.
     for _ in studies.carry_out(plan.reported(), launcher, "run"):
         written = study_report.write(plan)
-    say(
-        f"\n{study_report.text(plan)}\nwritten: {written}, {written.with_suffix('.json')}, {written.with_suffix('.png')}"
-    )
+    files = ", ".join(str(written.with_suffix(suffix)) for suffix in (".md", ".json", ".png"))
+    say(f"\n{study_report.text(plan)}\nwritten: {files}")
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
-    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks.")] = "8,64,512,4096",
+    recipe: RecipeName,
+    ranks: Annotated[
+        str, typer.Option(metavar="N,N", help="Numbers of ranks to predict.")
+    ] = "8,64,512,4096",
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Training samples, where the data set does not say.", min=1),
+        typer.Option(
+            metavar="N", help="Number of training samples, if the data set does not set it.", min=1
+        ),
     ] = None,
     calibration: Annotated[
-        Path, typer.Option(metavar="FILE", help="What swap-hpc bench scaling wrote.")
+        Path, typer.Option(metavar="FILE", help="Measurements that swap-hpc bench scaling wrote.")
     ] = Path("runs/bench/scaling.json"),
     costs: Annotated[
         list[str] | None,
@@ -342,38 +358,32 @@ def plan(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Predict seconds per phase on more ranks than are at hand, beside small-batch and large-batch SGD."""
+    """Predict seconds per phase on any number of ranks, and those of small- and large-batch SGD."""
     from swap_hpc.bench import plan as plans
     from swap_hpc.train import models
 
-    say(
-        plans.text(
-            load_recipe(recipe, overrides or ()),
-            _numbers("--ranks", ranks),
-            samples,
-            calibration,
-            costs or (),
-            models.size,
-        )
-    )
+    parsed = load_recipe(recipe, overrides or ())
+    numbers = _numbers("--ranks", ranks)
+    say(plans.text(parsed, numbers, samples, calibration, costs or (), models.size))
 
 
 @app.command()
 def bench(
     name: Annotated[
-        str | None, typer.Argument(help="What to measure; all: of them.  [default: list them]")
+        str | None,
+        typer.Argument(help="The bench to run, or all.  [default: list the benches]"),
     ] = None,
     recipe: Annotated[
         str, typer.Argument(help="For checkpoint: a shipped recipe's name, or a TOML file.")
     ] = "cifar10-cpu",
     data: DataDir = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the JSON goes; for checkpoint, the saves.")
+        Path, typer.Option(metavar="DIR", help="Folder for the JSON; for checkpoint, the saves.")
     ] = Path("runs/bench"),
     overrides: Overrides = None,
     launcher: Launcher = "mpirun -n {ranks}",
 ) -> None:
-    """Measure a part beside what a user would pick instead, alternating, in one run."""
+    """Measure parts of the program beside their usual alternatives, in turn within one run."""
     from swap_hpc import bench as benches
 
     if name == "checkpoint":
@@ -389,11 +399,10 @@ def bench(
     elif name == "scaling":
         benches.scale(launcher, out, say)
     elif name == "all" or name in benches.BENCHES:
-        benches.run(
-            [*benches.BENCHES] if name == "all" else [name], launcher, out / f"{name}.json", say
-        )
+        chosen = [*benches.BENCHES] if name == "all" else [name]
+        benches.run(chosen, launcher, out / f"{name}.json", say)
     else:
-        raise UserError(f"no bench {name!r}; there are all, {', '.join(benches.NAMES)}")
+        raise UserError(f"no bench {name!r}; choose one of all, {', '.join(benches.NAMES)}")
 
 
 @app.callback(invoke_without_command=True)
@@ -405,41 +414,47 @@ def _options(
         say(f"swap_hpc {__version__}" if version else context.get_help())
 
 
-STARTED = time.perf_counter()
-
-
 def _traceback(error: BaseException) -> str:
-    """Without the frames of the command line's library."""
-    told = traceback.TracebackException.from_exception(error)
-    told.stack = traceback.StackSummary.from_list(
-        frame for frame in told.stack if not re.search(r"/(typer|click)/", frame.filename)
+    """Return a traceback without the frames of the command-line library."""
+    trace = traceback.TracebackException.from_exception(error)
+    trace.stack = traceback.StackSummary.from_list(
+        frame for frame in trace.stack if not re.search(r"/(typer|click)/", frame.filename)
     )
-    return "".join(told.format()).rstrip()
+    return "".join(trace.format()).rstrip()
 
 
 def _print_anything() -> None:
-    """Lets no print fail: a name may hold bytes that are no UTF-8, and a terminal's encoding need not have all characters."""
+    """Let print escape what it cannot encode, instead of failing.
+
+    A file name may hold bytes that are not UTF-8, and a terminal's encoding may lack characters.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
+def _run_command() -> int | None:
+    """Run the command that the arguments name, and return its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except SystemExit as leaving:
+        # typer exits like this when any pipe breaks. No command does, so else a user's module did.
+        broken_pipe = leaving.__context__
+        if not isinstance(broken_pipe, BrokenPipeError):
+            fail(3, _traceback(leaving))
+        if nobody_reads():
+            leave_unheard()
+        fail(3, _traceback(broken_pipe))
+    if code == 130:  # typer returns this instead of raising KeyboardInterrupt
+        raise KeyboardInterrupt
+    return code
+
+
 def main() -> None:
-    """Runs the command line; errors end in one clear line, from one rank."""
+    """Run the command line; an error ends all ranks with one clear line."""
     _print_anything()
     try:
-        try:
-            code = app(standalone_mode=False)
-        except SystemExit as leaving:
-            if not isinstance(
-                leaving.__context__, BrokenPipeError
-            ):  # of a user's own module: nothing here leaves so
-                fail(3, _traceback(leaving))
-            if nobody_reads():  # so typer leaves, whatever pipe it was
-                leave_unheard()
-            fail(3, _traceback(leaving.__context__))
-        if code == 130:  # what typer makes of a KeyboardInterrupt
-            raise KeyboardInterrupt
+        code = _run_command()
         ignore_stops()
         tell_launcher("done")
         sys.exit(code)
@@ -449,20 +464,18 @@ def main() -> None:
         tell_launcher("stopped")
         sys.exit(75)
     except UserError as error:
-        fail(2, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(2, f"swap-hpc: {error}", error.reported_elsewhere)
     except RunError as error:
-        fail(3, f"swap-hpc: {error}", error.said_elsewhere)
+        fail(3, f"swap-hpc: {error}", error.reported_elsewhere)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mpi4py", "nvidia", "torch", "torchvision"):
             fail(3, _traceback(error))
-        fail(
-            2,
-            f"swap-hpc: {error.name} is not installed in this environment: make setup installs all that is needed",
-        )
+        hint = "make setup installs all that is needed"
+        fail(2, f"swap-hpc: {error.name} is not installed in this environment: {hint}")
     except KeyboardInterrupt:
         fail(3, "swap-hpc: interrupted")
     except Exception as error:
-        if hasattr(error, "format_message"):  # the command line itself is wrong
+        if hasattr(error, "format_message"):  # typer's error for a wrong command line
             fail(2, f"swap-hpc: {error.format_message().rstrip('.')} (swap-hpc --help)")
         if isinstance(known := explained(error), UserError):
             fail(2, f"swap-hpc: {known}")

@@ -1,36 +1,42 @@
-"""The errors that end in one clear line instead of a traceback."""
+"""The errors that end a job with one clear line instead of a traceback."""
 
 
 class UserError(ValueError):
-    """The input is wrong; the message says what and how to mend it. Exit code 2."""
+    """The input is wrong; the message says what is wrong and how to fix it. Exit code 2."""
 
-    said_elsewhere = False  # raised here because another rank raised it, and that one speaks
+    # True on a rank that raises another rank's error: that rank prints the message.
+    reported_elsewhere = False
 
 
 class RunError(RuntimeError):
-    """The run failed in a way that a line explains (a non-finite loss, an unreadable image). Exit code 3."""
+    """The run failed for a known reason, such as an unreadable image. Exit code 3."""
 
-    said_elsewhere = False
+    reported_elsewhere = False
 
 
 class Diverged(RunError):
-    """A loss or a weight is not finite: another start would end at the same place."""
+    """A loss or a weight is not finite. A restart would end at the same place."""
 
-    FILE = "diverged.json"  # that it leaves in the run's folder
+    FILE = "diverged.json"  # written to the run's folder, with the reason
 
 
 class Stopped(Exception):
-    """The run was asked to stop, by a signal, and everything is saved; raised on all ranks. Exit code 75 (EX_TEMPFAIL)."""
+    """A signal asked the run to stop, and everything is saved. Raised on all ranks.
+
+    Exit code 75, EX_TEMPFAIL of sysexits.h: start the same command again.
+    """
 
 
 def explained(error: Exception) -> Exception:
-    """A UserError, of one line, for torch's error where a GPU's memory is full; any other error as it is.
+    """Return a UserError in one line if a GPU's memory is full, and any other error unchanged.
 
-    Another start would end at the same place.
+    A restart would run out of memory at the same place, so this is wrong input and not a failure.
     """
-    if type(error).__name__ != "OutOfMemoryError":  # torch need not be loaded
+    # The name is compared because commands that need no torch must not import it.
+    if type(error).__name__ != "OutOfMemoryError":
         return error
     why = " ".join(str(error).split())[:100]
     return UserError(
-        f"the GPU's memory is full ({why}): smaller batches, or large_batch.accumulate and refine.accumulate, which take them in parts"
+        f"the GPU's memory is full ({why}): set smaller batches, or raise large_batch.accumulate "
+        "and refine.accumulate, which compute a batch in parts"
     )

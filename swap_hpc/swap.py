@@ -4,48 +4,47 @@ from collections.abc import Generator
 
 from torch import nn
 
-from swap_hpc.average.batchnorm import refresh_batchnorm_
-from swap_hpc.average.uniform import WeightSum, average_weights_
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.average.uniform import average_weights_
 from swap_hpc.parallel.grid import Ranks
-from swap_hpc.train.events import Done, Event, part_name
-from swap_hpc.train.fit import Refinement, fit
+from swap_hpc.recipe.phase import PHASE_1
+from swap_hpc.train.events import (
+    Averaged,
+    Event,
+    LargeBatchEnded,
+    NoSaves,
+    Refreshed,
+    Saves,
+)
+from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
+from swap_hpc.train.refinement import Refinement, arrive, weights_of
+from swap_hpc.train.sync import synchronize
+
+FROM_THE_BEGINNING = NoSaves()
 
 
-def swap(model: nn.Module, job: Job, ranks: Ranks) -> Generator[Event, None, None]:
-    """Trains `model`, in place: at the end it is the averaged one, alike on all ranks."""
+def swap(
+    model: nn.Module, job: Job, ranks: Ranks, saves: Saves = FROM_THE_BEGINNING
+) -> Generator[Event, None, None]:
+    """Train `model` in place: at the end it is the averaged model, the same on all ranks."""
     recipe = job.recipe
 
     # Phase 1: all ranks train one model, with large batches.
-    yield from fit(model, job, recipe.large_batch, Key(recipe.seed, Phase.LARGE_BATCH), ranks.world)
-    yield Done("large_batch", model)
+    yield from fit(model, job, PHASE_1, ranks.world, saves)
+    yield LargeBatchEnded(model)
     if recipe.refine.epochs == 0:
         return
 
-    # Phase 2: each group refines a copy alone, with small batches in an order of its own. Nothing passes between groups
-    # until they meet: at the end, and before it only where a recipe asks for it.
-    copies = [Refinement(group, model, job, ranks.group) for group in ranks.groups]
-    for meeting in job.meetings[job.met :]:
-        for copy in copies:
-            yield from copy.until(meeting.step)
-            yield Done(part_name(copy.group), copy.model, meeting)
-        yield Done("refine", model, meeting)
+    # Phase 2: each group refines a copy of it alone, with small batches in an order of its own.
+    # Nothing passes between the groups before the end, unless a recipe asks for sync points.
+    copies = [Refinement(group, model, job, ranks.group, saves) for group in ranks.groups]
+    *on_the_way, end = job.sync_points
+    for sync in on_the_way[saves.synced :]:
+        yield from synchronize(model, copies, sync, job, ranks)
+    yield from arrive(copies, end)
 
-        # Phase 3: the groups' weights are averaged, and batch norm is estimated anew for them.
-        total = WeightSum()
-        for copy in copies:
-            copy.add_to_(total)
-        average_weights_(model, ranks.peers, total)
-        yield Done("average", model, meeting)
-        if (
-            meeting.then == "go_on"
-        ):  # not SWAP, but post-local SGD: back to phase 2, from the average
-            due = ranks.world.any(job.control.due(meeting.saves))
-            for copy in copies:
-                yield copy.go_on_from_(model, due)
-            yield Done("go_on", model, meeting)
-            continue
-        with job.autocast():
-            refresh_batchnorm_(model, job.batchnorm_batches(ranks.world), ranks.world)
-        yield Done("batchnorm", model, meeting)
+    # Phase 3: the copies' weights are averaged, and batch norm is re-estimated for the average.
+    average_weights_(model, ranks.peers, weights_of(copies))
+    yield Averaged(model, end)
+    job.refresh_batchnorm_(model, ranks.world)
+    yield Refreshed(model, end)

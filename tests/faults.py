@@ -20,8 +20,8 @@ from mpi4py import MPI
 from swap_hpc import __main__ as cli
 from swap_hpc import swap
 from swap_hpc.parallel import atomic, launcher
-from swap_hpc.run import consumer
-from swap_hpc.train import control, fit
+from swap_hpc.run import loop
+from swap_hpc.train import control, sync_check
 
 KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
@@ -111,8 +111,8 @@ def _launcher() -> int:
 
 
 def install(fault: Fault) -> None:
-    fit.LOOK_SECONDS = 0.0
-    beat, average, events = control.Control.beat, swap.average_weights_, swap.swap
+    sync_check.CHECK_SECONDS = 0.0
+    beat, average, events = control.Control.heartbeat, swap.average_weights_, swap.swap
 
     def watched_beat(self: control.Control, where: str) -> None:
         beat(self, where)
@@ -128,13 +128,13 @@ def install(fault: Fault) -> None:
 
     def watched_events(*arguments: Any) -> Iterator[swap.Event]:
         for event in events(*arguments):
-            if isinstance(event, swap.Done) and event.what == "large_batch":
+            if isinstance(event, swap.LargeBatchEnded):
                 fault.at("between")
             yield event
 
-    control.Control.beat = watched_beat  # type: ignore[method-assign]
+    control.Control.heartbeat = watched_beat  # type: ignore[method-assign]
     swap.average_weights_ = watched_average  # type: ignore[assignment]
-    consumer.swap = watched_events  # type: ignore[assignment]
+    loop.swap = watched_events  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

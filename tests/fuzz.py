@@ -29,8 +29,8 @@ from launch import command
 
 if TYPE_CHECKING:  # the process that starts the ranks needs neither torch nor MPI
     from swap_hpc.parallel.teams import Team
+    from swap_hpc.recipe.phase import Part
     from swap_hpc.recipe.schema import Recipe
-    from swap_hpc.run.part import Part
     from swap_hpc.train.control import Control
 
 PER_START = 30  # models: importing torch is what costs, but each start of a run leaks communicators
@@ -288,11 +288,10 @@ def train(
     from rich.console import Console
 
     from swap_hpc.run import run
-    from swap_hpc.run.part import Part
     from swap_hpc.train.control import Control
 
     console = Console(file=io.StringIO())
-    started, part = time.perf_counter(), part or Part()
+    started = time.perf_counter()
     return run.train(recipe, out, world, console, control or Control(), started, part)
 
 
@@ -328,9 +327,9 @@ def asked_at(beat: int | None) -> Any:
     class AskedControl(Control):
         asked_in = ""  # what the rank was doing then
 
-        def beat(self, where: str) -> None:
-            super().beat(where)
-            if beat is not None and self.beats >= beat and not self.stop:
+        def heartbeat(self, where: str) -> None:
+            super().heartbeat(where)
+            if beat is not None and self.heartbeats >= beat and not self.stop:
                 self.stop, self.asked_in = True, where
 
     return AskedControl()

@@ -193,7 +193,7 @@ def main(folder: Path, fields: list[str]) -> None:
         try:
             train(recipe, folder / "again", world, console, stops, perf_counter())
         except Stopped:
-            tell("stopped", stops.beats)
+            tell("stopped", stops.heartbeats)
         again = train(recipe, folder / "again", world, console, Control(), perf_counter())
         assert again is not None
         tell("went on", again["weights_sha256"])
@@ -232,9 +232,9 @@ if __name__ == "__main__":
             super().__init__()
             self.last = beats
 
-        def beat(self, where: str) -> None:
-            super().beat(where)
-            self.stop = self.stop or self.beats >= self.last
+        def heartbeat(self, where: str) -> None:
+            super().heartbeat(where)
+            self.stop = self.stop or self.heartbeats >= self.last
 
     pretend()
     main(Path(sys.argv[1]), sys.argv[2:])

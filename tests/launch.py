@@ -1,4 +1,4 @@
-"""Starting real jobs: `mpirun` and the console command as a user does, with a time-out, leaving nothing behind."""
+"""Real jobs, started as a user does, with a time-out, leaving nothing behind."""
 
 import os
 import re
@@ -26,10 +26,9 @@ class Finished:
 
     @property
     def ours(self) -> list[str]:
-        """The lines on stderr that our program wrote: those of mpirun's banner and of warnings are not among them."""
-        lines = [
-            line.strip("\0") for line in self.stderr.splitlines()
-        ]  # Open MPI ends its banner with a NUL
+        """The lines on stderr that our program wrote, without mpirun's banner and warnings."""
+        # Open MPI ends its banner with a NUL.
+        lines = [line.strip("\0") for line in self.stderr.splitlines()]
         return [line for line in lines if line.startswith("swap-hpc: ")]
 
 
@@ -40,7 +39,7 @@ def command(
     cwd: Path | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Finished:
-    """Runs a command, under `mpirun -n ranks` where `ranks` is given; kills all of it at the time-out."""
+    """Run a command, under `mpirun -n ranks` where given; kill all of it at the time-out."""
     begin = time.monotonic()
     process = launch(*arguments, ranks=ranks, cwd=cwd, variables=variables)
     try:
@@ -60,7 +59,7 @@ def launch(
     cwd: Path | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> "subprocess.Popen[str]":
-    """Starts a command, in a session of its own."""
+    """Start a command in a new session."""
     line = [str(a) for a in arguments]
     if ranks is not None:
         line = [_mpirun(), "-n", str(ranks), *line]
@@ -71,30 +70,34 @@ def launch(
 
 
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
-    """`command` of the console script."""
+    """Run the console script as `command` does."""
     return command(BIN / "swap-hpc", *arguments, **how)
 
 
 def processes_of(out: Path, within: float) -> list[int]:
-    """Processes that were started into the folder `out` and still live after that many seconds."""
+    """Return the processes started into the folder `out` that still live after `within` seconds."""
     deadline = time.monotonic() + within
     while True:
-        alive = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(out).encode() in (
-                    entry / "cmdline"
-                ).read_bytes().split(b"\0"):
-                    alive.append(int(entry.name))
-            except OSError:
-                continue  # it has just ended
+        alive = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and str(out).encode() in _arguments(entry)
+        ]
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.2)
 
 
+def _arguments(process: Path) -> list[bytes]:
+    """Return the command line of an entry of /proc; empty where the process has just ended."""
+    try:
+        return (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
-    """The processes of a job's ranks: those below its launcher that Python runs, in ascending order."""
+    """Return a job's ranks: the Python processes below its launcher, in ascending order."""
     found, below = [], [job.pid]
     while below:
         pid = below.pop()
@@ -113,33 +116,29 @@ def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
 
 
 def exit_codes(launcher: str) -> dict[str, str]:
-    """A launcher's column of the README's table of exit codes: what happens -> the cell."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    head, _, *rows = re.findall(
-        r"^\|(.*)\|$",
-        readme.partition("\n## Nothing is lost\n")[2].partition("\n## ")[0],
-        flags=re.MULTILINE,
-    )
+    """Return a launcher's column of the table of exit codes: what happens -> the cell."""
+    page = (Path(__file__).parents[1] / "slurm" / "README.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+    head, _, *rows = re.findall(r"^\|(.*)\|$", section, flags=re.MULTILINE)
     column = [name.strip() for name in head.split("|")].index(launcher)
     return {row.split("|")[0].strip(): row.split("|")[column].strip() for row in rows}
 
 
 def codes(cell: str) -> set[int]:
-    """The codes of a cell: those before what it says of them."""
+    """Return the codes of a cell, without the numbers in its explanation."""
     return {int(code) for code in re.findall(r"\d+", re.split(":|, one|, its", cell)[0])}
 
 
 @cache
 def hydra() -> bool:
-    """Whether `mpirun` is Hydra, of MPICH and its descendants, whose exit codes are not those of Open MPI's."""
-    said = subprocess.run(
-        [_mpirun(), "--version"], capture_output=True, text=True, env=_environment(), check=False
-    )
-    return "HYDRA" in said.stdout
+    """Tell whether `mpirun` is Hydra, of MPICH and its descendants; its exit codes differ."""
+    line = [_mpirun(), "--version"]
+    version = subprocess.run(line, capture_output=True, text=True, env=_environment(), check=False)
+    return "HYDRA" in version.stdout
 
 
 def _mpirun() -> str:
-    """The environment's own mpirun where it has one, as `make setup` decides."""
+    """Return the environment's own mpirun where it has one, else the one on the PATH."""
     own = BIN / "mpirun"
     found = str(own) if own.exists() else shutil.which("mpirun")
     assert found, "no mpirun: make setup"
@@ -147,13 +146,14 @@ def _mpirun() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Of a fresh shell: without what an MPI in this process left, and with leave to be root and to oversubscribe."""
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "PMI_"))
-    }
-    path = f"{BIN}:{clean['PATH']}"
+    """Return a fresh shell's variables, with permission to be root and to oversubscribe cores.
+
+    What an MPI library in this process set would confuse the job's own.
+    """
+    of_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(of_mpi)}
     return clean | {
-        "PATH": path,
+        "PATH": f"{BIN}:{clean['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",

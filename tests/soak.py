@@ -63,7 +63,7 @@ CODES = {
     "exception": (3, 3),
     "hang": (3, 3),
 }
-# Seconds from the fault to the end of the job, as the README states them; where there are more ranks than cores, twice that.
+# Seconds from the fault to the end of the job, as slurm/README.md states them; where there are more ranks than cores, twice that.
 LIMITS = {
     "kill": 2.0,
     "kill_all": 2.0,

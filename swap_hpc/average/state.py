@@ -83,7 +83,7 @@ def set_extra_states_(model: nn.Module, states: dict[str, Tensor]) -> None:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(decoded(state))
 
 
-def parts_of(
+def split_state(
     state: dict[str, Tensor], model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights and the buffers in a state dict of `model`, as a `SavePoint` takes them."""

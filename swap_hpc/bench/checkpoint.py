@@ -9,14 +9,14 @@ from time import perf_counter
 
 from torch import nn
 
-from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.parallel.grid import Ranks, grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.phase import PHASE_1, refinement_of
 from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.prepare import prepare
-from swap_hpc.train.events import Epoch, SavePoint, part_name
+from swap_hpc.train.events import Epoch, SavePoint
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
 
@@ -84,14 +84,14 @@ def _measure(
     model: nn.Module, job: Job, phase: LargeBatch | Refine, ranks: Ranks, checkpoints: Checkpoints
 ) -> Cost:
     first = isinstance(phase, LargeBatch)
-    team, group = (ranks.world, None) if first else (ranks.group, ranks.groups[0])
-    key = Key(job.recipe.seed, Phase.LARGE_BATCH if first else Phase.REFINE, group or 0)
+    part = PHASE_1 if first else refinement_of(ranks.groups[0])
+    team = ranks.world if first else ranks.group
     epoch_seconds = 0.0
-    events = fit(model, job, phase, key, team)
+    events = fit(model, job, part, team)
     for event in events:
         if isinstance(event, Epoch):
             epoch_seconds = event.train_seconds + event.evaluate_seconds
-        elif isinstance(event, SavePoint) and event.epoch == 1:
+        elif isinstance(event, SavePoint) and event.at.epoch == 1:
             break
     assert isinstance(event, SavePoint)
     seconds = []
@@ -101,7 +101,7 @@ def _measure(
         checkpoints.save(event, {"lines": []}, team)
         seconds.append(ranks.world.maximum(perf_counter() - begin)[0])
     size = sum(
-        path.stat().st_size for path in checkpoints.folder.glob(f"{part_name(group)}-*.safetensors")
+        path.stat().st_size for path in checkpoints.folder.glob(f"{part.name}-*.safetensors")
     )
     events.close()
     ranks.world.barrier()

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from swap_hpc.bench.measure import Comparison, alternately, images_per_second, wait_for_gpu
 from swap_hpc.data import load, loader
 from swap_hpc.data.dataset import Dataset, with_statistics
-from swap_hpc.data.sampling import Key, Phase, training_picks
+from swap_hpc.data.sampling import Key, training_picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import Augment, Data, Model, Optimizer
 from swap_hpc.train import models
 from swap_hpc.train.optimizers import build_optimizer

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.data.crops import cropped
 from swap_hpc.data.dataset import with_statistics
-from swap_hpc.data.sampling import Key, Phase, training_picks
+from swap_hpc.data.sampling import Key, training_picks
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import choose_device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schema import LargeBatch, Refine
 from swap_hpc.train.events import Epoch
 from swap_hpc.train.fit import fit
@@ -108,9 +109,7 @@ def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
 def _fitted(job: Job) -> float:
     """Microseconds of a step, the median of the epochs."""
     epochs = [
-        event
-        for event in fit(Nothing(), job, job.recipe.large_batch, KEY, Team.alone())
-        if isinstance(event, Epoch)
+        event for event in fit(Nothing(), job, PHASE_1, Team.alone()) if isinstance(event, Epoch)
     ]
     return 1e6 * median(epoch.train_seconds for epoch in epochs) / STEPS
 

@@ -20,7 +20,7 @@ import numpy as np
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.schema import LargeBatch, Model, Recipe, Refine
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 
 GRADIENT, SUM = 4, 8  # bytes of an element: gradients are float32, sums of weights float64
 

@@ -15,7 +15,7 @@ from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.study.figures import drawn
 from swap_hpc.swap import swap
 from swap_hpc.train import models
-from swap_hpc.train.events import Done, Epoch
+from swap_hpc.train.events import Averaged, Epoch, Refreshed
 from swap_hpc.train.job import Job
 
 Case = dict[str, int]
@@ -56,9 +56,10 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
         for event in swap(model, job, ranks):
             if isinstance(event, Epoch):
                 memory = max(memory, event.peak_memory.host)
-                figures[event.phase] = (event.train_seconds, traffic.sent() - sent)
-            elif isinstance(event, Done) and event.what in PHASES[2:]:
-                figures[event.what] = (perf_counter() - since, traffic.sent() - sent)
+                figures[event.part.phase.value] = (event.train_seconds, traffic.sent() - sent)
+            elif isinstance(event, Averaged | Refreshed):
+                phase = "average" if isinstance(event, Averaged) else "batchnorm"
+                figures[phase] = (perf_counter() - since, traffic.sent() - sent)
             sent, since = traffic.sent(), perf_counter()
     phases = {
         phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True))

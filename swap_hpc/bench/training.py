@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.phase import PHASE_1, Phase, refinement_of
 from swap_hpc.recipe.schema import LargeBatch, Model, Optimizer, Recipe, Refine
 from swap_hpc.train import models
 from swap_hpc.train.events import Epoch
@@ -217,7 +218,6 @@ def _bare(
 
 def _fitted(job: Job, model: nn.Module, team: Team, phase: str, group: int = 0) -> float:
     """Images per second of one epoch, batches in, evaluation out."""
-    key = Key(0, Phase.REFINE, group) if phase == "refine" else Key(0, Phase.LARGE_BATCH)
-    section = job.recipe.refine if phase == "refine" else job.recipe.large_batch
-    epochs = [event for event in fit(model, job, section, key, team) if isinstance(event, Epoch)]
+    part = refinement_of(group) if phase == "refine" else PHASE_1
+    epochs = [event for event in fit(model, job, part, team) if isinstance(event, Epoch)]
     return sum(each.images for each in epochs) / sum(each.train_seconds for each in epochs)

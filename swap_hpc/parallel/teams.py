@@ -96,7 +96,7 @@ class Team:
             error = raised
         for rank, first in enumerate(self.allgather(_portable(error))):
             if first is not None:
-                first.said_elsewhere = rank != self.rank
+                first.reported_elsewhere = rank != self.rank
                 raise first from None
         return result  # type: ignore[return-value]
 

@@ -1,10 +1,11 @@
-"""What a recipe names by import path."""
+"""Functions that a recipe names by import path."""
 
 import importlib
 import os
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from swap_hpc.errors import UserError
@@ -13,52 +14,68 @@ PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 
 def imported(path: str, what: str) -> Callable[..., Any]:
-    """The function at "package.module:name"; modules of the folder that the job was started in are found, too. Raises UserError."""
+    """Import a function. Modules in the folder that the job was started in are found, too.
+
+    Args:
+        path: "package.module:function".
+        what: What the recipe names with it, for messages: "the loss".
+
+    Raises:
+        UserError: The path is malformed, its module fails, or it is not a function.
+    """
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
         raise UserError(f'{what} {path}: write it as "package.module:function"')
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        home = importlib.import_module(module)
-    except Exception as error:  # whatever a user's module raises
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and error.name
-            and f"{module}.".startswith(f"{error.name}.")
-        ):
-            raise UserError(
-                f"{what} {path} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?"
-            ) from None
-        raise UserError(
-            f"{what} {path} cannot be imported: {type(error).__name__}: {error}{place_of(error)}"
-        ) from None
-    if not hasattr(home, name):
-        own = (
-            each
-            for each, value in vars(home).items()
-            if callable(value) and getattr(value, "__module__", None) == module
-        )
-        there = [each for each in own if not each.startswith("_")]
-        raise UserError(
-            f"{what} {path}: {module} has no {name}; it has {', '.join(there) or 'no function'}"
-        )
-    found = getattr(home, name)
+    name, _, function = path.partition(":")
+    module = _import(name, f"{what} {path}")
+    if not hasattr(module, function):
+        there = ", ".join(_public_functions(module)) or "no function"
+        raise UserError(f"{what} {path}: {name} has no {function}; it has {there}")
+    found = getattr(module, function)
     if not callable(found):
         raise UserError(f"{what} {path} is a {type(found).__name__}: a function is needed")
     return found
 
 
+def _import(name: str, subject: str) -> ModuleType:
+    """Import a module of the user's; UserError, which begins with `subject`, if it fails."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, name):
+            raise UserError(
+                f"{subject} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?"
+            ) from None
+        reason = f"{type(error).__name__}: {error}{place_of(error)}"
+        raise UserError(f"{subject} cannot be imported: {reason}") from None
+
+
+def _is_part_of(missing: str | None, module: str) -> bool:
+    """Return whether `missing` is `module` or a package that holds it, not one that it imports."""
+    return bool(missing) and f"{module}.".startswith(f"{missing}.")
+
+
+def _public_functions(module: ModuleType) -> list[str]:
+    """Return the names of the functions that `module` defines itself."""
+    own = (
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    )
+    return [name for name in own if not name.startswith("_")]
+
+
 def place_of(error: BaseException) -> str:
-    """Where a user's own module failed, as far as that is known: " (nets.py, line 3)"."""
+    """Return where a user's module failed, " (nets.py, line 3)", or "" if that is unknown."""
     if isinstance(error, SyntaxError):
-        return ""  # its text says it
+        return ""  # its message names the place
     trace, places = error.__traceback__, []
     while trace:
         file = trace.tb_frame.f_code.co_filename
         if not file.startswith(PACKAGE) and "importlib" not in file:
             places.append((file, trace.tb_lineno))
         trace = trace.tb_next
-    # where the user's code called a library rather than inside the library
+    # The line in the user's code that called a library helps more than one inside the library.
     own = [place for place in places if "site-packages" not in place[0]] or places
     return f" ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else ""

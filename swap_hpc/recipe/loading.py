@@ -1,42 +1,43 @@
-"""What to run: a TOML file, typed, validated and frozen.
-
-Nothing is derived behind the user's back: batch sizes, epochs and learning rates are used as they are written, whatever
-the number of ranks. Only what depends on the ranks is checked later, by `part.check_ranks`.
-"""
+"""Recipes from TOML files and the command line, and the comparison of two recipes."""
 
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from swap_hpc.errors import UserError
+from swap_hpc.recipe.schema import Recipe, from_disk
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-from swap_hpc.recipe.schema import Recipe, from_disk
 
 SHIPPED = Path(__file__).parent
 
-# Fields, and sections, that may differ between two starts of one run: where things lie and what is watched, not what is computed.
+# Fields, and sections, that may differ between two starts of one run: they say where files lie and
+# when the run is saved and watched, not what is computed.
 MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package."""
+    """Return name -> file of the recipes that come with the package."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
 def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = None) -> Recipe:
-    """The recipe `name`, a shipped one's name or a path, with `overrides` ("refine.epochs=10") applied.
+    """Read a recipe and apply overrides.
 
-    Raises UserError, in one line: an unknown recipe, TOML that does not parse, an unknown or wrong field.
+    Args:
+        name: A shipped recipe's name, or the path of a TOML file.
+        overrides: Fields to set, as in "refine.epochs=10".
+        data: Replaces `data.path`.
+
+    Raises:
+        UserError: In one line: the recipe is unknown, the file is not TOML, or a field is unknown
+            or wrong.
     """
     path = shipped_recipes().get(name, Path(name))
     if not path.is_file():
@@ -53,7 +54,11 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds, with or without a byte-order mark. Raises UserError, in one line."""
+    """Return the content of a TOML file, with or without a byte-order mark.
+
+    Raises:
+        UserError: In one line: the file cannot be read, or is not UTF-8 or not TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -61,14 +66,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     except UnicodeDecodeError as error:
-        byte, line = error.object[error.start], 1 + error.object.count(b"\n", 0, error.start)
+        byte = error.object[error.start]
+        line = 1 + error.object.count(b"\n", 0, error.start)
         raise UserError(
-            f"{path} is not UTF-8, as TOML has to be (byte {byte:#x} in line {line}): save it as UTF-8"
+            f"{path} is not UTF-8, as TOML has to be (byte {byte:#x} in line {line}): "
+            "save it as UTF-8"
         ) from None
 
 
 def _text(name: str | Path, what: str) -> str:
-    """What the command line was given, as text for a recipe. Raises UserError where it is no UTF-8."""
+    """Return an argument of the command line as text for a recipe; UserError if it is not UTF-8."""
     try:
         return from_disk(name)
     except UnicodeDecodeError:
@@ -78,7 +85,16 @@ def _text(name: str | Path, what: str) -> str:
 
 
 def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
-    """The recipe that `to_toml` wrote, with its data elsewhere where `data` says so. Raises UserError."""
+    """Return the recipe that `Recipe.to_toml` wrote.
+
+    Args:
+        text: The recipe as TOML.
+        source: The name of the file in error messages.
+        data: Replaces `data.path`.
+
+    Raises:
+        UserError: The text is not a recipe.
+    """
     try:
         recipe = parse(tomllib.loads(text), source)
     except tomllib.TOMLDecodeError as error:
@@ -86,17 +102,21 @@ def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
     if data is None:
         return recipe
     _text(data, "--data")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+    moved = recipe.data.model_copy(update={"path": data})
+    return recipe.model_copy(update={"data": moved})
 
 
 def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """A validated recipe from nested dictionaries. Raises UserError with every wrong field in one line."""
+    """Return a validated recipe from nested dictionaries.
+
+    Raises:
+        UserError: In one line, with every wrong field.
+    """
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise UserError(
-            f"{source}: " + "; ".join(one_line(each, Recipe) for each in error.errors())
-        ) from None
+        reasons = "; ".join(one_line(each, Recipe) for each in error.errors())
+        raise UserError(f"{source}: {reasons}") from None
 
 
 def _apply(override: str, fields: dict[str, Any]) -> None:
@@ -111,7 +131,7 @@ def _apply(override: str, fields: dict[str, Any]) -> None:
 
 
 def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
-    """Changes `fields`. Raises UserError."""
+    """Set the dotted `key` in nested dictionaries, in place; UserError if it runs into a field."""
     *sections, field = key.split(".")
     for section in sections:
         fields = fields.setdefault(section, {})
@@ -121,44 +141,67 @@ def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
 
 
 def one_line(error: Any, model: type[BaseModel]) -> str:
-    """An error of pydantic's, of a TOML file that `model` describes, for a person to read."""
+    """Return an error of pydantic in one line, for the author of a TOML file.
+
+    Args:
+        error: An item of `ValidationError.errors()`.
+        model: The model of the whole file; it names the valid fields beside an unknown one.
+    """
     where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        return (
-            f"unknown field {where}; valid here: {', '.join(_fields_beside(error['loc'], model))}"
-        )
+        valid = ", ".join(_fields_beside(error["loc"], model))
+        return f"unknown field {where}; valid here: {valid}"
     message = error["msg"].removeprefix("Value error, ")
-    given = f" (given: {error['input']!r})" if where and error["type"] != "missing" else ""
-    return f"{where}: {message}{given}" if where else message
+    if not where:
+        return message
+    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+    return f"{where}: {message}{given}"
 
 
-def _fields_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> Iterable[str]:
+def _fields_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """Return the names of all fields in the section of the field at `location`."""
     section: Any = model
     for part in location[:-1]:
-        if part in section.model_fields:  # else the key or the number of one of several
-            annotation = section.model_fields[part].annotation
-            section = next(
-                t
-                for t in (annotation, *get_args(annotation))
-                if isinstance(t, type) and issubclass(t, BaseModel)
-            )
+        if part not in section.model_fields:
+            continue  # the key of a dictionary, or the index of a tuple
+        annotation = section.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel))
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted names of the fields in which two recipes differ, except those that may change between two starts."""
+    """Return the dotted names of the fields that differ, sorted, without those in `MAY_CHANGE`."""
     left, right = _flat(one.model_dump()), _flat(other.model_dump())
-    return sorted(
-        k
-        for k in left.keys() | right.keys()
-        if not k.startswith(MAY_CHANGE) and left.get(k) != right.get(k)
-    )
+    names = (name for name in left.keys() | right.keys() if not name.startswith(MAY_CHANGE))
+    return sorted(name for name in names if left.get(name) != right.get(name))
+
+
+def check_same_recipe(recipe: Recipe, other: Recipe, found: str, remove: str) -> None:
+    """Refuse to continue a run with another recipe; fields in `MAY_CHANGE` may differ.
+
+    Args:
+        recipe: The recipe of this start.
+        other: The recipe of what an earlier start left.
+        found: What holds `other`, the start of the message: "runs/x holds a run of".
+        remove: What to remove otherwise, the end of the message: "the folder".
+
+    Raises:
+        UserError: The recipes differ; the message names the fields.
+    """
+    if differing := differing_fields(recipe, other):
+        raise UserError(
+            f"{found} another recipe ({', '.join(differing)} differ): "
+            f"choose another --out, or remove {remove}"
+        )
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat

@@ -1,4 +1,4 @@
-"""Markdown tables: of the page of recipes, and of all reports in the packages above."""
+"""Markdown tables, for the page of recipes and for the reports of the packages above."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,5 +6,5 @@ from tabulate import tabulate
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of text cells, each column padded to one width; numbers stay as they are written."""
+    """Return a table of text cells: columns padded to one width, numbers left as written."""
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)

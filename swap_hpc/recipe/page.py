@@ -12,32 +12,35 @@ from swap_hpc.recipe.schema import Recipe
 
 HEAD = """# Recipes
 
-A recipe is a TOML file: what is trained, with what data, for how long. `swap-hpc recipes NAME` shows a shipped one, and
-`--set section.field=value` overrides a field of any. A wrong or unknown field is refused, with what is valid.
+A recipe is a TOML file: which model is trained, on what data, for how long.
+`swap-hpc recipes NAME` shows a shipped one, and `--set section.field=value` overrides a field of
+any recipe. A wrong or unknown field is refused with a list of the valid ones.
 
-This page is made of the schema in [`schema.py`](schema.py): `swap-hpc recipes --page`.
+This page is generated from the schema in [`schema.py`](schema.py) by `swap-hpc recipes --page`.
 """
+
+TYPES = {
+    "integer": "integer",
+    "number": "number",
+    "boolean": "true or false",
+    "string": "text",
+    "object": "table",
+}
 
 
 def page() -> str:
-    """Markdown."""
-    lines = [HEAD, "## The shipped ones", ""]
-    lines += [
-        f"- [`{name}`]({file.name}): {_first_line(file)}"
-        for name, file in shipped_recipes().items()
-    ]
-    top = {name: field for name, field in Recipe.model_fields.items() if not _section(field)}
-    lines += ["", "## The top of the file", "", _table(top, Recipe)]
-    for name, field in Recipe.model_fields.items():
+    """Return the page as Markdown."""
+    fields = Recipe.model_fields
+    top = {name: field for name, field in fields.items() if not _section(field)}
+    lines = [HEAD, "## Shipped recipes", ""]
+    for name, file in shipped_recipes().items():
+        lines.append(f"- [`{name}`]({file.name}): {_first_line(file)}")
+    lines += ["", "## Top of the file", "", _table(top, Recipe)]
+    for name, field in fields.items():
         if section := _section(field):
-            lines += [
-                "",
-                f"## [{name}]",
-                "",
-                f"{(section.__doc__ or '').strip()}",
-                "",
-                _table(section.model_fields, section),
-            ]
+            summary = _one_line(section.__doc__)
+            table = _table(section.model_fields, section)
+            lines += ["", f"## [{name}]", "", summary, "", table]
     return "\n".join(lines) + "\n"
 
 
@@ -45,7 +48,12 @@ def _first_line(file: Path) -> str:
     return file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
 def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a section, or None for a plain field."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
@@ -53,55 +61,40 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 def _table(fields: dict[str, FieldInfo], model: type[BaseModel]) -> str:
     schema = model.model_json_schema()["properties"]
     rows = [
-        (
-            f"`{name}`",
-            _kind(schema[name]),
-            _default(field),
-            " ".join((field.description or "").split()),
-        )
+        (f"`{name}`", _kind(schema[name]), _default(field), _one_line(field.description))
         for name, field in fields.items()
     ]
-    return markdown_table(("field", "type", "default", "what"), rows)
+    return markdown_table(("field", "type", "default", "meaning"), rows)
 
 
 def _kind(schema: dict[str, Any]) -> str:
+    """Return the type of a field and its bounds, from its JSON schema."""
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "anyOf" in schema:
         return " or ".join(_kind(each) for each in schema["anyOf"] if each.get("type") != "null")
-    if schema.get("type") == "array":
+    if schema["type"] == "array":
+        # A pair of numbers has "prefixItems" instead of "items".
         return "`[epoch, value]` pairs" if "items" in schema else "two numbers"
-    name = {
-        "integer": "integer",
-        "number": "number",
-        "boolean": "true or false",
-        "string": "text",
-        "object": "table",
-    }[schema["type"]]
-    low, high = schema.get("minimum"), schema.get("maximum")
+    name = TYPES[schema["type"]]
+    low, above, high = (schema.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
     if high is not None:
-        return (
-            f"{name} from {low if low is not None else schema.get('exclusiveMinimum')} to {high:g}"
-        )
-    return (
-        f"{name}, at least {low:g}"
-        if low is not None
-        else f"{name} above {schema['exclusiveMinimum']:g}"
-        if "exclusiveMinimum" in schema
-        else name
-    )
+        return f"{name} from {above if low is None else low} to {high:g}"
+    if low is not None:
+        return f"{name}, at least {low:g}"
+    if above is not None:
+        return f"{name} above {above:g}"
+    return name
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
-    if value is None:
+    if value is None or isinstance(value, dict):
         return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
         return f"`{[round(each, 3) for each in value]}`"
-    return (
-        f"`{str(value).lower() if isinstance(value, bool) else value}`"
-        if not isinstance(value, dict)
-        else "none"
-    )
+    return f"`{value}`"

@@ -1,12 +1,13 @@
 """The fields of a recipe: typed, validated and frozen.
 
-Batch sizes, epochs and learning rates are used as written, whatever the number of ranks: nothing is scaled
-silently. `run.part.check_ranks` checks what depends on the number of ranks.
+Batch sizes, epochs and learning rates are used as written, for any number of ranks: nothing is
+scaled silently. `run.part.check_ranks` checks the fields that depend on the number of ranks.
 """
 
 import math
 import os
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
@@ -18,19 +19,59 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PlainSerializer,
+    PositiveFloat,
     model_validator,
 )
 
 from swap_hpc.recipe.schedule import Knots
 
 Count = Annotated[int, Field(ge=1)]
-
-
 CountOrZero = Annotated[int, Field(ge=0)]
-
-
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Sizes: TypeAlias = tuple[tuple[CountOrZero, Count], ...]
+
+
+def on_disk(text: Any) -> Any:
+    """Return text of a recipe as a file name: in any locale, its UTF-8 bytes name the file.
+
+    `from_disk` is the inverse. Anything but text is returned unchanged.
+    """
+    return os.fsdecode(text.encode()) if isinstance(text, str) else text
+
+
+def from_disk(name: str | Path) -> str:
+    """Return a file name as text for a recipe; the inverse of `on_disk`.
+
+    Raises:
+        UnicodeDecodeError: The name is not UTF-8.
+    """
+    return os.fsencode(name).decode()
+
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("needs a path whose home directory exists") from None
+
+
+def _constant_as_knots(value: Any) -> Any:
+    """Return a plain number as a single knot at epoch 0, and a list of pairs as it is."""
+    if isinstance(value, int | float):
+        return [[0, value]]
+    if not isinstance(value, list | tuple) or not all(_is_pair(knot) for knot in value):
+        raise ValueError("needs a number, or pairs from an epoch on: [[0, 0.1], [8, 0.0]]")
+    return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
+def _epochs_ascend(pairs: Knots | Sizes) -> bool:
+    return all(left < right for (left, _), (right, _) in pairwise(pairs))
 
 
 def _checked_knots(knots: Knots) -> Knots:
@@ -38,228 +79,211 @@ def _checked_knots(knots: Knots) -> Knots:
         raise ValueError("needs at least one [epoch, value] pair")
     if any(not math.isfinite(x) or x < 0 for knot in knots for x in knot):
         raise ValueError("needs finite epochs and values of at least 0")
-    if any(left >= right for (left, _), (right, _) in pairwise(knots)):
+    if not _epochs_ascend(knots):
         raise ValueError("needs [epoch, value] pairs in ascending order of their epochs")
     return knots
 
 
-def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1]:
-        raise ValueError("needs two positive numbers, the smaller one first")
-    return pair
-
-
 def _checked_sizes(sizes: Sizes) -> Sizes:
-    if (
-        not sizes
-        or sizes[0][0] != 0
-        or any(left >= right for (left, _), (right, _) in pairwise(sizes))
-    ):
+    if not sizes or sizes[0][0] != 0 or not _epochs_ascend(sizes):
         raise ValueError(
-            "needs [epoch, pixels] pairs, the first one at epoch 0, in ascending order of their epochs"
+            "needs [epoch, pixels] pairs in ascending order of their epochs, the first at epoch 0"
         )
     return sizes
 
 
-def _constant_as_knots(value: Any) -> Any:
-    if isinstance(value, int | float):
-        return [[0, value]]
-    if not isinstance(value, list | tuple) or any(
-        not isinstance(knot, list | tuple) or len(knot) != 2 for knot in value
-    ):
-        raise ValueError("needs a number, or pairs from an epoch on: [[0, 0.1], [8, 0.0]]")
-    return value
+def _checked_range(pair: tuple[float, float]) -> tuple[float, float]:
+    low, high = pair
+    if not 0 < low <= high:
+        raise ValueError("needs two positive numbers, the smaller one first")
+    return pair
 
 
-def _only_finite(arguments: Any) -> None:
-    """Raises ValueError for a number that is none: a recipe is written back, and JSON has neither NaN nor infinity."""
-    if isinstance(arguments, float) and not math.isfinite(arguments):
-        raise ValueError(f"{arguments} is no finite number")
-    for each in (
-        arguments.values()
-        if isinstance(arguments, dict)
-        else arguments
-        if isinstance(arguments, list)
-        else ()
-    ):
-        _only_finite(each)
+def _checked_name(*known: str) -> Callable[[str], str]:
+    """Return a validator for a name: one of `known`, or the import path of a user's function."""
 
-
-def on_disk(text: Any) -> Any:
-    """A name in a recipe, which is UTF-8 in any locale, as the same bytes name a file; `from_disk` is the way back."""
-    return os.fsdecode(text.encode()) if isinstance(text, str) else text
-
-
-def from_disk(name: str | Path) -> str:
-    """Text for a recipe. Raises UnicodeDecodeError for a name that is no UTF-8."""
-    return os.fsencode(name).decode()
-
-
-def _from_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError("needs a path that begins at a home that there is") from None
-
-
-Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
-
-
-ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-
-
-Place = Annotated[
-    Path,
-    BeforeValidator(on_disk),
-    AfterValidator(_from_home),
-    PlainSerializer(from_disk, str, when_used="json"),
-]
-
-
-DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
-
-
-def _name(*known: str) -> Any:
-    """The type of a name: one of those, or the import path of a function of the user's."""
-
-    def checked(name: str) -> str:
+    def check(name: str) -> str:
         if name not in known and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ValueError(f'needs {", ".join(known)} or "package.module:function"')
         return name
 
-    return Annotated[str, AfterValidator(checked)]
+    return check
 
 
-class _Section(BaseModel):
+def _check_finite(value: Any) -> None:
+    """Raise ValueError if a number in nested dictionaries and lists is NaN or infinite.
+
+    Runs write their recipe to JSON, which has neither.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            _check_finite(each)
+
+
+Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
+ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
+Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
+
+Place = Annotated[
+    Path,
+    BeforeValidator(on_disk),
+    AfterValidator(_expand_home),
+    PlainSerializer(from_disk, str, when_used="json"),
+]
+
+# Sources of images that the package reads itself.
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
+
+DataSource = Annotated[str, AfterValidator(_checked_name(*get_args(DataName)))]
+LossName = Annotated[str, AfterValidator(_checked_name("cross_entropy"))]
+MetricName = Annotated[str, AfterValidator(_checked_name("accuracy"))]
+
+
+class Section(BaseModel):
+    """A table of a TOML file: frozen, and without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Model(_Section):
-    """`name` and the builder's own arguments."""
+class Model(Section):
+    """The model: the name of its builder and, as further keys, the builder's arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
     name: str
-    """`resnet9`, `torchvision:NAME`, `timm:NAME` (where timm is installed) or `package.module:function`; the section's further keys
-    are the builder's arguments."""
+    """Builder of the model: `resnet9`, `torchvision:NAME`, `timm:NAME` (if timm is installed) or
+    `package.module:function`. It is called with the section's further keys as arguments."""
     weights: Place | None = None
-    """A .safetensors file to start from."""
+    """A `.safetensors` file with the initial weights; none: the builder's own initialisation."""
 
     @model_validator(mode="after")
-    def _finite_arguments(self) -> "Model":
-        _only_finite(self.arguments)
+    def _arguments_are_finite(self) -> "Model":
+        _check_finite(self.arguments)
         return self
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """The builder's arguments: all keys of the section that are not fields."""
         return dict(self.model_extra or {})
 
 
-class Data(_Section):
-    """What is trained on."""
+class Data(Section):
+    """The data set, and how its images are read."""
 
-    name: _name(*get_args(DataName))  # type: ignore[valid-type]
-    """A data set that the package knows, a `folder` or `webdataset` shards of images, or `package.module:function`."""
+    name: DataSource
+    """Source of the images: a built-in data set (`digits`, `cifar10`, `cifar100`, `synthetic`), a
+    `folder` of images, `webdataset` shards, or `package.module:function`."""
     arguments: dict[str, Any] = {}
-    """What a function of your own is called with, after `path`."""
+    """Keyword arguments of your own function in `name`, which is called with `path` first."""
     path: Place = Path("data")
-    """The folder with the data, or to download it to; `--data`."""
+    """Folder that holds the data or receives the download; the option `--data` sets it."""
     test_every: Annotated[int, Field(ge=2)] | None = None
-    """Of a `folder` that holds a folder per class, and is not split: every so-many-th image of a class, by name, tests; none: the folder
-    has `train` and `test`."""
+    """For a `folder` with one subfolder per class and no splits: hold out every N-th image of each
+    class (sorted by name) as the test split. None: the folder has `train` and `test`."""
     validation: CountOrZero = 0
-    """Training samples, always the same ones, that are set aside and evaluated on instead of the test split."""
+    """Training samples to hold out, always the same ones; they replace the test split in all
+    evaluations. 0: train on all samples and evaluate on the test split."""
     image_size: ImageSizes | None = None
-    """Pixels, or `[epoch, pixels]` pairs, each valid from its epoch of the run on (the refinement begins at `large_batch.epochs`);
-    none: the files' own size, which must then be one for all."""
+    """Side of training images in pixels, or `[epoch, pixels]` pairs, each valid from its epoch of
+    the run on; the refinement begins at epoch `large_batch.epochs`. None: the size of the files,
+    which must all have the same one."""
     evaluation_size: Count | None = None
-    """Pixels, of files that are read in every epoch; none: the last of `image_size`."""
+    """Side of evaluated images in pixels, for files that are read in every epoch. None: the last
+    `image_size`."""
     evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Side of the evaluated square as a share of the image's shorter side."""
-    memory_gib: Annotated[float, Field(ge=0)] = 4.0
-    """Image files are decoded into each rank's memory up to this size, else read in every epoch; so are images of several sizes. An
-    eighth of it, but at least 96 MiB or one image, is decoded at once."""
+    """Side of the evaluated centre square as a fraction of the image's shorter side; 1 keeps the
+    largest square."""
+    memory_gib: NonNegativeFloat = 4.0
+    """Memory for decoded image files, in GiB per rank. A data set that fits is decoded once and
+    kept; a larger one, or one with several image sizes, is read in every epoch. Decoding uses up
+    to an eighth of it at a time, but at least 96 MiB or one image."""
     classes: Count = 10
-    """Of the data `synthetic`."""
+    """Number of classes of the `synthetic` data."""
     samples: Count = 1024
-    """Training samples of the data `synthetic`; a quarter as many test samples."""
+    """Number of training samples of the `synthetic` data, which has a quarter as many test
+    samples."""
 
     @model_validator(mode="after")
-    def _arguments_of_its_own(self) -> "Data":
+    def _fields_fit_the_source(self) -> "Data":
         if self.arguments and ":" not in self.name:
             raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
         if self.test_every and self.name != "folder":
             raise ValueError(f"test_every splits a folder of images: {self.name} comes split")
-        _only_finite(self.arguments)
+        _check_finite(self.arguments)
         return self
 
     def size_at(self, epoch: int) -> int | None:
-        """The images' side in pixels in an epoch of the run, from 0."""
-        return next(
-            (pixels for begin, pixels in reversed(self.image_size or ()) if begin <= epoch), None
-        )
+        """Return the side of training images in pixels in an epoch of the run, counted from 0."""
+        sizes = [pixels for begin, pixels in self.image_size or () if begin <= epoch]
+        return sizes[-1] if sizes else None
 
     @property
     def last_size(self) -> int | None:
+        """The side of training images in pixels at the end of the run."""
         return self.image_size[-1][1] if self.image_size else None
 
 
-class Augment(_Section):
-    """Of training images. In memory: pad, crop, flip, cutout. Streamed from files: random resized crop and flip."""
+class Augment(Section):
+    """The augmentation of training images, of data in memory or of files read in every epoch."""
 
     pad: CountOrZero = 0
-    """Pixels on each side, by reflection; then a random crop of the original size."""
+    """In memory: pixels added on each side by reflection, before a random crop back to the
+    original size."""
     flip: bool = False
-    """Mirror half of the images."""
+    """Mirror each image horizontally with probability 1/2, in memory and from files."""
     cutout: CountOrZero = 0
-    """Side in pixels of a square set to the mean, after padding and cropping."""
+    """In memory: side in pixels of a square, set to the data set's mean after the crop."""
     crop_area: Range = (0.08, 1.0)
-    """Streamed: the share of the image's area that is cropped."""
+    """From files: smallest and largest area of the crop, as fractions of the image's area."""
     crop_ratio: Range = (0.75, 4 / 3)
-    """Streamed: width / height of the crop."""
+    """From files: smallest and largest aspect ratio of the crop, width / height."""
 
 
-class Optimizer(_Section):
-    """SGD, or LARS for very large batches, in both phases."""
+class Optimizer(Section):
+    """The optimizer of both phases: SGD, or LARS for very large batches."""
 
     name: Literal["sgd", "lars"] = "sgd"
-    """LARS: arXiv 1708.03888."""
+    """`sgd`, or `lars` (arXiv 1708.03888)."""
     momentum: Fraction = 0.9
-    """Its buffer starts at zero in each phase."""
+    """Momentum; its buffer starts at zero in each phase."""
     nesterov: bool = True
-    """Nesterov's momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Added to the gradient, as a share of the weights."""
+    """Use Nesterov momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """L2 regularisation: this fraction of the weights is added to their gradient."""
     decay_vectors: bool = True
-    """Weight decay also of batch norm's parameters and of biases; false: LARS, too, leaves them alone."""
-    trust: Annotated[float, Field(gt=0)] = 0.001
-    """LARS: a step's size as a share of the weights', at a learning rate of 1."""
+    """Also decay batch-norm parameters and biases. False: they are not decayed, and LARS updates
+    them as SGD does."""
+    trust: PositiveFloat = 0.001
+    """LARS: norm of a step relative to the norm of the weights, at a learning rate of 1."""
     fused: bool = False
-    """SGD: a step in one kernel for each few tensors, which a GPU is given sooner; rounds differently."""
+    """SGD: update several tensors in one kernel, which takes fewer launches on a GPU. It rounds
+    differently."""
 
     @model_validator(mode="after")
-    def _settings_that_fit(self) -> "Optimizer":
+    def _fields_fit_the_optimizer(self) -> "Optimizer":
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov = true needs a momentum above 0")
         if self.fused and self.name != "sgd":
-            raise ValueError(f"fused is SGD's: {self.name} has no such step")
+            raise ValueError(f"fused is for sgd only: {self.name} has no fused step")
         return self
 
 
-class _Phase(_Section):
+class _Phase(Section):
     batch_size: Count
-    """Samples per step, all ranks of the phase's team together."""
+    """Samples per step over all ranks of the phase's team: the world in phase 1, a group in phase
+    2."""
     epochs: CountOrZero
-    """Of phase 1 at most; of the refinement per cycle. 0: the phase is left out."""
+    """Epochs: at most this many in phase 1, exactly this many per cycle of the refinement. 0 skips
+    the phase."""
     learning_rate: Schedule
-    """A number, or `[epoch, value]` knots, linear between them."""
+    """Learning rate: a constant, or `[epoch, value]` knots with linear interpolation at every
+    step."""
     accumulate: Count = 1
-    """Parts in which a rank computes its share of a batch, one after the other, gradients added up: less memory; batch norm sees a part."""
+    """Parts into which a rank cuts its share of a batch; their gradients are added up. More parts
+    need less memory, and batch norm sees smaller batches."""
 
 
 class LargeBatch(_Phase):
@@ -268,108 +292,126 @@ class LargeBatch(_Phase):
     cycles: ClassVar[int] = 1
     average_every_steps: ClassVar[int | None] = None
     stop_accuracy: Fraction | None = None
-    """Running accuracy of an epoch's augmented training samples at which the phase ends."""
+    """Training accuracy at which the phase ends: the mean over an epoch's augmented samples. None:
+    it runs for all `epochs`."""
     batchnorm_batch_size: Count | None = None
-    """What batch norm sees, a part of a rank's share; where stated, other sizes are refused."""
+    """Samples per rank that batch norm must see at once: a rank's share of the batch, divided by
+    `accumulate`. A number of ranks that gives another size is refused. None: any is accepted."""
 
 
 class Refine(_Phase):
-    """Phase 2: each group trains its copy alone, `epochs` per cycle; 0: no refinement and no averaging, plain SGD."""
+    """Phase 2: each group trains its own copy for `epochs` per cycle; 0: plain SGD alone."""
 
     stop_accuracy: ClassVar[float | None] = None
     cycles: Count = 1
-    """Of the refinement: its schedule restarts with each; a group's weights at each one's end enter the average."""
+    """Number of cycles. The learning-rate schedule restarts with each, and each adds a group's
+    weights at its end to the average."""
     evaluate_average: CountOrZero = 0
-    """Epochs between evaluations of the averaged model on the way, for which the groups wait for each other; 0: only at the end."""
+    """Epochs between evaluations of the averaged model during the refinement, for which the groups
+    wait for each other. 0: only at the end."""
     average_every_steps: Count | None = None
-    """Steps after which the groups go on from the average of their weights, each with its own momentum and statistics: post-local SGD
-    (Lin et al., arXiv 1808.07217); none: they go alone to the end."""
+    """Steps between averages of the groups' weights, from which all groups continue, each with its
+    own momentum and batch-norm statistics: post-local SGD (Lin et al., arXiv 1808.07217). None: the
+    groups are averaged at the end only."""
 
     @model_validator(mode="after")
-    def _one_way_to_meet(self) -> "Refine":
+    def _one_way_to_average(self) -> "Refine":
         if self.average_every_steps and (self.cycles > 1 or self.evaluate_average):
             raise ValueError(
-                "average_every_steps trains on one schedule to its end: it goes with cycles = 1 and evaluate_average = 0 only"
+                "average_every_steps needs one schedule to the end: "
+                "set cycles = 1 and evaluate_average = 0"
             )
         return self
 
 
-class BatchNorm(_Section):
+class BatchNorm(Section):
     """The re-estimation of batch-norm statistics after averaging."""
 
     batch_size: Count = 512
-    """Samples of which each batch's statistics are taken, whatever the number of ranks."""
+    """Samples per batch whose statistics are estimated together, for any number of ranks."""
     samples: Count | None = None
-    """Training samples to pass; none: all (whole batches)."""
+    """Training samples to use, cut to whole batches; more give a better estimate. None: all."""
 
 
-class Evaluate(_Section):
-    """Test loss and accuracy on the way."""
+class Evaluate(Section):
+    """Test loss and accuracy during training."""
 
     batch_size: Count = 500
-    """Samples per step of one rank."""
+    """Samples per step and rank; affects speed and memory only."""
     every: CountOrZero = 1
     """Epochs between evaluations within a phase; 0: only at its end."""
 
 
-class Checkpoint(_Section):
-    """Saves to continue from. A stop on request saves, too."""
+class Checkpoint(Section):
+    """Saves to resume from. A requested stop always saves as well."""
 
     epochs: CountOrZero = 1
-    """Epochs between saves at epochs' ends; 0: only where `minutes` have passed, where groups wait for each other, and at a phase's end."""
-    min_seconds: Annotated[float, Field(ge=0)] = 10.0
-    """At least so many between saves at epochs' ends, where epochs are short; 0: a save at each that `epochs` names."""
-    minutes: Annotated[float, Field(ge=0)] = 10.0
-    """At most so many between saves inside an epoch; 0: none there."""
+    """Epochs between saves at the end of an epoch. 0: only at the end of a phase, where groups wait
+    for each other, and after `minutes`."""
+    min_seconds: NonNegativeFloat = 10.0
+    """Shortest time in seconds between saves at the end of an epoch, for short epochs. 0: save
+    whenever `epochs` asks for it."""
+    minutes: NonNegativeFloat = 10.0
+    """Longest time in minutes without a save inside an epoch; 0: no saves inside an epoch."""
     snapshots: CountOrZero = 0
-    """Epochs between the weights that are kept for `swap-hpc trajectory`; 0: none are."""
+    """Epochs between snapshots of the weights, which `swap-hpc trajectory` reads; 0: none."""
 
     def saves(self, epochs: int, seconds: float) -> int:
-        """The number of saves at epochs' ends in that many epochs, each of that many seconds."""
+        """Return the number of saves at the end of an epoch, for epochs of `seconds` each."""
         if not self.epochs:
             return 0
-        rest = math.ceil(self.min_seconds / (self.epochs * seconds)) if seconds else 1
-        return epochs // (self.epochs * max(1, rest))
+        if not seconds:
+            return epochs // self.epochs
+        # A save is due every `self.epochs` epochs, but is left out until `min_seconds` have passed.
+        interval = math.ceil(self.min_seconds / (self.epochs * seconds))
+        return epochs // (self.epochs * max(1, interval))
 
 
-class Watchdog(_Section):
-    """What ends a job that hangs."""
+class Watchdog(Section):
+    """The end of a job that hangs."""
 
-    minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Without a step or a batch, after which a rank counts as hanging and the job ends; 0: never."""
+    minutes: NonNegativeFloat = 10.0
+    """Time in minutes without a step or a batch after which a rank counts as hanging and the job
+    ends; 0: never."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """An experiment."""
 
     name: str = "recipe"
-    """Of the run's folder, where `--out` does not say; as it stands, the file's name."""
+    """Name of the run's folder if `--out` is not given. A recipe file without it is named after
+    the file."""
     seed: CountOrZero = 0
-    """Of the weights and of all that is random: order, augmentation, dropout."""
+    """Seed of the initial weights and of all randomness: sample order, augmentation, dropout."""
     groups: Count = 1
-    """SWAP workers: the paper's W."""
+    """Number of SWAP workers, the paper's W: models that phase 2 refines independently."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass; weights and gradients stay float32. `fp32` on a GPU: convolutions in TF32, as is torch's default."""
+    """Precision of the forward pass; weights and gradients stay float32. With `fp32`, convolutions
+    on a GPU use TF32, which is torch's default."""
     compile: bool = False
-    """A step's forward and backward pass by torch.compile: for GPUs; the first steps take a minute. Needs a C compiler and Python's
-    headers where the ranks run."""
+    """Compile the forward and backward pass with torch.compile, for GPUs. The first steps take a
+    minute. The ranks' hosts need a C compiler and Python's headers."""
     channels_last: bool = False
-    """Convolutions' weights lie in memory with the channels last, as images do here: faster on some GPUs; rounds differently."""
+    """Store convolution weights with the channels last, as images are stored. Faster on some GPUs;
+    rounds differently."""
     cudnn_benchmark: bool = False
-    """cuDNN tries its algorithms for each new shape and takes the fastest: faster, and another run may take other ones."""
+    """Let cuDNN time its algorithms for each new shape and keep the fastest. Faster, but another
+    run may choose other algorithms."""
     deterministic: bool = False
-    """Only algorithms of torch and cuDNN that repeat to the bit on a GPU, slower ones; what has none is refused in the first step."""
-    loss: _name("cross_entropy") = "cross_entropy"  # type: ignore[valid-type]
-    """Mean loss of `(outputs, targets)`, a scalar: `cross_entropy` or `package.module:function`."""
-    metric: _name("accuracy") = "accuracy"  # type: ignore[valid-type]
-    """Each sample's score (n,) for `(outputs, targets)`, the more the better: `accuracy` or `package.module:function`. Files call its
-    mean the accuracy."""
+    """Use only algorithms of torch and cuDNN that repeat bit for bit on a GPU; they are slower. A
+    model that needs an operation without one is refused in the first step."""
+    loss: LossName = "cross_entropy"
+    """Training loss, (outputs, targets) -> scalar mean over the samples: `cross_entropy` or
+    `package.module:function`."""
+    metric: MetricName = "accuracy"
+    """Score, (outputs, targets) -> (n,) with one value per sample, larger is better: `accuracy` or
+    `package.module:function`. Files call its mean the accuracy."""
     label_smoothing: Fraction = 0.0
-    """Of the training loss, in both phases."""
+    """Label smoothing of the training loss in both phases; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where torch sees one."""
+    """Device of the ranks; `auto`: a GPU if torch finds one, else the CPU."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, every group a run of its own."""
+    """Also write the metrics for TensorBoard, with each group as its own run."""
     model: Model
     data: Data
     augment: Augment = Augment()
@@ -382,18 +424,19 @@ class Recipe(_Section):
     watchdog: Watchdog = Watchdog()
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> "Recipe":
+    def _fields_fit_together(self) -> "Recipe":
         if self.large_batch.epochs == 0 and self.refine.epochs == 0:
             raise ValueError(
                 "large_batch.epochs and refine.epochs are both 0: there is nothing to train"
             )
         if self.deterministic and self.cudnn_benchmark:
             raise ValueError(
-                "deterministic and cudnn_benchmark exclude each other: what is chosen by its speed does not repeat"
+                "deterministic and cudnn_benchmark exclude each other: "
+                "an algorithm that is chosen by its speed does not repeat"
             )
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(
-                "label_smoothing is of cross_entropy: a loss of your own brings its own"
+                "label_smoothing applies to cross_entropy only: smooth the labels in your own loss"
             )
         if self.large_batch.epochs == 0 and self.model.weights is None:
             raise ValueError(
@@ -402,5 +445,5 @@ class Recipe(_Section):
         return self
 
     def to_toml(self) -> str:
-        """The recipe as resolved; `load_recipe` reads it again."""
+        """Return the complete recipe, with all defaults, as TOML that `load_recipe` reads."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

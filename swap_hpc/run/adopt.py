@@ -1,48 +1,58 @@
-"""A run that begins with another run's phase 1."""
+"""Another run's phase 1, with which a run begins."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
-from swap_hpc.average.state import parts_of
+from swap_hpc.average.state import split_state
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.folder import load_result
 from swap_hpc.run.journal import Line
-from swap_hpc.run.weights import Unreadable, read_tensors
-from swap_hpc.train.events import SavePoint
+from swap_hpc.run.weights import Tensors, Unreadable, read_tensors
+from swap_hpc.train.events import Position, SavePoint
 from swap_hpc.train.job import Job
 
-# Fields, and sections, of which phase 1 does not know.
+# The fields and sections of a recipe that do not concern phase 1.
 AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.")
 
 
 def adopt_large_batch(
     run: Path, job: Job, model: nn.Module, checkpoints: Checkpoints, world: Team
 ) -> None:
-    """Saves the end of phase 1 of the complete run in the folder `run` as this run's own, with its metrics and seconds.
+    """Save the end of another run's phase 1 as this run's own, with its metrics and seconds.
 
-    Does nothing where this run has saved of phase 1 already. Raises UserError, on all ranks, where that run is not complete, or
-    its phase 1 was another, or trained on other data: of the recipe, what does not concern phase 1 may differ.
+    Nothing happens where this run has saved something of phase 1 already. Collective over `world`.
+
+    Args:
+        run: the folder of the other run, which is complete.
+        job: of this run.
+        model: of this run.
+        checkpoints: of this run.
+        world: all ranks.
+
+    Raises:
+        UserError: on all ranks, the other run is not complete, or its phase 1 was another, or was
+            trained on other data. Fields of the recipe that do not concern phase 1 may differ.
     """
-    if world.any(checkpoints.holds("large_batch")):
+    if world.any(checkpoints.holds(PHASE_1)):
         return
     state, lines, ranks, seconds = world.agree(lambda: _read(run, job))
-    weights, buffers = parts_of(state, model)
+    weights, buffers = split_state(state, model)
     point = SavePoint(
-        phase="large_batch",
-        group=None,
-        epoch=len(lines),
-        step=0,
+        part=PHASE_1,
+        at=Position(len(lines), 0),
         ended=True,
         due=True,
-        momentum={},
         weights=weights,
         buffers=buffers,
+        training={},  # the part is over: nothing of it is trained again
     )
     checkpoints.save(
         point,
@@ -51,8 +61,16 @@ def adopt_large_batch(
     )
 
 
-def _read(run: Path, job: Job):  # type: ignore[no-untyped-def]
-    """The state dict, metrics, ranks and seconds of a run's phase 1."""
+class _PhaseOne(NamedTuple):
+    """The end of another run's phase 1."""
+
+    state: Tensors  # the state dict
+    lines: list[Line]  # metrics
+    ranks: int
+    seconds: float
+
+
+def _read(run: Path, job: Job) -> _PhaseOne:
     result, recipe = load_result(run), job.recipe
     differing = [
         name
@@ -63,25 +81,23 @@ def _read(run: Path, job: Job):  # type: ignore[no-untyped-def]
         raise UserError(f"--from {run}: its phase 1 was another ({', '.join(differing)} differ)")
     if not recipe.large_batch.epochs:
         raise UserError(
-            f"--from {run}, but large_batch.epochs = 0: to refine any model, name its file in model.weights"
+            f"--from {run}, but large_batch.epochs = 0: "
+            "to refine any model, name its file in model.weights"
         )
     try:
-        state, header = read_tensors(run / "large_batch.safetensors")
-        lines: list[Line] = [
-            json.loads(line)
-            for line in (run / "metrics" / "world.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        state, header = read_tensors(run / f"{PHASE_1.name}.safetensors")
+        metrics = (run / "metrics" / "world.jsonl").read_text(encoding="utf-8")
     except (Unreadable, OSError) as why:
         raise UserError(f"--from {run}: its phase 1 cannot be read: {why}") from None
-    if "data" in header and (
-        how := Identity.from_json(header["data"]).differ(job.identity, ["train"])
-    ):
+    saved_with = Identity.from_json(header["data"]) if "data" in header else job.identity
+    if how := saved_with.differ(job.identity, ["train"]):
         raise UserError(
             f"--from {run}: its phase 1 was trained on other data ({how}): give it the same data"
         )
-    return (
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    return _PhaseOne(
         state,
-        [line for line in lines if line["phase"] == "large_batch"],
+        [line for line in lines if line["phase"] == PHASE_1.phase],
         result["ranks"],
         result["seconds"]["large_batch"],
     )

@@ -1,64 +1,77 @@
-"""Saves to continue from: written whole, verified when read, the newest two of each part of the run kept."""
+"""Saves to resume from: written whole, verified when read, the newest two of each part kept."""
 
-import contextlib
 import json
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swap_hpc.average.sharing import broadcast_tensors
-from swap_hpc.average.state import is_extra
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.parallel.tensors import from_bytes, real, tensor_bytes
-from swap_hpc.recipe.loading import differing_fields, recipe_of
+from swap_hpc.recipe.loading import check_same_recipe, recipe_of
+from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run.buffers import mean_of, packed, unpacked
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
-from swap_hpc.train.events import Running, SavePoint
+from swap_hpc.train.events import Position, Running, SavePoint
+from swap_hpc.train.state import as_json, from_json, tensors_in
 
-FORMAT = "2"  # of the files; what another version wrote is refused
-
-
+FORMAT = "3"  # of the files; others are refused
 KEPT = 2  # files of each part
-
-
-Position: TypeAlias = tuple[int, int]  # whole epochs done, and steps of the next one
 
 
 @dataclass(frozen=True)
 class Saved:
+    """A save point, and what was saved beside it."""
+
     point: SavePoint
-    notes: dict[str, Any]  # what else was saved with it, as JSON can hold it
+    notes: dict[str, Any]  # as JSON can hold it
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: a file for all ranks in phase 1, one per group, by its first rank, in phase 2.
+    """The folder of a run's checkpoints.
 
-    Each is a .safetensors file: reading it executes nothing. Its header holds the format, the recipe, the position and a
-    checksum of the whole; its tensors are the weights, buffers (every rank's, where they differ), momentum and sums of the
-    cycles' weights.
+    In phase 1 all ranks save one file, in phase 2 each group saves one; the first rank writes it. It
+    is a .safetensors file, so that reading it executes nothing. Its header holds the format, the
+    recipe, the position and a checksum of the whole. Its tensors are:
+
+    - `weights/NAME`: of the state dict, the same on all ranks
+    - `buffers/NAME`: of the state dict, the first rank's, with extra states
+    - `ranks`: the buffers of every rank as bytes, (ranks, n) uint8, where they differ
+    - `training/PATH`: the state of the optimizer; the header holds its numbers and its shape
+    - `sums/NAME`, `kept/NAME`: the sum of the weights at the ends of a group's cycles
     """
 
     def __init__(self, folder: Path, recipe: Recipe, data: str | None = None):
-        """`data`: the data's identity as JSON, which stands in every file."""
+        """
+        Args:
+            folder: of the files; it need not exist.
+            recipe: the run's; it is saved, and files of another recipe are refused.
+            data: the identity of the data as JSON, which is saved too.
+        """
         self.folder, self.recipe, self.data = folder, recipe, data
 
     def save(self, point: SavePoint, notes: Mapping[str, Any], team: Team) -> None:
-        """Writes `point`, collectively over the part's team, then removes all but the part's newest two files.
+        """Write a save point, then remove all but the newest two files of its part.
 
-        Raises RunError, on all ranks, where it cannot be written; the files before it stay.
+        Collective over the part's team.
+
+        Raises:
+            RunError: on all ranks, it cannot be written; the files before it stay.
+            UserError: on all ranks, the optimizer keeps something that a file cannot hold.
         """
-        packed = _packed(point.buffers)
-        longest = int(team.maximum(len(packed))[0])  # extra states need not be of one length
-        rows = team.gather(np.pad(packed, (0, longest - len(packed))))
+        buffers = packed(point.buffers)
+        longest = int(team.maximum(len(buffers))[0])  # extra states need not be of one length
+        rows = team.gather(np.pad(buffers, (0, longest - len(buffers))))
         running = team.allgather(astuple(point.running))
         team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
 
@@ -66,95 +79,117 @@ class Checkpoints:
         tensors = _prefixed(
             weights=point.weights,
             buffers=point.buffers,
-            momentum=point.momentum,
             sums=point.cycles.sums,
             kept=point.cycles.kept,
         )
+        tensors |= dict(tensors_in(point.training, "training"))
         if rows is not None and (rows != rows[0]).any():
             tensors["ranks"] = torch.from_numpy(rows)
-        position = {
-            name: getattr(point, name) for name in ("phase", "group", "epoch", "step", "ended")
+        state = {
+            **state,
+            "phase": point.part.phase.value,
+            "group": point.part.group,
+            "epoch": point.at.epoch,
+            "step": point.at.step,
+            "ended": point.ended,
+            "cycles": point.cycles.count,
+            "means": point.means,
+            "training": as_json(point.training, "training"),
         }
-        state = {**state, **position, "cycles": point.cycles.count, "means": point.means}
         header = {"checkpoint": FORMAT, "recipe": self.recipe.to_toml(), "state": json.dumps(state)}
         if self.data:
             header["data"] = self.data
-        write_tensors(
-            self.folder / f"{point.name}-{point.epoch:05d}-{point.step:07d}.safetensors",
-            tensors,
-            header,
-        )
-        for old in self._files(point.name)[KEPT:]:
+        name = f"{point.part.name}-{point.at.epoch:05d}-{point.at.step:07d}.safetensors"
+        write_tensors(self.folder / name, tensors, header)
+        for old in self._files(point.part)[KEPT:]:
             old.unlink()
 
-    def common(self, parts: Sequence[str], world: Team) -> Position | None:
-        """The newest position at which all parts, of which each rank names its own, have a save that can be used; None where there is none.
+    def common(self, parts: Sequence[Part], world: Team) -> Position | None:
+        """Return the newest position at which all parts have a save that can be used.
 
-        Collective over `world`. Raises as `load` does.
+        Collective over `world`.
+
+        Args:
+            parts: this rank's.
+            world: the ranks whose parts count.
+
+        Returns:
+            The position, None where there is none.
+
+        Raises:
+            As `load` does.
         """
         mine = world.agree(
             lambda: [{_position(state) for _, state in self._usable(part)} for part in parts]
         )
-        shared = set.intersection(
-            *(positions for each in world.allgather(mine) for positions in each)
-        )
-        return max(shared, default=None)
+        everyones = [positions for each in world.allgather(mine) for positions in each]
+        return max(set.intersection(*everyones), default=None)
 
-    def forget_after(self, at: Position, part: str, team: Team) -> None:
-        """Removes the saves of a part behind a position, to which the run goes back: the newest two are then of its new way."""
+    def forget_after(self, at: Position, part: Part, team: Team) -> None:
+        """Remove the saves of a part behind a position, to which the run goes back.
+
+        The newest two files are then of the way that it takes from there.
+        """
 
         def remove() -> None:
             for path in self._files(part):
-                if (
-                    tuple(int(number) for number in path.stem.removeprefix(f"{part}-").split("-"))
-                    > at
-                ):
+                epoch, step = path.stem.removeprefix(f"{part.name}-").split("-")
+                if Position(int(epoch), int(step)) > at:
                     path.unlink()
 
         team.first(remove)
 
-    def load(self, part: str, team: Team, at: Position | None = None) -> Saved | None:
-        """The newest save of a part that can be used, as each rank of `team` goes on from it; None where there is none.
+    def load(self, part: Part, team: Team, at: Position | None = None) -> Saved | None:
+        """Return the newest save of a part that can be used, as each rank resumes from it.
 
-        `at`: the one at this position.
+        Collective over `team`. A team of another size than the saving one shares the sums of the
+        epoch so far, the mean of the ranks' running statistics, and the first rank's other buffers.
 
-        A team of another size than the saving one shares the sums of the epoch so far, the mean of the ranks' running
-        statistics, and the first rank's other buffers.
-        Raises, on all ranks: RunError where files are there but none can be read; UserError for another recipe or format.
+        Args:
+            part: the part of the run.
+            team: the ranks that resume it.
+            at: the position of the save that is asked for; None is the newest.
+
+        Returns:
+            The save, None where there is none.
+
+        Raises:
+            RunError: on all ranks, there are files, but none can be read.
+            UserError: on all ranks, a file is of another recipe or format.
         """
-        found = team.first(
-            lambda: next(
-                (each for each in self._usable(part) if at in (None, _position(each[1]))), None
-            )
-        )
-        tensors, state = found or ({}, None)
-        state, kinds = team.broadcast(
-            (state, {name: (t.dtype, t.shape) for name, t in tensors.items()})
-        )
+
+        def find() -> tuple[Tensors, dict[str, Any]] | None:
+            usable = self._usable(part)
+            return next((each for each in usable if at in (None, _position(each[1]))), None)
+
+        tensors, state = team.first(find) or ({}, None)
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        state, kinds = team.broadcast((state, kinds))
         if state is None:
             return None
         for name, (dtype, shape) in kinds.items():
-            (tensors[name],) = broadcast_tensors(
-                [tensors.get(name, torch.empty(shape, dtype=dtype))], team
-            )
-        buffers = _of(tensors, "buffers")
-        if "ranks" in tensors:
-            rows = [_unpacked(row, buffers) for row in tensors["ranks"]]
-            buffers = rows[team.rank] if len(rows) == team.size else _mean(rows, state["means"])
+            mine = tensors.get(name, torch.empty(shape, dtype=dtype))
+            (tensors[name],) = broadcast_tensors([mine], team)
         point = SavePoint(
-            **{name: state[name] for name in ("phase", "group", "epoch", "step", "ended")},
+            part=Part(Phase(state["phase"]), state["group"]),
+            at=_position(state),
+            ended=state["ended"],
             due=False,
             weights=_of(tensors, "weights"),
-            buffers=buffers,
-            momentum=_of(tensors, "momentum"),
+            buffers=_own_buffers(tensors, state["means"], team),
+            training=from_json(state["training"], tensors),
             cycles=sum_of(tensors, state["cycles"]),
             running=_share([Running(*each) for each in state["running"]], team),
             means=tuple(state["means"]),
         )
         return Saved(point, state["notes"])
 
-    def _usable(self, part: str) -> Iterator[tuple[Tensors, dict[str, Any]]]:
-        """Newest first. Raises where there are files, but none that can be used."""
+    def _usable(self, part: Part) -> Iterator[tuple[Tensors, dict[str, Any]]]:
+        """Yield the tensors and the state of each file of a part that can be used, newest first.
+
+        Raises:
+            RunError: there are files, but none can be used.
+        """
         bad: dict[Path, Unreadable] = {}
         found = False
         for path in self._files(part):
@@ -167,122 +202,86 @@ class Checkpoints:
                 continue
             self._check(path, header)
             for damaged, reason in bad.items():
-                print(
-                    f"swap-hpc: warning: {damaged} is {reason}; going on from {path.name}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                with contextlib.suppress(OSError):
+                warning = f"{damaged} is {reason}; going on from {path.name}"
+                print(f"swap-hpc: warning: {warning}", file=sys.stderr, flush=True)
+                with suppress(OSError):
                     damaged.rename(damaged.with_suffix(".damaged"))
             bad, found = {}, True
             yield tensors, json.loads(header["state"])
         if bad and not found:
             reasons = "; ".join(f"{path.name} is {why}" for path, why in bad.items())
             raise RunError(
-                f"no checkpoint of {part} in {self.folder} can be used ({reasons}): restore one, or remove both to begin this part again"
+                f"no checkpoint of {part.name} in {self.folder} can be used ({reasons}): "
+                "restore one, or remove both to begin this part again"
             )
 
     def _check(self, path: Path, header: Mapping[str, str]) -> None:
-        if header.get("checkpoint") != FORMAT:
+        """Raise UserError for a file of another format or recipe."""
+        version = header.get("checkpoint")
+        if version != FORMAT:
             raise UserError(
-                f"{path} has checkpoint format {header.get('checkpoint')}, this version reads {FORMAT}: "
+                f"{path} has checkpoint format {version}, this version reads {FORMAT}: "
                 "finish the run with the version that began it, or choose another --out"
             )
-        differing = differing_fields(self.recipe, recipe_of(header["recipe"], str(path)))
-        if differing:
-            raise UserError(
-                f"{path} was saved by another recipe ({', '.join(differing)} differ): choose another --out, or remove the file"
-            )
+        other = recipe_of(header["recipe"], str(path))
+        check_same_recipe(self.recipe, other, f"{path} was saved by", "the file")
 
-    def _files(self, part: str) -> list[Path]:
-        """Newest first."""
-        return sorted(self.folder.glob(f"{part}-?????-???????.safetensors"), reverse=True)
+    def _files(self, part: Part) -> list[Path]:
+        """Return the files of a part, newest first."""
+        return sorted(self.folder.glob(f"{part.name}-?????-???????.safetensors"), reverse=True)
 
-    def holds(self, part: str) -> bool:
-        """Whether there is a file of a part."""
+    def holds(self, part: Part) -> bool:
+        """Tell whether there is a file of a part."""
         return bool(self._files(part))
 
     def remove(self, team: Team) -> None:
-        """Removes the folder: the run is complete."""
+        """Remove the folder: the run is complete."""
         team.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
 
 def _position(state: Mapping[str, Any]) -> Position:
-    return state["epoch"], state["step"]
+    return Position(state["epoch"], state["step"])
 
 
 def sum_of(tensors: Tensors, count: int) -> WeightSum:
-    """The sum of weights in the tensors of a checkpoint, or of a group's cycles."""
+    """Return the sum of weights in the tensors of a checkpoint, or of a group's cycles."""
     return WeightSum(count, _of(tensors, "sums"), _of(tensors, "kept"))
 
 
 def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
-    """The state dict in a checkpoint; of running statistics that differ between ranks the mean."""
+    """Return the state dict in a checkpoint.
+
+    Where running statistics differ between the ranks, it has their mean.
+    """
+    return _of(tensors, "weights") | _shared_buffers(tensors, json.loads(header["state"])["means"])
+
+
+def _shared_buffers(tensors: Tensors, means: Collection[str]) -> Tensors:
+    """Return the buffers in a checkpoint for ranks that did not save it."""
     buffers = _of(tensors, "buffers")
-    if "ranks" in tensors:
-        buffers = _mean(
-            [_unpacked(row, buffers) for row in tensors["ranks"]],
-            json.loads(header["state"])["means"],
-        )
-    return _of(tensors, "weights") | buffers
+    if "ranks" not in tensors:
+        return buffers
+    return mean_of([unpacked(row, buffers) for row in tensors["ranks"]], means)
+
+
+def _own_buffers(tensors: Tensors, means: Collection[str], team: Team) -> Tensors:
+    """Return the buffers in a checkpoint for this rank: its own where the team has its old size."""
+    if "ranks" in tensors and len(tensors["ranks"]) == team.size:
+        return unpacked(tensors["ranks"][team.rank], _of(tensors, "buffers"))
+    return _shared_buffers(tensors, means)
 
 
 def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
-    return {
-        f"{part}/{name}": tensor
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
 def _of(tensors: Tensors, part: str) -> Tensors:
-    return {
-        name.removeprefix(f"{part}/"): t
-        for name, t in tensors.items()
-        if name.startswith(f"{part}/")
-    }
-
-
-def _packed(buffers: Tensors) -> np.ndarray:
-    """All buffers' bytes, in the order of their names, (n,) uint8; before those of an extra state their number."""
-    parts: list[np.ndarray] = [np.empty(0, np.uint8)]
-    for name, tensor in sorted(buffers.items()):
-        bytes_of = tensor_bytes(tensor)
-        if is_extra(name):
-            parts.append(np.array([len(bytes_of)], np.int64).view(np.uint8))
-        parts.append(bytes_of)
-    return np.concatenate(parts)
-
-
-def _unpacked(row: Tensor, like: Tensors) -> Tensors:
-    found: Tensors = {}
-    start = 0
-    for name, tensor in sorted(like.items()):
-        size = tensor.numel() * tensor.element_size()
-        if is_extra(name):
-            size = int(row[start : start + 8].clone().view(torch.int64))
-            start += 8
-        part = row[start : start + size]
-        found[name] = (
-            part.clone() if is_extra(name) else from_bytes(part, tensor.dtype, tensor.shape)
-        )
-        start += size
-    return found
-
-
-def _mean(rows: list[Tensors], means: Collection[str]) -> Tensors:
-    """The mean over the ranks, rounded once, of the buffers named in `means`; the others are the first rank's."""
-    mean = {name: real(torch.stack([row[name] for row in rows])).double().mean(0) for name in means}
-    return {name: _as(mean[name], t) if name in means else t for name, t in rows[0].items()}
-
-
-def _as(values: Tensor, like: Tensor) -> Tensor:
-    """Real numbers, (..., 2) of complex ones, rounded to a tensor's type."""
-    return (torch.view_as_complex(values) if like.is_complex() else values).to(like.dtype)
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _share(running: list[Running], team: Team) -> Running:
-    """A rank's own sums; where the ranks are others now, all of them on the first rank."""
+    """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
     if len(running) == team.size:
         return running[team.rank]
     if team.rank > 0:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.launcher import launched
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.train.events import Epoch, Evaluation, SavePoint
 
@@ -54,17 +55,16 @@ class Display:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def goes_on(self, point: SavePoint) -> None:
-        self.say(
-            f"{_name(point.group)} goes on {'at its end' if point.ended else f'after epoch {point.epoch}, step {point.step}'}"
-        )
+        where = f"after epoch {point.at.epoch}, step {point.at.step}"
+        self.say(f"{point.part} goes on {'at its end' if point.ended else where}")
 
     def average(self, epoch: int, test: Evaluation) -> None:
         self.say(f"{'average':<12} epoch {epoch:>3}  test {test.accuracy:.4f}")
 
     def epoch(self, epoch: Epoch) -> None:
-        phase = self.recipe.large_batch if epoch.group is None else self.recipe.refine
+        phase = self.recipe.large_batch if epoch.part == PHASE_1 else self.recipe.refine
         total = phase.epochs * phase.cycles
-        name = _name(epoch.group)
+        name = str(epoch.part)
         test = f"  test {epoch.test.accuracy:.4f}" if epoch.test else ""
         says = f"train {epoch.train.accuracy:.4f}{test}  lr {epoch.learning_rate:.4g}  {epoch.images / epoch.train_seconds:,.0f} images/s"
         if self.live.disable:  # a log
@@ -84,10 +84,6 @@ class Display:
             self.say(
                 f"{name} ends here: large_batch.stop_accuracy = {phase.stop_accuracy} is reached"
             )
-
-
-def _name(group: int | None) -> str:
-    return "large_batch" if group is None else f"group {group}"
 
 
 def _on_terminal() -> bool:

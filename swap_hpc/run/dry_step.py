@@ -24,10 +24,10 @@ from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.imports import place_of
 from swap_hpc.recipe.schema import LargeBatch, Refine
 from swap_hpc.train.evaluation import evaluate
-from swap_hpc.train.fit import backward
 from swap_hpc.train.job import Job
 from swap_hpc.train.models import fill_
 from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.step import backward
 
 
 def dry_step(

@@ -1,25 +1,27 @@
-"""What a run says while it goes on: JSON lines, progress for a person, and where the time went."""
+"""The metrics of a run, one JSON object per line: `metrics/world.jsonl`, `metrics/group-000.jsonl` ..."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.errors import RunError
-from swap_hpc.parallel.atomic import write_whole
+from swap_hpc.parallel.atomic import write_text
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.run.board import Board
-from swap_hpc.train.events import Epoch, Evaluation, part_name
+from swap_hpc.train.events import Epoch, Evaluation
 
 Line = dict[str, Any]
 
 
 def epoch_fields(epoch: Epoch) -> Line:
-    """An epoch as a line of JSON has it. Times are seconds, accuracies fractions."""
+    """Return an epoch as a line of metrics. Times are in seconds, accuracies are fractions."""
     test = epoch.test or Evaluation(None, None)  # type: ignore[arg-type]
     return {
-        "phase": epoch.phase,
-        "group": epoch.group,
+        "phase": epoch.part.phase.value,
+        "group": epoch.part.group,
         "cycle": epoch.cycle,
         "epoch": epoch.epoch,
         "learning_rate": epoch.learning_rate,
@@ -38,73 +40,96 @@ def epoch_fields(epoch: Epoch) -> Line:
 
 
 class Journal:
-    """`metrics/*.jsonl` of a run's folder, each written by the first rank of the team whose numbers it holds, and the same in memory.
+    """The lines of metrics of this job, in memory and in files.
 
-    A part's lines are saved with its checkpoints: where a run goes on from one, its file is made anew from them.
+    The first rank of a part's team writes its file. Phase 1 and the evaluations by all ranks are in
+    `world.jsonl`. A part's lines are saved with its checkpoints: where a run resumes from one, the
+    file is made anew from them.
     """
 
-    def __init__(self, folder: Path, teams: Mapping[str, Team], board: Board | None = None):
-        """`teams`: "world", "group-000" ..., each that this job tells of, and whose numbers they are. `board`: is told the same."""
+    def __init__(self, folder: Path, teams: Mapping[Part, Team], board: Board | None = None):
+        """
+        Args:
+            folder: of the files.
+            teams: the parts of the run that this job has lines of, and whose numbers they are.
+            board: gets the same lines.
+        """
         self.folder, self.board = folder, board
-        self.writes = {name: team.rank == 0 for name, team in teams.items()}
-        self.lines: dict[str, list[Line]] = {name: [] for name in self.writes}
+        self.writes = {part: team.rank == 0 for part, team in teams.items()}
+        self.lines: dict[Part, list[Line]] = {part: [] for part in self.writes}
 
-    def begin(self, name: str, lines: list[Line]) -> None:
-        """The file holds just these lines, those of an earlier start."""
-        self.lines[name] = list(lines)
-        if self.writes[name]:
-            write_whole(
-                self._path(name),
-                lambda temporary: temporary.write_text(
-                    "".join(map(_json_line, lines)), encoding="utf-8"
-                ),
-            )
-            if self.board:
-                self.board.begin(name, lines, self._phase_1_epochs())
+    def begin(self, part: Part, lines: list[Line]) -> None:
+        """Let the file of a part hold just the lines of an earlier start."""
+        self.lines[part] = list(lines)
+        if not self.writes[part]:
+            return
+        write_text(self._path(part), "".join(map(_json_line, lines)))
+        if self.board:
+            self.board.begin(metrics_name(part), lines, self._phase_1_epochs())
 
     def epoch(self, epoch: Epoch) -> None:
-        self.add("world" if epoch.group is None else part_name(epoch.group), epoch_fields(epoch))
+        self.add(epoch.part, epoch_fields(epoch))
 
     def evaluation(self, model: str, result: Evaluation, **position: int) -> Line:
-        """An evaluation by all ranks. `model`: "large_batch", "average" (on the way) or "swap"."""
+        """Add an evaluation by all ranks.
+
+        Args:
+            model: "large_batch", "average" (before the end) or "swap".
+            result: its loss and accuracy.
+            position: the epoch of the refinement, before its end.
+
+        Returns:
+            The line.
+        """
         line = {
-            "phase": "evaluation",
+            "phase": EVALUATION,
             "model": model,
             **position,
             "test_loss": result.loss,
             "test_accuracy": result.accuracy,
         }
-        self.add("world", line)
+        self.add(PHASE_1, line)
         return line
 
-    def add(self, name: str, line: Line) -> None:
-        self.lines[name].append(line)
-        if not self.writes[name]:
+    def add(self, part: Part, line: Line) -> None:
+        """Append a line to the file of a part.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.lines[part].append(line)
+        if not self.writes[part]:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._path(name), "a", encoding="utf-8") as file:
+            with open(self._path(part), "a", encoding="utf-8") as file:
                 file.write(_json_line(line))
             if self.board:
-                self.board.add(name, line, self._phase_1_epochs())
+                self.board.add(metrics_name(part), line, self._phase_1_epochs())
         except OSError as error:
-            raise RunError(f"cannot write {self._path(name)}: {error.strerror}") from None
+            raise RunError(f"cannot write {self._path(part)}: {error.strerror}") from None
 
     def end(self) -> None:
-        """Makes sure that the files are on the disk, whatever happens to the machine."""
-        for name, lines in self.lines.items():
-            self.begin(name, lines)
+        """Flush the files to the disk: write them again, whole."""
+        for part, lines in self.lines.items():
+            self.begin(part, lines)
 
-    def last_test(self, name: str) -> Evaluation | None:
-        """Of the model of a part's last line."""
-        lines = self.lines[name]
+    def last_test(self, part: Part) -> Evaluation | None:
+        """Return the test figures of a part's last line, None where it has no line."""
+        lines = self.lines[part]
         return Evaluation(lines[-1]["test_loss"], lines[-1]["test_accuracy"]) if lines else None
 
     def _phase_1_epochs(self) -> int:
-        return sum(line["phase"] == "large_batch" for line in self.lines.get("world", ()))
+        lines = self.lines.get(PHASE_1, [])
+        return sum(line["phase"] == PHASE_1.phase for line in lines)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.jsonl"
+    def _path(self, part: Part) -> Path:
+        return self.folder / f"{metrics_name(part)}.jsonl"
+
+
+def metrics_name(part: Part) -> str:
+    """Return the name of a part's file of metrics, without its suffix."""
+    return "world" if part == PHASE_1 else part.name
 
 
 def _json_line(line: Line) -> str:

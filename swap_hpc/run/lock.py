@@ -11,8 +11,7 @@ from pathlib import Path
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.mpi import host
 from swap_hpc.parallel.teams import Team
-from swap_hpc.run.part import Part
-from swap_hpc.train.events import part_name
+from swap_hpc.recipe.phase import Part
 
 PATIENCE = 10.0  # seconds in which a job that was just killed has let go
 
@@ -29,7 +28,7 @@ WITHOUT_LOCKS = (
 
 
 @contextmanager
-def owning(out: Path, part: Part, world: Team) -> Iterator[None]:
+def owning(out: Path, chosen: Part | None, world: Team) -> Iterator[None]:
     """Holds the folder `out` for this job; jobs that refine one group each share it.
 
     The first rank has a lock of the system (flock), which ends with its process however that ends: what a killed job
@@ -37,13 +36,15 @@ def owning(out: Path, part: Part, world: Team) -> Iterator[None]:
     file systems without locks nothing is held.
     """
     with ExitStack() as held:
-        world.first(lambda: _take(out, part, held))
+        world.first(lambda: _take(out, chosen, held))
         yield
 
 
-def _take(out: Path, part: Part, held: ExitStack) -> None:
+def _take(out: Path, chosen: Part | None, held: ExitStack) -> None:
     whole = out / ".lock"
-    group = out / f".lock-{part_name(part.group)}" if part.group is not None else None
+    group = None
+    if chosen is not None and chosen.group is not None:
+        group = out / f".lock-{chosen.name}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(_locked(whole, fcntl.LOCK_EX if group is None else fcntl.LOCK_SH))

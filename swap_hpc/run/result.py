@@ -1,32 +1,40 @@
-"""What `result.json` holds, from the lines of a run's metrics and its times."""
+"""What `result.json` holds, made from the metrics of a run and its times."""
 
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
 
+from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.journal import Line
 
 
 def result_of(
     recipe: Recipe,
-    lines: Mapping[str, list[Line]],
+    lines: Mapping[Part, list[Line]],
     seconds: Mapping[str, float],
     memory: Memory,
     ranks: tuple[int, int | None],
     digest: str,
     world: Team,
 ) -> dict[str, Any]:
-    """Alike on all ranks of `world`; the keys are those of the design.
+    """Return the content of `result.json`, the same on all ranks of `world`; collective.
 
-    `lines`: of the parts that this rank tells of, "world" and its groups'. `seconds`: the slowest rank's, by name.
-    `memory`: this rank's peak. `ranks`: their number in phase 1, and in phase 2 (None: by a job for each group, or by jobs on
-    other numbers of ranks). `digest`: of the final weights.
+    Args:
+        recipe: the run's.
+        lines: the metrics of phase 1 and of this rank's groups.
+        seconds: of the slowest rank, by phase.
+        memory: the peak of this rank.
+        ranks: the number of ranks in phase 1, and in phase 2; None where a job refined each group,
+            or where jobs on other numbers of ranks did.
+        digest: the hash of the final weights.
+        world: the ranks whose lines and memory count.
     """
-    first = [line for line in lines["world"] if line["phase"] == "large_batch"]
-    finals = {line["model"]: line for line in lines["world"] if line["phase"] == "evaluation"}
+    first = [line for line in lines[PHASE_1] if line["phase"] == Phase.LARGE_BATCH]
+    finals = {line["model"]: line for line in lines[PHASE_1] if line["phase"] == EVALUATION}
     ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
     trained = {"large_batch": sum(line["images"] for line in first), "refine": images}
     return {
@@ -54,9 +62,9 @@ def result_of(
 
 
 def peak_memory(
-    lines: Mapping[str, list[Line]], memory: Memory, world: Team
+    lines: Mapping[Part, list[Line]], memory: Memory, world: Team
 ) -> dict[str, float | None]:
-    """The largest rank's, of this start of the run and of those before."""
+    """Return the peak of the largest rank, in this start of the run and in those before it."""
     names = ("peak_memory_mib", "peak_gpu_allocated_mib", "peak_gpu_reserved_mib")
     before = [
         max((line.get(name) or 0.0 for part in lines.values() for line in part), default=0.0)
@@ -67,12 +75,13 @@ def peak_memory(
     return {"host": host, "gpu_allocated": allocated or None, "gpu_reserved": reserved or None}
 
 
-_Ends = dict[tuple[int, int], Line]  # (group, cycle) -> the line of the cycle's last epoch
+# (group, cycle) -> the line of the last epoch of the cycle
+_Ends = dict[tuple[int, int], Line]
 
 
-def _ends_and_images(lines: Mapping[str, list[Line]]) -> tuple[_Ends, dict[int, int]]:
-    """Of this rank's groups: the ends of their cycles, and the images that each was trained on."""
-    epochs = [line for part in lines.values() for line in part if line["phase"] == "refine"]
+def _ends_and_images(lines: Mapping[Part, list[Line]]) -> tuple[_Ends, dict[int, int]]:
+    """Return the ends of the cycles of this rank's groups, and the images trained on per group."""
+    epochs = [line for part in lines.values() for line in part if line["phase"] == Phase.REFINE]
     images: dict[int, int] = {}
     for line in epochs:
         images[line["group"]] = images.get(line["group"], 0) + line["images"]
@@ -80,7 +89,10 @@ def _ends_and_images(lines: Mapping[str, list[Line]]) -> tuple[_Ends, dict[int, 
 
 
 def _over_groups(parts: list[tuple[_Ends, dict[int, int]]]) -> tuple[list[Line], int]:
-    """The same of all ranks, of which several may tell of one group: the ends in order, and all images."""
+    """Merge what all ranks found: the ends in order, and the number of all images.
+
+    Several ranks may have found the same of one group.
+    """
     ends = {key: line for part, _ in parts for key, line in part.items()}
     images = {group: count for _, part in parts for group, count in part.items()}
     return [ends[key] for key in sorted(ends)], sum(images.values())

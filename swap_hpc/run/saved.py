@@ -1,4 +1,4 @@
-"""What is made of a run's saved weights without training: the average of any of its groups, and evaluations."""
+"""Averages and evaluations of the weights that a run has saved, without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import nn
 
 from swap_hpc.average.agreement import check_equal
-from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe, recipe_of
+from swap_hpc.recipe.phase import refinement_of
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.checkpoint import model_state, sum_of
 from swap_hpc.run.prepare import prepare
@@ -26,30 +26,42 @@ from swap_hpc.run.weights import (
     save_model,
 )
 from swap_hpc.train.evaluation import evaluate_job
-from swap_hpc.train.events import Evaluation, part_name
+from swap_hpc.train.events import Evaluation
 from swap_hpc.train.job import Job
 from swap_hpc.train.models import fill_
 
 
 class Result(NamedTuple):
+    """A model that was averaged or evaluated."""
+
     file: Path
     test: Evaluation
     weights_sha256: str
-    notes: tuple[str, ...] = ()  # what a person should know of the data
+    notes: tuple[str, ...] = ()  # what a person should know about the data
 
 
 def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: Team) -> Result:
-    """Averages the weights that groups of a run ended with (None: all) and refreshes batch norm, on any number of ranks.
+    """Average the weights that groups of a run ended with, and refresh batch norm.
 
-    Writes the model into the run's folder. With all groups it is the one that `train` ends with. Raises UserError, on all
-    ranks, for what is no run's folder, and for groups that the run does not have or that did not end.
+    The average of all groups is the model that `train` ends with. Any number of ranks can do it.
+
+    Args:
+        run: the run's folder; the model is written into it.
+        groups: the groups to average; None: all.
+        data: where the data are; None: where the recipe says.
+        world: all ranks.
+
+    Raises:
+        UserError: on all ranks, the folder is no run's, the run does not have such a group, or the
+            refinement of one has not ended.
     """
     recipe = world.agree(lambda: recipe_in(run, data))
     chosen = world.agree(lambda: _chosen(run, recipe, groups))
     job, model = prepare_saved(recipe, world)
-    world.agree(lambda: _check_data(run / f"{part_name(chosen[0])}.safetensors", job))
+    world.agree(lambda: _check_data(_file(run, chosen[0]), job))
     total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
-    _average_(model, total, job, world, world)
+    average_weights_(model, world, total)
+    job.refresh_batchnorm_(model, world)
     digest = check_equal(model, world)
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
@@ -58,57 +70,66 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
 
 
 def evaluate(file: Path, data: Path | None, world: Team) -> Result:
-    """The test loss and accuracy of any .safetensors file that a run leaves, on any number of ranks.
+    """Evaluate the model in any .safetensors file that a run leaves.
 
-    Of a checkpoint, its model as it stands (of batch-norm statistics that differ between ranks, their mean); of a group's sum over
-    cycles, their average, batch norm refreshed. Raises UserError, on all ranks, also where the data at hand have other classes
-    than those that the model was trained on.
+    In a checkpoint it is the model as it stands, with the mean of batch-norm statistics that differ
+    between ranks. In a group's sum over cycles it is their average, its batch norm refreshed.
+
+    Args:
+        file: the file.
+        data: where the data are; None: where the recipe says.
+        world: all ranks.
+
+    Raises:
+        UserError: on all ranks, the file cannot be read, or the model was trained on other classes.
     """
     tensors, header = world.agree(lambda: _read(file))
-    recipe = world.agree(
-        lambda: (
-            recipe_of(header["recipe"], str(file), data)
-            if "recipe" in header
-            else recipe_in(file.parent, data)
-        )
-    )
+    recipe = world.agree(lambda: _recipe_beside(file, header, data))
     job, model = prepare_saved(recipe, world)
     notes = world.agree(lambda: _checked_classes(file, header, job))
     if "count" in header:
-        _average_(model, sum_of(tensors, int(header["count"])), job, Team.alone(), world)
+        average_weights_(model, Team.alone(), sum_of(tensors, int(header["count"])))
+        job.refresh_batchnorm_(model, world)
     else:
         state = model_state(tensors, header) if "checkpoint" in header else tensors
         world.agree(lambda: fill_(model, state, str(file)))
-    return Result(
-        file,
-        evaluate_job(model, job, world),
-        check_equal(model, world),
-        (*job.dataset.notes, *notes),
-    )
+    test, digest = evaluate_job(model, job, world), check_equal(model, world)
+    return Result(file, test, digest, (*job.dataset.notes, *notes))
+
+
+def _file(run: Path, group: int, what: str = "") -> Path:
+    return run / f"{refinement_of(group).name}{what}.safetensors"
+
+
+def _recipe_beside(file: Path, header: dict[str, str], data: Path | None) -> Recipe:
+    """Return the recipe in a file, or in the run's folder that the file lies in."""
+    if "recipe" in header:
+        return recipe_of(header["recipe"], str(file), data)
+    return recipe_in(file.parent, data)
 
 
 def _check_data(file: Path, job: Job) -> None:
-    """Raises UserError where the data at hand are not those that a run was trained on."""
+    """Raise UserError where a file was not trained on the data at hand."""
     header = read_header(file)
-    if "data" in header and (
-        how := Identity.from_json(header["data"]).differ(job.identity, ["train"])
-    ):
-        raise UserError(
-            f"{file} was trained on other data ({how}): --data DIR with those of the run"
-        )
+    if "data" not in header:
+        return
+    if how := Identity.from_json(header["data"]).differ(job.identity, ["train"]):
+        raise _other_data(file, how)
 
 
 def _checked_classes(file: Path, header: dict[str, str], job: Job) -> tuple[str, ...]:
-    """A note where the test samples are others. Raises UserError where the classes are."""
+    """Return a note where the test samples are others. Raise UserError where the classes are."""
     if "data" not in header:
         return ()
     trained_on = Identity.from_json(header["data"])
     if how := trained_on.classes_differ(job.identity):
-        raise UserError(
-            f"{file} was trained on other data ({how}): --data DIR with those of the run"
-        )
+        raise _other_data(file, how)
     how = trained_on.differ(job.identity, ["test"])
     return (f"note: not the test samples of the run ({how})",) if how else ()
+
+
+def _other_data(file: Path, how: str) -> UserError:
+    return UserError(f"{file} was trained on other data ({how}): --data DIR with those of the run")
 
 
 def _read(file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -119,6 +140,7 @@ def _read(file: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def recipe_in(run: Path, data: Path | None) -> Recipe:
+    """Return the recipe in a run's folder. Raise UserError where there is none."""
     file = run / "recipe.toml"
     if not file.is_file():
         raise UserError(f"{run} is not a run's folder: there is no recipe.toml in it")
@@ -126,56 +148,44 @@ def recipe_in(run: Path, data: Path | None) -> Recipe:
 
 
 def prepare_saved(recipe: Recipe, world: Team) -> tuple[Job, nn.Module]:
-    """A job, and its model, whose weights are still to be filled in."""
+    """Return a job, and its model, whose weights are still to be filled in."""
+    without_weights = recipe.model.model_copy(update={"weights": None})
     with node_of(world) as node:
-        return prepare(
-            recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})}),
-            world,
-            node,
-        )
+        return prepare(recipe.model_copy(update={"model": without_weights}), world, node)
 
 
 def _chosen(run: Path, recipe: Recipe, groups: Sequence[int] | None) -> list[int]:
+    """Return the groups to average, in order. Raise UserError where one is not there."""
     if recipe.refine.epochs == 0:
         raise UserError(f"{run} holds a run without refinement: there is nothing to average")
-    chosen = sorted(set(groups)) if groups is not None else list(range(recipe.groups))
-    unknown = [group for group in chosen if not 0 <= group < recipe.groups]
-    if unknown:
-        raise UserError(
-            f"--groups {','.join(map(str, chosen))}: the run has groups 0 to {recipe.groups - 1}"
-        )
-    ended = [
-        group
-        for group in range(recipe.groups)
-        if (run / f"{part_name(group)}.safetensors").is_file()
-    ]
+    everyone = range(recipe.groups)
+    chosen = sorted(set(everyone if groups is None else groups))
+    if any(group not in everyone for group in chosen):
+        asked = ",".join(map(str, chosen))
+        raise UserError(f"--groups {asked}: the run has groups 0 to {recipe.groups - 1}")
+    ended = [group for group in everyone if _file(run, group).is_file()]
     missing = [group for group in chosen if group not in ended]
     if missing:
-        mend = (
-            f"--groups {','.join(map(str, ended))} averages those that have"
-            if ended
-            else "start train again"
-        )
+        names = ", ".join(map(str, missing))
+        there = ",".join(map(str, ended))
+        hint = f"--groups {there} averages those that have" if ended else "start train again"
         raise UserError(
-            f"{run}: no weights of group {', '.join(map(str, missing))}, whose refinement has not ended: {mend}"
+            f"{run}: no weights of group {names}, whose refinement has not ended: {hint}"
         )
     return chosen
 
 
 def _sum(groups: Sequence[int], run: Path, recipe: Recipe, model: nn.Module) -> WeightSum:
-    """What groups contribute to the average: their weights at the ends of all their cycles. Changes `model`."""
+    """Return what groups contribute to the average: the weights at the ends of all their cycles.
+
+    `model` is changed.
+    """
     total = WeightSum()
     for group in groups:
         if recipe.refine.cycles > 1:
-            tensors, header = _read(run / f"{part_name(group)}-cycles.safetensors")
+            tensors, header = _read(_file(run, group, "-cycles"))
             total.merge_(sum_of(tensors, int(header["count"])))
         else:
-            load_weights_(model, run / f"{part_name(group)}.safetensors")
+            load_weights_(model, _file(run, group))
             total.add_(model)
     return total
-
-
-def _average_(model: nn.Module, total: WeightSum, job: Job, peers: Team, world: Team) -> None:
-    average_weights_(model, peers, total)
-    with job.autocast():
-        refresh_batchnorm_(model, job.batchnorm_batches(world), world)

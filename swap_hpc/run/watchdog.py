@@ -84,8 +84,10 @@ class _Watchdog:
                 os._exit(3)  # nobody is left to tell, and no MPI to end the others, who see it, too
             if not self.limit:
                 continue
-            waits = self.control.waits  # before the beats, which are counted on before a wait ends
-            if own.see((self.control.beats, waits), passed) > self.limit and not waits:
+            waits = (
+                self.control.is_waiting
+            )  # before the beats, which are counted on before a wait ends
+            if own.see((self.control.heartbeats, waits), passed) > self.limit and not waits:
                 _end(
                     f"no progress for {self.limit:.3g} s after {self.control.where}: this rank, or one that it waits for, hangs"
                 )

@@ -40,7 +40,7 @@ def save_sum(total: WeightSum, path: Path, header: Mapping[str, str], team: Team
 
 def save_snapshot(point: SavePoint, folder: Path, header: Mapping[str, str], team: Team) -> None:
     """Writes the model as it is at an epoch's end, once, its part of the run and the epoch in the name. Raises RunError on all."""
-    path = folder / f"{point.name}-{point.epoch:05d}.safetensors"
+    path = folder / f"{point.part.name}-{point.at.epoch:05d}.safetensors"
     team.first(lambda: write_tensors(path, point.weights | point.buffers, header))
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from swap_hpc.errors import Diverged, RunError, Stopped, UserError
 from swap_hpc.recipe.loading import differing_fields, load_recipe, one_line, read_toml
-from swap_hpc.recipe.schema import Recipe, on_disk
-from swap_hpc.run.part import check_ranks
+from swap_hpc.recipe.schema import Count, Recipe, Section, on_disk
+from swap_hpc.run.checks import check_ranks
 
 SHIPPED = Path(__file__).parent
 
@@ -31,19 +31,12 @@ Model = Literal[
 ]  # whose figure a row shows: keys of `result.json`
 
 
-Count = Annotated[int, Field(ge=1)]
-
-
 Argument = Annotated[
     str, AfterValidator(on_disk)
 ]  # as the command line would give it, in any locale
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Run(_Section):
+class Run(Section, populate_by_name=True):
     """What is trained, once per seed."""
 
     recipe: Argument | None = None  # else the study's
@@ -60,7 +53,7 @@ class Run(_Section):
     ] = ()  # of the search's trials alone
 
 
-class Row(_Section):
+class Row(Section):
     """A line of the table."""
 
     method: str
@@ -68,14 +61,14 @@ class Row(_Section):
     model: Model = "averaged"
 
 
-class Search(_Section):
+class Search(Section, populate_by_name=True):
     """How the rates are chosen: trials on other seeds, evaluated on samples that the reported runs train on."""
 
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     overrides: Annotated[tuple[Argument, ...], Field(alias="set")] = ()
 
 
-class Study(_Section):
+class Study(Section, populate_by_name=True):
     title: str
     recipe: Argument
     ranks: Count

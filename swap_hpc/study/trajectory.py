@@ -11,11 +11,11 @@ import torch
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run.folder import load_result
 from swap_hpc.run.saved import prepare_saved, recipe_in
 from swap_hpc.study import figures
 from swap_hpc.study.planes import gradient, seen_as_tests, shared_out, vector_of
-from swap_hpc.train.events import part_name
 
 
 def trajectory(
@@ -88,7 +88,7 @@ def _phase_1(run: Path) -> int:
 def _between_groups(
     snapshots: list[tuple[str, int, Path]], model: torch.nn.Module
 ) -> list[dict[str, Any]]:
-    refined = [each for each in snapshots if each[0] != part_name(None)]
+    refined = [each for each in snapshots if each[0] != PHASE_1.name]
     distances = []
     for epoch in sorted({epoch for _, epoch, _ in refined}):
         there = [(part, vector_of(file, model)) for part, at, file in refined if at == epoch]

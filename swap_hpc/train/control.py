@@ -1,4 +1,4 @@
-"""What a run is asked from outside, and how far it has come: plain fields, for signal handlers and other threads to touch."""
+"""State that a rank's training loop, signal handlers and watchdog share."""
 
 import signal
 from collections.abc import Iterator
@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from time import monotonic
 from types import FrameType
 
+from swap_hpc.recipe.schema import Checkpoint
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_stops() -> None:
-    """Keeps a process that has ended its work from being ended by a signal that asks for a stop, and its code with it.
+    """Ignore signals that ask for a stop, in a process that has finished its work.
 
-    Python gives up its handlers before it unloads torch; srun sends SIGTERM to ranks that are slower to leave than the first.
+    The process would otherwise be ended by one, with the exit code of the signal: Python removes
+    its handlers before it unloads torch, and srun sends SIGTERM to ranks that leave later than the
+    first.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -21,37 +25,54 @@ def ignore_stops() -> None:
 
 @dataclass
 class Control:
-    """Of one rank. Training asks it at step boundaries and tells it of every step; it never acts by itself."""
+    """What one rank is asked from outside, and how far it has come.
+
+    Plain fields, which signal handlers and other threads can touch. Training asks it at step
+    boundaries and sends it a heartbeat with every step; it never acts by itself.
+    """
 
     save_seconds: float = float("inf")  # between saves inside an epoch, at most
     min_seconds: float = 0.0  # between saves that the recipe asks for, at least
     stop: bool = False  # a signal asked for it
     saved_at: float = field(default_factory=monotonic)
-    beats: int = 0  # grows with every step, batch and file: a rank whose number stands still hangs
-    where: str = "the start"  # of the last beat
-    waits: bool = False  # for other groups: then it is not this rank that hangs
+    heartbeats: int = 0  # grows with every step, batch and file while this rank makes progress
+    where: str = "the start"  # the place of the last heartbeat
+    is_waiting: bool = False  # for other groups: if there is no progress, the fault is not here
+
+    def save_as(self, settings: Checkpoint) -> None:
+        """Take the times between saves from a recipe."""
+        self.save_seconds = settings.minutes * 60 or float("inf")
+        self.min_seconds = settings.min_seconds
 
     def due(self, wanted: bool = False) -> bool:
-        """Whether this rank wants a save at the next step boundary. `wanted`: the recipe asks for one there."""
+        """Tell whether this rank wants a save at the next step boundary.
+
+        Args:
+            wanted: the recipe asks for a save there.
+        """
         since = monotonic() - self.saved_at
         return self.stop or since >= self.save_seconds or (wanted and since >= self.min_seconds)
 
-    def beat(self, where: str) -> None:
+    def heartbeat(self, where: str) -> None:
+        """Note that this rank makes progress, and where."""
         self.where = where
-        self.beats += 1
+        self.heartbeats += 1
 
     def saved(self) -> None:
+        """Note that a save was written."""
         self.saved_at = monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self.waits = True
+        """Wait for other groups: the watchdog does not count the time."""
+        self.is_waiting = True
         yield
-        self.beats += 1  # first: the watchdog must not take the wait for a standstill
-        self.waits = False
+        # first the heartbeat: the watchdog must not take the wait for a standstill
+        self.heartbeats += 1
+        self.is_waiting = False
 
     def listen(self) -> None:
-        """Lets SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop, and a second SIGINT interrupt at once."""
+        """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask for a stop; a second SIGINT interrupts."""
         for number in STOPPING:
             signal.signal(number, self._asked)
 

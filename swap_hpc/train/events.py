@@ -1,14 +1,14 @@
-"""What training yields: `Epoch`s to tell of, and `SavePoint`s to go on from."""
+"""What training yields: epochs to report, save points to resume from, and the ends of phases."""
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.parallel.devices import Memory
-
-PhaseName = Literal["large_batch", "refine"]
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Part
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of a phase, as all ranks of its team see it."""
+    """One epoch of a part of the run. Its numbers are the same on all ranks of the part's team."""
 
-    phase: PhaseName
-    group: int | None
+    part: Part
     cycle: int  # from 1
-    epoch: int  # from 1, since the phase began
+    epoch: int  # from 1, since the phase began, over all its cycles
     learning_rate: float  # at the epoch's end
-    train: Evaluation  # running: of augmented batches, each before its step
+    train: Evaluation  # running means over augmented batches, each taken before its step
     test: Evaluation | None  # None where `evaluate.every` skips it
-    images: int  # the team's
-    train_seconds: float  # data loading in; the slowest rank's
+    images: int  # trained on by the whole team
+    train_seconds: float  # of the slowest rank, with data loading
     evaluate_seconds: float
-    peak_memory: Memory  # the most that any rank's process has had since it began
+    peak_memory: Memory  # the largest of any rank's process since it began
     ends_cycle: bool
 
 
@@ -41,70 +40,137 @@ class Epoch:
 class Running:
     """One rank's sums over the steps of an epoch so far."""
 
-    loss: float = 0.0  # over samples
-    correct: float = 0  # the sum of the scores: whole numbers, where they are hits
+    loss: float = 0.0  # summed over samples
+    correct: float = 0  # sum of the scores: a whole number where they are hits
     samples: int = 0
     seconds: float = 0.0  # of training
 
-    def to(self, loss: float, correct: float, samples: int) -> "Running":
-        """These sums and one more step's. Added up step by step, so that they do not depend on when somebody looked."""
+    def plus(self, loss: float, correct: float, samples: int) -> "Running":
+        """Return these sums with those of one more step.
+
+        Steps are added one by one, so that the sums do not depend on when they are checked.
+        """
         return Running(
             self.loss + loss, self.correct + correct, self.samples + samples, self.seconds
         )
 
 
+class Position(NamedTuple):
+    """A step boundary of a phase. Positions are ordered as training passes them."""
+
+    epoch: int  # whole epochs done since the phase began, over all its cycles
+    step: int  # steps done of the next epoch
+
+
 @dataclass(frozen=True)
 class SavePoint:
-    """A step boundary, and all that a phase goes on from there, to the bit. Its tensors are the live ones: save them at once."""
+    """A step boundary, and all that a part of the run needs to resume there, to the bit.
 
-    phase: PhaseName
-    group: int | None
-    epoch: int  # whole epochs done since the phase began, over all its cycles
-    step: int  # steps done of the next one
-    ended: bool  # the phase is over
-    due: bool  # to be saved; else it only says where the phase stands
-    weights: dict[str, Tensor]  # of the state dict, alike on all ranks of the team
-    buffers: dict[
-        str, Tensor
-    ]  # of the state dict, and extra states; this rank's own: batch norm has seen its share of the batches
-    momentum: dict[str, Tensor]  # by parameter, where it has been stepped
-    cycles: WeightSum = field(
-        default_factory=WeightSum
-    )  # the weights at the ends of the cycles so far
-    running: Running = field(default_factory=Running)  # of the epoch begun, this rank's
-    means: tuple[
-        str, ...
-    ] = ()  # the buffers of which another number of ranks goes on from the mean; of others, from the first rank's
+    Its tensors are the live ones of the model and the optimizer: save them at once.
+    """
+
+    part: Part
+    at: Position
+    ended: bool  # the part is over
+    due: bool  # to be saved; otherwise the point only says where the part stands
+    weights: dict[str, Tensor]  # from the state dict; the same on all ranks of the team
+    buffers: dict[str, Tensor]  # from the state dict, with extra states; this rank's own
+    training: dict[str, Any]  # the state of the optimizer: a tree, see `train.state`
+    cycles: WeightSum = field(default_factory=WeightSum)  # weights at the ends of cycles so far
+    running: Running = field(default_factory=Running)  # this rank's, of the epoch begun
+    # The buffers whose mean over the ranks another number of ranks resumes from; it takes the
+    # first rank's for all other buffers.
+    means: tuple[str, ...] = ()
+
+
+class Saves(Protocol):
+    """Where the parts of a run resume from."""
 
     @property
-    def name(self) -> str:
-        return part_name(self.group)
+    def synced(self) -> int:
+        """The number of sync points of the groups that are over."""
+
+    def load(self, part: Part, team: Team) -> SavePoint | None:
+        """Return the save point that a part resumes from, None where it begins anew.
+
+        Collective over `team`.
+        """
+
+
+class NoSaves:
+    """A run from its beginning."""
+
+    synced = 0
+
+    def load(self, part: Part, team: Team) -> SavePoint | None:
+        return None
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where in the refinement the groups' weights are averaged."""
+class SyncPoint:
+    """A step of the refinement at which the groups' weights are averaged."""
 
     step: int  # steps done since the refinement began
-    epoch: int  # whole epochs done
-    then: Literal[
-        "go_on", "look", "end"
-    ]  # go on from the average; look at the average, go on alone; end
-    saves: bool = False  # the groups' save is due, where they go on from the average
+    epoch: int  # whole epochs done since then
+    # "evaluate" the average while the groups go on from their own weights; "continue" from the
+    # average (post-local SGD); or "end" the refinement
+    then: Literal["evaluate", "continue", "end"]
+    saves: bool = False  # where groups continue from the average: their save is due
 
 
 @dataclass(frozen=True)
-class Done:
-    """A part of the run is done: its name, and the model as it left it."""
+class LargeBatchEnded:
+    """Phase 1 is over."""
 
-    what: str  # "large_batch", "group-000" ..., "refine" (all of this rank's groups), "average", "go_on", "batchnorm"
     model: nn.Module
-    meeting: Meeting | None = None  # of the refinement
 
 
-Event: TypeAlias = Epoch | SavePoint | Done
+@dataclass(frozen=True)
+class GroupArrived:
+    """A group's copy has reached a sync point."""
+
+    part: Part
+    model: nn.Module
+    sync: SyncPoint
 
 
-def part_name(group: int | None) -> str:
-    """What files call a part of the run: phase 1 (None), or a group's refinement."""
-    return "large_batch" if group is None else f"group-{group:03d}"
+@dataclass(frozen=True)
+class GroupsArrived:
+    """All groups of this rank have reached a sync point."""
+
+    sync: SyncPoint
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The model holds the average of the groups' weights; its batch norm is still one group's."""
+
+    model: nn.Module
+    sync: SyncPoint
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The groups of this rank hold the average and go on from it."""
+
+    sync: SyncPoint
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """The averaged model has batch-norm statistics of its own."""
+
+    model: nn.Module
+    sync: SyncPoint
+
+
+Event: TypeAlias = (
+    Epoch
+    | SavePoint
+    | LargeBatchEnded
+    | GroupArrived
+    | GroupsArrived
+    | Averaged
+    | Continued
+    | Refreshed
+)

@@ -1,4 +1,4 @@
-"""What all phases of a run share: the recipe, the data set, the device, and what a run is asked from outside."""
+"""`Job`: what all phases of a run share, and the batches that they take."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,28 +8,25 @@ from itertools import chain, cycle, groupby, islice
 import torch
 from torch import Tensor, nn
 
+from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.state import state_of
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.loader import View
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import EVALUATION, Key
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import assign_
+from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
 from swap_hpc.train import models
 from swap_hpc.train.control import Control
-from swap_hpc.train.events import Meeting, SavePoint
+from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
 
-Batch = tuple[
-    Tensor, Tensor
-]  # images (n, C, H, W) float32, labels (n,) int64; of a user's own data, inputs and targets (n, ...)
-
-
-def _nothing_saved(part: str, team: Team) -> SavePoint | None:
-    return None
+# images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets (n, ...)
+Batch = tuple[Tensor, Tensor]
 
 
 def _square(pixels: int | None) -> tuple[int, int] | None:
@@ -38,33 +35,40 @@ def _square(pixels: int | None) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Job:
+    """What the phases of a run share.
+
+    Attributes:
+        recipe: what to run.
+        dataset: the data.
+        device: this rank's.
+        control: what this rank is asked from outside, and its heartbeat.
+        make: builds the model, where the recipe does not name it; every call builds it alike.
+    """
+
     recipe: Recipe
     dataset: Dataset
     device: Device
     control: Control = field(default_factory=Control)
-    load: Callable[[str, Team], SavePoint | None] = (
-        _nothing_saved  # where a part of the run goes on from; collective over its team
-    )
-    met: int = 0  # meetings of the groups that are over
-    make: Callable[[], nn.Module] | None = (
-        None  # the model, where the recipe does not name it; alike at every call
-    )
-    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(
-        default_factory=dict, init=False
-    )  # endless; by rank and size of a team
+    make: Callable[[], nn.Module] | None = None
+    # endless streams of test batches, by rank and size of the team
+    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)
 
     @cached_property
     def identity(self) -> Identity:
-        """What the data are known by."""
+        """What tells the data apart from other data."""
         return Identity.of(self.dataset)
 
     @property
     def header(self) -> dict[str, str]:
-        """What stands in every file of weights: the recipe as TOML, and the data's identity as JSON."""
+        """The header of every file of weights: the recipe as TOML, the data's identity as JSON."""
         return {"recipe": self.recipe.to_toml(), "data": self.identity.to_json()}
 
     def build(self) -> nn.Module:
-        """The recipe's model as its builder makes it, in training mode, on this rank's device. Raises UserError."""
+        """Build the recipe's model, in training mode, on this rank's device.
+
+        Raises:
+            UserError: the model cannot be built.
+        """
         if self.make:
             built = self.make()
         else:
@@ -78,139 +82,159 @@ class Job:
         return built.to(memory_format=torch.channels_last) if self.recipe.channels_last else built
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """A model built as `model` was, with its weights, buffers and extra states.
+        """Build a model like `model`, and give it the weights, buffers and extra states of `model`.
 
-        Unlike a deep copy it has the hooks that the builder registers, on its own parameters, and needs no module that
-        can be copied. Raises UserError where the state dict does not fit what the builder makes.
+        Unlike a deep copy it has the hooks that the builder registers, on its own parameters, and
+        it works for modules that cannot be copied.
+
+        Raises:
+            UserError: the state dict does not fit what the builder makes.
         """
         copy = self.build()
         models.fill_(copy, state_of(model), "that the state dict holds")
         theirs = dict(chain(model.named_parameters(), model.named_buffers()))
         for name, tensor in chain(copy.named_parameters(), copy.named_buffers()):
-            if name in theirs:  # also what the state dict leaves out
+            if name in theirs:
+                # also what the state dict leaves out
                 assign_(tensor, theirs[name].detach())
         return copy
 
     @cached_property
     def objective(self) -> Objective:
-        """Raises UserError where the recipe's cannot be imported."""
+        """The loss and the score of the recipe.
+
+        Raises:
+            UserError: they cannot be imported.
+        """
         return objective(self.recipe, len(self.dataset.classes))
 
-    def steps(self, phase: LargeBatch | Refine) -> int:
-        """Of an epoch."""
-        return len(self.dataset.train) // phase.batch_size
+    def settings(self, part: Part) -> LargeBatch | Refine:
+        """Return the section of the recipe that a part of the run is trained by."""
+        if part.phase is Phase.LARGE_BATCH:
+            return self.recipe.large_batch
+        return self.recipe.refine
+
+    def steps(self, settings: LargeBatch | Refine) -> int:
+        """Return the steps per epoch of a phase; the last partial batch is dropped."""
+        return len(self.dataset.train) // settings.batch_size
 
     @property
-    def meetings(self) -> list[Meeting]:
-        """Of the groups, to be averaged: at the refinement's end, and before it where the recipe asks for it."""
-        refine, steps, saves = (
-            self.recipe.refine,
-            self.steps(self.recipe.refine),
-            self.recipe.checkpoint.epochs,
-        )
-        last = refine.epochs * refine.cycles
-        looks = (
-            range(refine.evaluate_average, last, refine.evaluate_average)
-            if refine.evaluate_average
-            else ()
-        )
-        every = refine.average_every_steps or steps * last
+    def sync_points(self) -> list[SyncPoint]:
+        """The steps of the refinement at which the groups' weights are averaged.
 
-        def saves_at(step: int) -> bool:  # the first one after an epoch at whose end a save is due
-            return saves > 0 and step // (steps * saves) > (step - every) // (steps * saves)
+        The last one is the end of the refinement; a recipe may ask for others before it.
+        """
+        refine = self.recipe.refine
+        steps, last = self.steps(refine), refine.epochs * refine.cycles
+        end = SyncPoint(steps * last, last, "end")
+        if every := refine.evaluate_average:
+            epochs = range(every, last, every)
+            return [*(SyncPoint(epoch * steps, epoch, "evaluate") for epoch in epochs), end]
+        if every := refine.average_every_steps or 0:
+            return [
+                *(
+                    SyncPoint(step, step // steps, "continue", self._saves_at(step, every))
+                    for step in range(every, end.step, every)
+                ),
+                end,
+            ]
+        return [end]
 
-        return [
-            *(Meeting(epoch * steps, epoch, "look") for epoch in looks),
-            *(
-                Meeting(step, step // steps, "go_on", saves_at(step))
-                for step in range(every, steps * last, every)
-            ),
-            Meeting(steps * last, last, "end"),
-        ]
+    def _saves_at(self, step: int, every: int) -> bool:
+        """Tell whether the groups save at a sync point.
+
+        They do at the first one after an epoch at whose end a save is due.
+        """
+        steps = self.steps(self.recipe.refine) * self.recipe.checkpoint.epochs
+        return steps > 0 and step // steps > (step - every) // steps
 
     def training_batches(
-        self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
+        self, settings: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
     ) -> Iterator[Batch]:
-        """This rank's share of every step of a phase from a step of an epoch on (both from 0), in one stream per image size."""
+        """Yield this rank's share of every step of a phase, from a step of an epoch on.
+
+        Args:
+            settings: the section of the recipe.
+            key: of the random draws.
+            team: the ranks that share a batch.
+            epoch: where to begin, from 0.
+            step: the step of that epoch, from 0.
+        """
         before = self.recipe.large_batch.epochs if key.phase is Phase.REFINE else 0
-        for pixels, same in groupby(
-            range(epoch, phase.epochs * phase.cycles),
-            lambda each: self.recipe.data.size_at(before + each),
-        ):
+        last = settings.epochs * settings.cycles
+        share = settings.batch_size // team.size
+
+        def size_at(each: int) -> int | None:
+            return self.recipe.data.size_at(before + each)
+
+        # one stream for each image size
+        for pixels, same in groupby(range(epoch, last), size_at):
             epochs = list(same)
             span = range(epochs[0], epochs[-1] + 1)
-            first = step if span.start == epoch else 0
             picks = sampling.training_picks(
-                key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, first
+                key,
+                len(self.dataset.train),
+                settings.batch_size,
+                team.rank,
+                team.size,
+                span,
+                step if span.start == epoch else 0,
             )
             view = View(self.recipe.augment, _square(pixels))
-            yield from loader.batches(
-                self.dataset,
-                self.dataset.train,
-                picks,
-                view,
-                phase.batch_size // team.size,
-                self.device,
-            )
+            train = self.dataset.train
+            yield from loader.batches(self.dataset, train, picks, view, share, self.device)
 
     def test_batches(self, team: Team) -> Iterator[Batch]:
-        """This rank's share of the test samples, each of which the team sees once.
+        """Yield this rank's share of the test samples, each of which the team sees once.
 
-        The pipeline is kept for the next evaluation: building one each time would take time, and leave memory in pieces.
+        The pipeline is kept for the next evaluation: building it takes time, and building it again
+        and again leaves memory in pieces.
         """
         size, place = self.recipe.evaluate.batch_size, (team.rank, team.size)
-        picks = list(sampling.evaluation_picks(len(self.dataset.test), size, *place))
-        view = View(
-            None, _square(self.recipe.data.evaluation_size), self.recipe.data.evaluation_crop
-        )
-        keeps = not isinstance(self.dataset.test, Batches) or isinstance(self.dataset.test, Graph)
-        stream = self._evaluations.pop(place, None)  # an evaluation that is broken off leaves none
-        if (
-            stream is None
-        ):  # a user's function is asked anew each time, for what it may hold in a list
-            stream = loader.batches(
-                self.dataset,
-                self.dataset.test,
-                cycle(picks) if keeps else iter(picks),
-                view,
-                size,
-                self.device,
-            )
+        test, data = self.dataset.test, self.recipe.data
+        picks = list(sampling.evaluation_picks(len(test), size, *place))
+        view = View(None, _square(data.evaluation_size), data.evaluation_crop)
+        # A user's function is called anew each time: it may hold its batches in a list.
+        keeps = not isinstance(test, Batches) or isinstance(test, Graph)
+        stream = self._evaluations.pop(place, None)  # none after an evaluation that broke off
+        if stream is None:
+            endless = cycle(picks) if keeps else iter(picks)
+            stream = loader.batches(self.dataset, test, endless, view, size, self.device)
+        key = Key(self.recipe.seed, EVALUATION)
         for number, batch in enumerate(islice(stream, len(picks)) if keeps else stream):
-            self.control.beat("an evaluation")
-            seed_all(
-                Key(self.recipe.seed, Phase.EVALUATION).torch_seed(
-                    team.rank + number * team.size, 0
-                )
-            )
+            self.control.heartbeat("an evaluation")
+            seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield batch
         if keeps:
             self._evaluations[place] = stream
 
     def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
-        """This rank's share of the images that batch norm is re-estimated on; none after a stop was asked for."""
-        size, samples = self.recipe.batchnorm.batch_size, len(self.dataset.train)
+        """Yield this rank's share of the images from which batch norm is re-estimated.
+
+        It ends early where this rank is asked to stop.
+        """
+        train, settings = self.dataset.train, self.recipe.batchnorm
+        use = settings.samples or len(train)
         picks = sampling.batchnorm_picks(
-            self.recipe.seed,
-            samples,
-            self.recipe.batchnorm.samples or samples,
-            size,
-            team.rank,
-            team.size,
+            self.recipe.seed, len(train), use, settings.batch_size, team.rank, team.size
         )
-        batches = loader.batches(
-            self.dataset, self.dataset.train, picks, View(self.recipe.augment), size, self.device
-        )
+        view = View(self.recipe.augment)
+        batches = loader.batches(self.dataset, train, picks, view, settings.batch_size, self.device)
+        key = Key(self.recipe.seed, Phase.AVERAGE)
         for number, (images, _) in enumerate(batches):
-            self.control.beat("the batch-norm refresh")
+            self.control.heartbeat("the batch-norm refresh")
             if self.control.stop:
                 return
-            seed_all(
-                Key(self.recipe.seed, Phase.BATCHNORM).torch_seed(team.rank + number * team.size, 0)
-            )
+            seed_all(key.torch_seed(team.rank + number * team.size, 0))
             yield images
 
+    def refresh_batchnorm_(self, model: nn.Module, team: Team) -> None:
+        """Re-estimate the batch-norm statistics of `model`, as the recipe says; collective."""
+        with self.autocast():
+            refresh_batchnorm_(model, self.batchnorm_batches(team), team)
+
     def autocast(self) -> torch.autocast:
+        """Return the context of forward passes: bfloat16 where the recipe asks for it."""
         return torch.autocast(
             self.device.torch.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"
         )

@@ -170,6 +170,6 @@ def test_what_cannot_be_installed_gets_one_line(bundle: Path, tmp_path: Path) ->
     again = run(ROOT / "swap_hpc" / "install" / "bundle.sh", bundle, seconds=30)
     assert (
         again.returncode == 1
-        and f"{bundle} is there already: remove it, or name another folder" in again.stderr
+        and f"{bundle} exists already: remove it, or name another folder" in again.stderr
     )
     assert not (tmp_path / "env").exists()

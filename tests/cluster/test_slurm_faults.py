@@ -229,7 +229,7 @@ def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(
     (ended,) = cluster.wait(job, 120)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
     assert (
-        "swap: stopped with code 75, and not restarted again after 0 restarts (SWAP_RESTARTS): submit the same command"
+        "swap: stopped with code 75; SWAP_RESTARTS=0 allows no further restart: submit the same command"
         in output(ended)
     )
 
@@ -285,7 +285,7 @@ def test_a_run_that_fails_is_not_tried_for_ever(cluster: Cluster, home: Path) ->
     )
     assert (
         said.count(
-            "swap: stopped with code 3, and not tried again after 1 times (SWAP_RETRIES): see above why"
+            "swap: stopped with code 3; SWAP_RETRIES=1 allows no further retry: see the reason above"
         )
         == 1
     )

@@ -1,4 +1,4 @@
-"""The README's table of exit codes: the columns of srun, for this environment's MPI, in one job that starts one step after the other."""
+"""The table of exit codes: the columns of srun, for this environment's MPI, in one job that starts one step after the other."""
 
 from pathlib import Path
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from swap_hpc import __main__ as cli
 from swap_hpc import swap
-from swap_hpc.run import consumer
+from swap_hpc.run import loop
+from swap_hpc.train.events import GroupsArrived
 
 calls = ctypes.CDLL(None).counted_mpi_calls
 calls.restype = ctypes.c_long
@@ -17,15 +18,15 @@ def watched(*arguments: Any) -> Iterator[swap.Event]:
 
     start = calls()
     for event in swap.swap(*arguments):
-        if isinstance(event, swap.Done) and event.what == "large_batch":
+        if isinstance(event, swap.LargeBatchEnded):
             print("large_batch calls", calls() - start, flush=True)
             yield event  # saved by all ranks together
             start = calls()
         else:
-            if isinstance(event, swap.Done) and event.what == "refine":
+            if isinstance(event, GroupsArrived):
                 print("refine calls", calls() - start, "Horovod", hvd.is_initialized(), flush=True)
             yield event
 
 
-consumer.swap = watched  # type: ignore[assignment]
+loop.swap = watched  # type: ignore[assignment]
 cli.main()

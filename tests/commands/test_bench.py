@@ -67,7 +67,7 @@ def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     for arguments, message in (
-        (("bench", "speed"), "no bench 'speed'; there are all, loader, decode"),
+        (("bench", "speed"), "no bench 'speed'; choose one of all, loader, decode"),
         (("bench", "loop"), "no tests/bench/peers.py here: the benches run in a checkout"),
     ):
         done = swap_hpc(*arguments, cwd=tmp_path)

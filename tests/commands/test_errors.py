@@ -90,7 +90,7 @@ CASES: dict[str, tuple[tuple[str, ...], int | None, str]] = {
     "an argument that is no number": (
         ("digits", "--set", "model.width=nan"),
         2,
-        "model: nan is no finite number",
+        "model: nan is not a finite number",
     ),
     "no GPU": (
         ("digits", "--set", "device=cuda"),
@@ -320,7 +320,7 @@ def test_a_file_for_a_folder(tmp_path: Path) -> None:
 
 def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
-        (TESTS.parent / "swap_hpc" / "recipes" / "digits.toml").read_text()
+        (TESTS.parent / "swap_hpc" / "recipe" / "digits.toml").read_text()
         + "\n[evaluate]\nevery = 3\n"
     )
     done = swap_hpc("train", "digits", "--out", tmp_path)

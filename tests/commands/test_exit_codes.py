@@ -1,4 +1,4 @@
-"""The README's table of exit codes: each row of it, made to happen under this environment's mpirun."""
+"""The table of exit codes: each row of it, made to happen under this environment's mpirun."""
 
 import os
 import signal

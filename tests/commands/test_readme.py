@@ -1,4 +1,4 @@
-"""The README by its letters: every command is run by some test, every link leads somewhere, the diff is that of the files."""
+"""The pages: a test runs every command and every block of code, every link leads somewhere."""
 
 import difflib
 import json
@@ -16,84 +16,215 @@ from swap_hpc.data.decode import decode
 from swap_hpc.data.splits import Files
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "LOG.md",
-    *(ROOT / "swap_hpc" / name / "README.md" for name in ("install", "recipes")),
-]
+GUIDE = "swap_hpc/README.md"
+# In the order in which their commands run, one after the other, in one folder.
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        GUIDE,
+        "swap_hpc/data/README.md",
+        "swap_hpc/study/README.md",
+        "slurm/README.md",
+        "docker/README.md",
+        "tests/README.md",
+        "swap_hpc/install/README.md",
+        "swap_hpc/recipe/README.md",
+        "swap_hpc/bench/README.md",
+        "LOG.md",
+    )
+}
+README = PAGES["README.md"]
+DATA = PAGES["swap_hpc/data/README.md"]
+STUDY = PAGES["swap_hpc/study/README.md"]
+MADE_OF_THE_CODE = r"<!-- made by .*?<!-- end of .*?-->"  # tests/unit/test_pages.py compares it
 
-# Lines that another test runs, or whose parts it does, and where
+# Lines that another test runs, or whose parts it runs: the file, and a part of it that shows so.
 ELSEWHERE = {
-    "make run": ".ci/run",
-    "make test": ".ci/run",
-    "swap-hpc train digits": "tests/commands/test_train.py",
-    "mpirun -n 4 swap-hpc train digits": "tests/commands/test_train.py",
-    "sbatch slurm/swap.sbatch digits": "tests/cluster/test_runs.py",
-    "mpirun -n 16 swap-hpc pack DIR SHARDS": "tests/commands/test_imagenet_run.py",
-    "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": "tests/commands/test_imagenet_run.py",
-    "cd tests/examples": "tests/commands/test_examples.py",
-    "mpirun -n 2 swap-hpc train discs.toml": "tests/commands/test_examples.py",
-    "mpirun -n 2 swap-hpc train mine.toml": "tests/commands/test_readme.py",
-    "swap-hpc study cifar10-cpu-table --data DIR": "tests/commands/test_studies.py",  # a small one: this takes hours
-    "make bench": "tests/commands/test_bench.py",  # one of them: all want an idle machine
+    "make run": (".ci/run", "part run"),
+    "make test": (".ci/run", "part test"),
+    'make test ARGS="tests/unit"': ("Makefile", "pytest $(ARGS)"),
+    "make test-gpu": ("Makefile", "pytest tests/gpu"),
+    "make test-slurm": (".ci/run", "part test-slurm"),
+    "make test-image": (".ci/run", "part test-image"),
+    "make test-bundle": (".ci/run", "part test-bundle"),
+    "make test-mpi": (".ci/run", "part test-mpi"),
+    "make setup": ("Makefile", "run: setup"),
+    "make lint": ("Makefile", "$(activate) && $(linters) &&"),
+    "make pages": ("tests/unit/test_pages.py", "with_section"),
+    "make soak": ("tests/commands/test_faults.py", "soak"),
+    "make fuzz": ("tests/parallel/test_fuzz.py", "fuzz"),
+    "make bench": ("tests/commands/test_bench.py", '"bench"'),  # one: all want an idle machine
+    "python -m pytest tests/unit": ("pyproject.toml", '"tests/unit"'),
+    "python -m pytest tests/parallel/test_averaging.py": ("pyproject.toml", '"tests/parallel"'),
+    "swap-hpc train digits": ("tests/commands/test_train.py", "swap-hpc train digits"),
+    "mpirun -n 4 swap-hpc train digits": (
+        "tests/commands/test_train.py",
+        "mpirun -n 4 swap-hpc train digits",
+    ),
+    "mpirun -n 2 swap-hpc train mine.toml": ("tests/commands/test_readme.py", "mine.toml"),
+    "cd tests/examples": ("tests/commands/test_examples.py", "cwd=EXAMPLES"),
+    "mpirun -n 2 swap-hpc train discs.toml": ("tests/commands/test_examples.py", "discs.toml"),
+    "mpirun -n 4 python -m mpi4py swap_loop.py": (
+        "tests/commands/test_examples.py",
+        '"mpi4py", "swap_loop.py"',
+    ),
+    "mpirun -n 16 swap-hpc pack DIR SHARDS": ("tests/commands/test_imagenet_run.py", '"pack"'),
+    "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": (
+        "tests/commands/test_imagenet_run.py",
+        "data.name={kind}",
+    ),
+    # A small study: this one takes hours.
+    "swap-hpc study cifar10-cpu-table --data DIR": ("tests/commands/test_studies.py", '"study"'),
+    "mpirun -n 2 swap-hpc landscape runs/cifar10-cpu-table/swap/seed-0 --data DIR": (
+        "tests/commands/test_figures.py",
+        '"landscape"',
+    ),
+    "swap-hpc report tests/runs/cifar10-cpu tests/runs/cifar10-cpu-table/swap/seed-0": (
+        "tests/commands/test_readme.py",
+        "swap-hpc report tests/runs",
+    ),
+    "sbatch slurm/swap.sbatch digits": ("tests/cluster/test_runs.py", "slurm/swap.sbatch digits"),
+    "sbatch --nodes=4 slurm/swap.sbatch cifar10 --data DIR": (
+        "tests/slurm_jobs.py",
+        '"--nodes=2"',
+    ),
+    "sbatch --nodes=8 --ntasks-per-node=4 --gpus-per-node=4 slurm/swap.sbatch cifar10 --data DIR": (
+        "tests/slurm_jobs.py",
+        '"--ntasks-per-node=2", "--gpus-per-node=2"',
+    ),
+    "SWAP_IMAGE=swap_hpc.sif SWAP_BIND=/data"
+    " sbatch --nodes=4 slurm/swap-apptainer.sbatch cifar10 --data /data/cifar10": (
+        "tests/cluster/test_apptainer.py",
+        '"SWAP_IMAGE"',
+    ),
+    "make image": ("tests/image/test_image.py", '"image.sh"'),
+    "make image BASE=debian:trixie RUNTIME=debian:trixie-slim HOROVOD_BUILD=cpu": (
+        "tests/image/test_image.py",
+        '"HOROVOD_BUILD": "cpu"',
+    ),
+    # Its scripts and files alone: there is no Apptainer to be had.
+    "apptainer build swap_hpc.sif docker/swap.def": ("tests/unit/test_scripts.py", '"swap.def"'),
+    "apptainer build --build-arg BASE=debian:trixie --build-arg RUNTIME=debian:trixie-slim"
+    " --build-arg HOROVOD_BUILD=cpu swap_hpc.sif docker/swap.def": (
+        "tests/unit/test_scripts.py",
+        '"swap.def"',
+    ),
+    "mpirun -n 4 apptainer exec --nv swap_hpc.sif swap-hpc train digits": (
+        "tests/cluster/test_apptainer.py",
+        "apptainer_stand_in",
+    ),
+    "make bundle": ("tests/bundle/test_bundle.py", '"bundle.sh"'),
+    "make bundle VENV=.venv-312 PYTHON=python3.12 CUDA=12 HOROVOD_BUILD=nccl": (
+        "tests/bundle/test_bundle.py",
+        '"bundle.sh"',
+    ),
+    "VENV=/project/swap_hpc ./install.sh": ("tests/bundle/test_bundle.py", '"install.sh"'),
+}
+# Beginnings of further ones.
+KINDS_ELSEWHERE = {
+    "docker run ": ("tests/image/test_image.py", '"docker run"'),
+    "swap-hpc bench": ("tests/commands/test_bench.py", '"bench"'),
 }
 
-IN_A_CONTAINER = "docker run "  # tests/image
+# Blocks of code that are files: their names, and what each page calls them by.
+FILES = {"python": {"nets.py", "use.py"}, "toml": {"mine.toml"}}
 
 
-def lines() -> list[str]:
-    """Those of all shell blocks, without their comments."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    return [line.partition("  #")[0].rstrip() for block in blocks for line in block.splitlines()]
+def blocks(page: str, language: str) -> list[str]:
+    """Return the blocks of a language that a page's author wrote."""
+    written = re.sub(MADE_OF_THE_CODE, "", page, flags=re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", written, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_relative_link_resolves(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    assert [
-        link
-        for link in links
-        if "://" not in link and not (page.parent / link.partition("#")[0]).exists()
-    ] == []
+def file_shown(name: str, language: str) -> str:
+    """Return the block of code that the page about data calls `name`."""
+    pattern = rf"`{name}`:\n\n```{language}\n(.*?)^```"
+    (block,) = re.findall(pattern, DATA, flags=re.MULTILINE | re.DOTALL)
+    return block
+
+
+def lines(page: str) -> list[str]:
+    """Return the lines of a page's shell blocks, without their comments."""
+    typed = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [line.partition("  #")[0].rstrip() for line in typed]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_relative_link_resolves(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[name])
+    broken = [link for link in links if "://" not in link and not resolves(name, link)]
+    assert broken == []
+
+
+def resolves(name: str, link: str) -> bool:
+    path, _, section = link.partition("#")
+    file = (ROOT / name).parent / path if path else ROOT / name
+    if not file.exists():
+        return False
+    if not section:
+        return True
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return section in map(anchor, headings)
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_page_is_linked_and_tested() -> None:
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "swap_hpc").rglob("README.md")}
+    found |= {str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md")}
+    assert found | {"README.md", "LOG.md"} == PAGES.keys()
+    assert [name for name in found if f"]({name})" not in README] == []
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.split()) <= 1000
+
+
+def test_every_block_of_code_is_known() -> None:
+    for name, page in PAGES.items():
+        opened = re.sub(MADE_OF_THE_CODE, "", page, flags=re.DOTALL)
+        languages = re.findall(r"^```(\w*)\n.*?^```", opened, flags=re.MULTILINE | re.DOTALL)
+        if name != "LOG.md":
+            assert {*languages} <= {"sh", "text", "diff", *FILES}, name
+    for language, names in FILES.items():
+        shown = [block for page in PAGES.values() for block in blocks(page, language)]
+        assert sorted(shown) == sorted(file_shown(name, language) for name in names)
 
 
 def test_no_line_elsewhere_is_gone() -> None:
-    assert set(ELSEWHERE) <= set(lines()) | {"make bench"}
-    for line, file in ELSEWHERE.items():
-        text = (ROOT / file).read_text()
-        command = (
-            re.sub(r"^(mpirun -n \d+ )?(swap-hpc|sbatch|make|cd) ", "", line)
-            .split()[0]
-            .rpartition("/")[2]
-        )
-        assert command in text, f"{file} does not run {line}"
+    assert {*ELSEWHERE} <= {line for page in PAGES.values() for line in lines(page)}
+    for line, (file, part) in (ELSEWHERE | KINDS_ELSEWHERE).items():
+        assert part in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not run {line}"
 
 
 def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
-    typed = [
-        line for line in lines() if line not in ELSEWHERE and not line.startswith(IN_A_CONTAINER)
-    ]
-    assert len(typed) >= 10
-    for line in typed:
+    typed = dict.fromkeys(line for page in PAGES.values() for line in lines(page))  # each once
+    kinds = tuple(KINDS_ELSEWHERE)
+    here = [line for line in typed if line not in ELSEWHERE and not line.startswith(kinds)]
+    assert len(here) >= 10
+    # For the predictions, which read what a bench wrote.
+    shutil.copytree(ROOT / "tests" / "runs" / "scaling", tmp_path / "tests" / "runs" / "scaling")
+    for line in here:
         done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
         assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for name in (
-        "report.md",
-        "report.html",
-        "curves.png",
-        "landscape.png",
-        "average-0-2-3.safetensors",
+        "mine/report.md",
+        "mine/report.html",
+        "mine/curves.png",
+        "mine/average-0-2-3.safetensors",
+        "watched/landscape.png",
+        "watched/trajectory.png",
     ):
-        assert (tmp_path / "runs" / "mine" / name).is_file(), name
+        assert (tmp_path / "runs" / name).is_file(), name
 
 
 def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path) -> None:
-    for kind, name in (("python", "nets.py"), ("toml", "mine.toml")):
-        (block,) = re.findall(
-            rf"`{name}`:\n\n```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
-        )
-        (tmp_path / name).write_text(block)
+    for language, name in (("python", "nets.py"), ("toml", "mine.toml")):
+        (tmp_path / name).write_text(file_shown(name, language))
     generator = np.random.default_rng(0)
     for label, name in enumerate(("dark", "bright")):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -104,9 +235,7 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
     assert done.code == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
     assert result["groups"] == 2 and result["test_accuracy"]["averaged"] > 0.9
-    (block,) = re.findall(
-        r"`use.py`:\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
-    )
+    block = file_shown("use.py", "python")
     for name in ("dark", "bright"):
         shutil.copy(tmp_path / "images" / name / "0.jpg", tmp_path / "picture.jpg")
         used = command(sys.executable, "-c", block, cwd=tmp_path)
@@ -119,8 +248,8 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
 def test_a_picture_goes_through_what_training_images_did(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lines of `use.py` beside our decoding, for every kind of file that Pillow opens in a mode of its own."""
-    (block,) = re.findall(r"^picture = .*?^pixels = .*?\n", README, flags=re.MULTILINE | re.DOTALL)
+    """The lines of `use.py` give what our decoding gives, for every mode that Pillow opens."""
+    (block,) = re.findall(r"^picture = .*?^pixels = .*?\n", DATA, flags=re.MULTILINE | re.DOTALL)
     values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
     picture = tmp_path / "picture.jpg"
     colours = Image.fromarray(
@@ -144,27 +273,16 @@ def test_a_picture_goes_through_what_training_images_did(
 
 
 def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:
-    (line,) = re.findall(r"`(swap-hpc report tests/runs/[^`]*)`", README)
+    (line,) = [line for line in lines(STUDY) if line.startswith("swap-hpc report tests/runs")]
     folders = line.split()[2:]
     for folder in folders:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png"))
     done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
     assert done.code == 0, done.stderr
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
-    shown = {
-        path
-        for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
-        if path.rpartition("/")[0] in folders
-    }
+    images = [path.removeprefix("../../") for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", STUDY)]
+    shown = {path for path in images if path.rpartition("/")[0] in folders}
     assert len(shown) == 2 and shown <= drawn
-
-
-def test_the_tree_names_every_module() -> None:
-    (tree,) = re.findall(r"^## Files\n\n```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("\nslurm/")[0]))
-    assert named == {
-        path.name for path in (ROOT / "swap_hpc").glob("*.py") if not path.name.startswith("__")
-    }
 
 
 def test_the_loops_diff_is_that_of_the_files() -> None:

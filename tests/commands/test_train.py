@@ -1,6 +1,7 @@
 """The main job as a user starts it, and the commands around it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.recipe.loading import load_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+ROOT = HERE.parents[1]
 KEYS = {
     "recipe": None, "seed": None, "ranks": None, "refine_ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
     "epochs": {"large_batch", "refine"},
@@ -143,17 +144,33 @@ def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
         assert lines[-1]["learning_rate"] == 0
 
 
-@pytest.mark.parametrize("starts", ["swap-hpc train digits", "mpirun -n 4 swap-hpc train digits"])
-def test_the_readmes_commands(starts: str, tmp_path: Path) -> None:
-    """For a laptop and for one machine; those for a cluster and a container are run by tests/cluster and tests/image."""
-    (line,) = [
-        line.split("  #")[0].rstrip()
-        for line in README.read_text().splitlines()
-        if line.split("  #")[0].rstrip() == starts
-    ]
+@pytest.mark.parametrize(
+    ("line", "page"),
+    [
+        ("swap-hpc train digits", "swap_hpc/README.md"),
+        ("mpirun -n 4 swap-hpc train digits", "README.md"),
+    ],
+)
+def test_the_pages_commands(line: str, page: str, tmp_path: Path) -> None:
+    """For a laptop and one machine; tests/cluster and tests/image run those for clusters and containers."""
+    typed = [line.split("  #")[0].rstrip() for line in (ROOT / page).read_text().splitlines()]
+    assert line in typed
     done = command(*line.split(), cwd=tmp_path)
     assert done.code == 0 and "**averaged (SWAP)**" in done.stdout, done.stderr
     assert result_of(tmp_path / "runs" / "digits")["test_accuracy"]["averaged"] > 0.975
+    if line.startswith("mpirun"):
+        assert_is_what_the_readme_shows(done.stdout)
+
+
+def assert_is_what_the_readme_shows(output: str) -> None:
+    """The lines that the README quotes of `make run`, but for their numbers."""
+    (block,) = re.findall(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    printed = {without_numbers(line) for line in output.splitlines()}
+    assert [line for line in block.splitlines() if without_numbers(line) not in printed] == []
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"[\d.]+", "0", line)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(digits: tuple[Path, str]) -> None:
@@ -281,7 +298,7 @@ def test_recipes_are_listed_and_shown() -> None:
     shown = swap_hpc("recipes", "digits")
     assert shown.stdout.strip() == shipped_recipes()["digits"].read_text().strip()
     assert swap_hpc("recipes", "digit").ours == [
-        f"swap-hpc: no recipe 'digit'; there are {', '.join(shipped_recipes())}"
+        f"swap-hpc: no recipe 'digit'; choose one of {', '.join(shipped_recipes())}"
     ]
 
 

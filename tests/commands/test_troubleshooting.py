@@ -1,4 +1,4 @@
-"""Each row of the README's troubleshooting table, produced: what the table quotes is what is said."""
+"""Each row of the troubleshooting tables, produced: its message is the one that is quoted."""
 
 import os
 import re
@@ -17,15 +17,14 @@ ON_CORES = {
 }
 
 
+PAGES = ("slurm/README.md", "swap_hpc/README.md")
+
+
 def rows() -> list[str]:
-    """The first cells of the table."""
-    section = (
-        (ROOT / "README.md")
-        .read_text()
-        .partition("\n## Troubleshooting\n")[2]
-        .partition("\n## ")[0]
-    )
-    return re.findall(r"^\| `(.+?)` \|", section, flags=re.MULTILINE)
+    """Return the first cells of the tables."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    sections = [page.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0] for page in pages]
+    return re.findall(r"^\| `(.+?)` \|", "".join(sections), flags=re.MULTILINE)
 
 
 def as_pattern(symptom: str) -> str:
@@ -57,38 +56,37 @@ def decoding(tmp: Path) -> Finished:
 
 def another_recipe(tmp: Path) -> Finished:
     (tmp / "runs" / "digits").mkdir(parents=True)
-    recipe = (ROOT / "swap_hpc" / "recipes" / "digits.toml").read_text()
+    recipe = (ROOT / "swap_hpc" / "recipe" / "digits.toml").read_text()
     (tmp / "runs" / "digits" / "recipe.toml").write_text("seed = 7\n" + recipe)
     return train(cwd=tmp)
 
 
 def other_mpirun(tmp: Path) -> Finished:
-    """What another MPI's launcher leaves in the environment of processes that it starts, and that our library knows nothing of."""
-    return train(
-        cwd=tmp,
-        variables={
-            "OMPI_COMM_WORLD_SIZE": "4",
-            "OMPI_COMM_WORLD_RANK": "0",
-            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-        },
-    )
+    """Start a rank with the variables of another MPI's launcher, unknown to our library."""
+    size, rank, local = (f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK"))
+    return train(cwd=tmp, variables={size: "4", rank: "0", local: "0"})
 
 
 def split_by_chance(tmp: Path) -> Finished:
     (tmp / "mine.py").write_text(
-        "import numpy as np\n\n\ndef load(path):\n    labels = np.random.default_rng().permutation(2000) % 10\n"
-        "    return (np.zeros((2000, 8, 8, 1), np.uint8), labels), (np.zeros((50, 8, 8, 1), np.uint8), labels[:50])\n"
+        "import numpy as np\n\n\n"
+        "def load(path):\n"
+        "    labels = np.random.default_rng().permutation(2000) % 10\n"
+        "    images = np.zeros((2000, 8, 8, 1), np.uint8)\n"
+        "    return (images, labels), (images[:50], labels[:50])\n"
     )
     return train("data.name=mine:load", ranks=2, cwd=tmp)
 
 
 def on_gpu(tmp: Path, properties: str) -> Finished:
-    """A run that sees a GPU of these properties, as far as it comes."""
+    """Start a run that seems to see a GPU of these properties."""
     (tmp / "sitecustomize.py").write_text(
         "import torch\nfrom types import SimpleNamespace\n\n\n"
         "def old():\n    raise RuntimeError('The NVIDIA driver on your system is too old')\n\n\n"
-        f"torch.cuda.device_count = lambda: 1\ntorch.cuda.get_device_properties = lambda index: {properties}\n"
-        "torch.cuda.set_device = lambda device: None\ntorch.cuda.get_device_name = lambda device: 'Tesla T4'\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        f"torch.cuda.get_device_properties = lambda index: {properties}\n"
+        "torch.cuda.set_device = lambda device: None\n"
+        "torch.cuda.get_device_name = lambda device: 'Tesla T4'\n"
     )
     return train("precision=bf16", cwd=tmp, variables={"PYTHONPATH": str(tmp)})
 

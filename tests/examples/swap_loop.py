@@ -16,7 +16,6 @@ def main(batches: Any = batches) -> nn.Module:
     model = build()
     train(model, batches(samples, size=200, epochs=10, seed=0), rate=0.2)
     world = Team(MPI.COMM_WORLD)
-    # each rank refines its own copy, on batches in another order
     train(model, batches(samples, size=40, epochs=3, seed=1 + world.rank), rate=0.05)
     average_weights_(model, world)
     mine = list(batches(samples, size=200, epochs=1, seed=1000))[world.rank :: world.size]

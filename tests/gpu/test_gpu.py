@@ -23,10 +23,11 @@ from swap_hpc.average.power import iterate_power_methods_
 from swap_hpc.average.state import encoded
 from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.data import Dataset, Files, Graph, loader
-from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, training_picks
+from swap_hpc.data.sampling import Key, Picks, epoch_picks, training_picks
 from swap_hpc.parallel import gradients
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schema import Augment
 from swap_hpc.run.prepare import choose_algorithms
 from swap_hpc.train.fit import fit
@@ -161,7 +162,7 @@ def test_faster_ways_round_differently_and_no_more(
         job = replace(tiny.job(model={"name": "tiny:batch_normed"}, **more), device=GPU)
         choose_algorithms(job.recipe)
         model = job.build()
-        list(fit(model, job, job.recipe.large_batch, KEY, Team.alone()))
+        list(fit(model, job, PHASE_1, Team.alone()))
         weights.append(tiny.weights(model.cpu()))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-3)
 
@@ -178,8 +179,8 @@ def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     job = tiny.job()
     here, there = tiny.model(job), tiny.model(job).cuda()
-    list(fit(here, job, job.recipe.large_batch, KEY, Team.alone()))
-    list(fit(there, replace(job, device=GPU), job.recipe.large_batch, KEY, Team.alone()))
+    list(fit(here, job, PHASE_1, Team.alone()))
+    list(fit(there, replace(job, device=GPU), PHASE_1, Team.alone()))
     torch.testing.assert_close(tiny.weights(there.cpu()), tiny.weights(here), rtol=1e-2, atol=1e-3)
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from swap_hpc.average.agreement import check_agreement
-from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run import doctor
 from swap_hpc.swap import swap
-from swap_hpc.train.events import Done, Event, SavePoint
+from swap_hpc.train.events import Event, LargeBatchEnded, SavePoint
 from swap_hpc.train.fit import fit
 
 
@@ -67,13 +67,13 @@ def test_phase_1_ends_with_a_line(world: Team, unaveraged: None) -> None:
         RunError,
         match=r"the weights of rank 1 differ from those of rank 0 after large_batch, epoch 3, step 0",
     ):
-        list(fit(tiny.model(job), job, job.recipe.large_batch, Key(3, Phase.LARGE_BATCH), world))
+        list(fit(tiny.model(job), job, PHASE_1, world))
 
 
 @pytest.mark.ranks(2, 4)
 def test_a_save_ends_with_a_line(world: Team, unaveraged: None) -> None:
     job = tiny.job()
-    events = fit(tiny.model(job), job, job.recipe.large_batch, Key(3, Phase.LARGE_BATCH), world)
+    events = fit(tiny.model(job), job, PHASE_1, world)
     seen: list[Event] = []
     with pytest.raises(RunError, match="after large_batch, epoch 2, step 0"):
         seen.extend(events)
@@ -88,7 +88,7 @@ def test_a_group_of_several_ranks_ends_with_a_line(
     with grid(world, 2) as ranks:
         events = swap(tiny.model(job), job, ranks)
         for event in events:
-            if isinstance(event, Done) and event.what == "large_batch":
+            if isinstance(event, LargeBatchEnded):
                 monkeypatch.setattr(
                     hvd, "grouped_allreduce_async_", lambda tensors, **how: "a handle"
                 )
@@ -101,13 +101,13 @@ def test_a_group_of_several_ranks_ends_with_a_line(
             list(events)
     monkeypatch.undo()
     # a program that goes on after the error trains right on all ranks, not on the group that Horovod was started for
-    list(fit(tiny.model(job), job, job.recipe.large_batch, Key(3, Phase.LARGE_BATCH), world))
+    list(fit(tiny.model(job), job, PHASE_1, world))
 
 
 @pytest.mark.ranks(1, 2)
 def test_a_right_run_is_told_nothing(world: Team) -> None:
     job = tiny.job()
-    list(fit(tiny.model(job), job, job.recipe.large_batch, Key(3, Phase.LARGE_BATCH), world))
+    list(fit(tiny.model(job), job, PHASE_1, world))
 
 
 @pytest.mark.ranks(1, 2, 3)

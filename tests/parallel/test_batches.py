@@ -9,10 +9,11 @@ import tiny
 import torch
 
 from swap_hpc.data import load
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.data.splits import Files
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 
 
 def test_a_step_holds_the_same_pixels_on_any_number_of_ranks(world: Team) -> None:

@@ -18,8 +18,9 @@ import torch
 
 from swap_hpc.data import load
 from swap_hpc.data.pack import pack
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.train.job import Job
 
 SIZES = [[0, 32], [1, 48], [2, 64]]

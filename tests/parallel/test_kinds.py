@@ -17,9 +17,9 @@ from swap_hpc.errors import Stopped, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.loading import parse
+from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run import saved
-from swap_hpc.run.part import Part
 
 MODELS: dict[str, dict[str, Any]] = {
     "swin_v2": {},
@@ -130,7 +130,7 @@ def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path:
         with pytest.raises(UserError, match=line):
             start()
 
-    fuzz.train(of_folder, out, world, part=Part("large_batch"))
+    fuzz.train(of_folder, out, world, part=PHASE_1)
     facts = (out / "environment.json").read_bytes()
     world.barrier()
     change("ant/0.png", "bee/9.png")

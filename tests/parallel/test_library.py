@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import swap_hpc
 from swap_hpc.data import Batches, Dataset, Picks
-from swap_hpc.data.sampling import Key, Phase, batchnorm_picks, training_picks
+from swap_hpc.data.sampling import Key, batchnorm_picks, training_picks
 from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.swap import swap
 from swap_hpc.train.job import Job
 

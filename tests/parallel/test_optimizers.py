@@ -1,7 +1,6 @@
-"""What the recipe's optimizer fields mean: a phase, on any number of ranks, against the formulas written out."""
+"""The optimizer fields of a recipe: a phase on any number of ranks equals the formulas by hand."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import tiny
@@ -9,30 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schedule import interpolate
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
 from swap_hpc.train.optimizers import build_optimizer
 
 KEY = Key(0, Phase.LARGE_BATCH)
-Update = Callable[
-    [Tensor, Tensor, Tensor, float], Tensor
-]  # weights, gradient, velocity (changed in place), learning rate -> step
+
+# (weights, gradient, velocity, learning rate) -> step; the velocity is changed in place
+Update = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def trained(job: Job, world: Team) -> nn.Module:
     model = tiny.model(job)
-    for _ in fit(model, job, job.recipe.large_batch, KEY, world):
+    for _ in fit(model, job, PHASE_1, world):
         pass
     return model
 
 
 def by_hand(job: Job, update: Update, smoothing: float = 0.0) -> nn.Module:
-    """The phase on whole batches, every formula written out."""
+    """Train the phase on whole batches, with every formula written out."""
     model, phase = tiny.model(job), job.recipe.large_batch
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for step, (images, labels) in enumerate(job.training_batches(phase, KEY, Team.alone())):
@@ -71,25 +71,25 @@ def test_label_smoothing(world: Team) -> None:
 
 def test_vectors_without_weight_decay(world: Team) -> None:
     job = tiny.job(optimizer={"weight_decay": 0.5, "decay_vectors": False})
-    on_matrices, on_none = nesterov(0.5), nesterov(0.0)
-    same(
-        trained(job, world),
-        by_hand(job, lambda w, g, v, rate: (on_matrices if w.ndim > 1 else on_none)(w, g, v, rate)),
-    )
+    decayed, plain = nesterov(0.5), nesterov(0.0)
+
+    def update(w: Tensor, g: Tensor, v: Tensor, rate: float) -> Tensor:
+        return (decayed if w.ndim > 1 else plain)(w, g, v, rate)
+
+    same(trained(job, world), by_hand(job, update))
 
 
 @pytest.mark.parametrize("spares_vectors", [False, True])
 def test_lars(world: Team, spares_vectors: bool) -> None:
-    job = tiny.job(
-        optimizer={
-            "name": "lars",
-            "trust": 0.02,
-            "weight_decay": 0.01,
-            "nesterov": False,
-            "decay_vectors": not spares_vectors,
-        },
-        large_batch={"epochs": 3, "learning_rate": [[0, 0.5], [3, 2.0]]},
-    )
+    optimizer = {
+        "name": "lars",
+        "trust": 0.02,
+        "weight_decay": 0.01,
+        "nesterov": False,
+        "decay_vectors": not spares_vectors,
+    }
+    phase = {"epochs": 3, "learning_rate": [[0, 0.5], [3, 2.0]]}
+    job = tiny.job(optimizer=optimizer, large_batch=phase)
 
     def update(w: Tensor, g: Tensor, v: Tensor, rate: float) -> Tensor:
         if w.ndim > 1 or not spares_vectors:
@@ -114,29 +114,28 @@ def test_lars_steps_a_tensor_of_zeros(world: Team) -> None:
 @pytest.mark.parametrize("parts", [2, 3])
 def test_accumulated_gradients_are_those_of_the_whole_batch(world: Team, parts: int) -> None:
     whole, cut = (tiny.job(large_batch={"accumulate": each}) for each in (1, parts))
-    if 24 % (parts * world.size):
-        with pytest.raises(
-            UserError,
-            match=rf"batch_size = 24 does not divide by its {world.size} ranks times .*accumulate = {parts}",
-        ):
-            check_ranks(cut.recipe, world.size)
+    ranks = world.size
+    if 24 % (parts * ranks):
+        refused = rf"= 24 does not divide by its {ranks} ranks times .*accumulate = {parts}"
+        with pytest.raises(UserError, match=refused):
+            check_ranks(cut.recipe, ranks)
         return
     same(trained(cut, world), by_hand(whole, nesterov(5e-4)))
 
 
 def test_batch_norm_sees_a_part(world: Team) -> None:
-    """A share cut in two has the statistics that twice as many ranks would have."""
-    fields: dict[str, Any] = {
-        "model": {"name": "tiny:batch_normed"},
-        "large_batch": {"epochs": 1, "batchnorm_batch_size": 12 // world.size},
-    }
-    job = tiny.job(**{**fields, "large_batch": {**fields["large_batch"], "accumulate": 2}})
+    """A share that is cut in two has the statistics that twice as many ranks would have."""
+    job = tiny.job(
+        model={"name": "tiny:batch_normed"},
+        large_batch={"epochs": 1, "batchnorm_batch_size": 12 // world.size, "accumulate": 2},
+    )
+    phase = job.recipe.large_batch
     check_ranks(job.recipe, world.size)
     model = trained(job, world)
-    assert model.get_buffer("1.num_batches_tracked") == 2 * job.steps(job.recipe.large_batch)
-    if world.size > 1:  # what they are is told on one rank
+    assert model.get_buffer("1.num_batches_tracked") == 2 * job.steps(phase)
+    if world.size > 1:  # the weights are compared on one rank only
         return
-    expected, phase = tiny.model(job), job.recipe.large_batch
+    expected = tiny.model(job)
     optimizer = build_optimizer(expected, job.recipe.optimizer)
     for step, (images, labels) in enumerate(job.training_batches(phase, KEY, Team.alone())):
         optimizer.param_groups[0]["lr"] = interpolate(phase.learning_rate, step / job.steps(phase))

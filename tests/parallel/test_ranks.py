@@ -29,7 +29,7 @@ def test_what_one_rank_raises_is_raised_on_all(world: Team) -> None:
 
     with pytest.raises(UserError, match="the last rank says no") as error:
         world.agree(fails_on_the_last)
-    assert error.value.said_elsewhere == (world.rank < world.size - 1)
+    assert error.value.reported_elsewhere == (world.rank < world.size - 1)
     world.barrier()  # nobody is left behind in a collective
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import LargeBatch, Refine
 from swap_hpc.swap import swap
-from swap_hpc.train.events import Done
+from swap_hpc.train.events import LargeBatchEnded
 from swap_hpc.train.job import Batch, Job
 
 
@@ -180,7 +181,7 @@ def test_averaging_after_every_step_of_plain_sgd_is_synchronous_sgd(world: Team)
     model, theirs = tiny.model(job), tiny.model(job)
     with grid(world, 4) as ranks:
         for event in swap(model, job, ranks):
-            if isinstance(event, Done) and event.what == "large_batch":
+            if isinstance(event, LargeBatchEnded):
                 theirs.load_state_dict(event.model.state_dict())
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.0, weight_decay=5e-4)
     for steps in zip(
@@ -207,7 +208,7 @@ def test_post_local_sgd_keeps_each_groups_momentum(world: Team) -> None:
     model, start = tiny.model(job), tiny.model(job)
     with grid(world, 4) as ranks:
         for event in swap(model, job, ranks):
-            if isinstance(event, Done) and event.what == "large_batch":
+            if isinstance(event, LargeBatchEnded):
                 start.load_state_dict(event.model.state_dict())
     copies = [deepcopy(start) for _ in range(4)]
     optimizers = [

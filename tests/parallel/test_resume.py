@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from swap_hpc.average.agreement import weights_sha256
-from swap_hpc.data.sampling import Key, Phase
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.grid import Ranks, grid
 from swap_hpc.parallel.teams import Team
-from swap_hpc.run.checkpoint import Checkpoints, Position
+from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
+from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.swap import swap
-from swap_hpc.train import fit as fit_module
+from swap_hpc.train import sync_check
 from swap_hpc.train.control import Control
-from swap_hpc.train.events import Done, Epoch, Event, SavePoint, part_name
+from swap_hpc.train.events import (
+    Averaged,
+    Epoch,
+    Event,
+    GroupArrived,
+    LargeBatchEnded,
+    Position,
+    Refreshed,
+    SavePoint,
+)
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
 
@@ -33,7 +42,7 @@ NORMED: dict[str, Any] = {
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks look at every step whether a save is due."""
-    monkeypatch.setattr(fit_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(sync_check, "CHECK_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -49,70 +58,71 @@ def eager(job: Job) -> Job:
 
 @dataclass
 class Record:
-    """What a run says and leaves; equal ones are equal to the bit, but for the times."""
+    """What a run reports and leaves; equal records are equal to the bit, but for the times."""
 
-    epochs: dict[tuple[str, int | None, int], tuple[Any, ...]] = field(default_factory=dict)
+    epochs: dict[tuple[Part, int], tuple[Any, ...]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
-    met: int = field(default=0, compare=False)  # meetings on the way that are over
+    synced: int = field(default=0, compare=False)  # sync points on the way that are over
 
     def add(self, event: Event) -> None:
-        if isinstance(event, Epoch):
-            self.epochs[event.phase, event.group, event.epoch] = (
-                event.train,
-                event.test,
-                event.learning_rate,
-                event.images,
-            )
-        elif isinstance(event, Done) and event.what not in (
-            "refine",
-            "go_on",
-        ):  # which name no model of their own
-            self.models[f"{event.what} {event.meeting.step if event.meeting else 0}"] = (
-                weights_sha256(event.model)
-            )
-            self.met += event.what == "batchnorm"
+        match event:
+            case Epoch():
+                facts = (event.train, event.test, event.learning_rate, event.images)
+                self.epochs[event.part, event.epoch] = facts
+            case LargeBatchEnded(model):
+                self.models["large_batch 0"] = weights_sha256(model)
+            case GroupArrived(part, model, sync):
+                self.models[f"{part.name} {sync.step}"] = weights_sha256(model)
+            case Averaged(model, sync):
+                self.models[f"average {sync.step}"] = weights_sha256(model)
+            case Refreshed(model, sync):
+                self.models[f"batchnorm {sync.step}"] = weights_sha256(model)
+                self.synced += 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The saves of a run, as `train` has them."""
+
+    checkpoints: Checkpoints
+    common: Position | None
+    synced: int
+
+    def load(self, part: Part, team: Team) -> SavePoint | None:
+        saved = self.checkpoints.load(part, team, None if part == PHASE_1 else self.common)
+        return saved.point if saved else None
+
+
+def saves_of(job: Job, ranks: Ranks, checkpoints: Checkpoints, synced: int) -> Saved:
+    if not job.recipe.refine.average_every_steps:
+        return Saved(checkpoints, None, synced)
+    parts = [refinement_of(group) for group in ranks.groups]
+    common = checkpoints.common(parts, ranks.world) or Position(-1, 0)
+    steps = common.epoch * job.steps(job.recipe.refine) + common.step
+    over = [sync for sync in job.sync_points if sync.then == "continue" and sync.step <= steps]
+    return Saved(checkpoints, common, len(over))
 
 
 def run(job: Job, ranks: Ranks, folder: Path, record: Record, stop_at: int | None = None) -> bool:
-    """`swap()` as `train` runs it: on from the checkpoints in `folder`, up to its save point number `stop_at`. Whether it ended."""
+    """Run `swap()` as `train` does: resume from `folder`, up to save point number `stop_at`.
+
+    Returns whether the run has ended.
+    """
     checkpoints = Checkpoints(folder, job.recipe)
-    at, met = None, record.met
-    if job.recipe.refine.average_every_steps:
-        at = checkpoints.common([part_name(group) for group in ranks.groups], ranks.world) or (
-            -1,
-            0,
-        )
-        met = len(
-            [
-                m
-                for m in job.meetings
-                if m.then == "go_on" and m.step <= at[0] * job.steps(job.recipe.refine) + at[1]
-            ]
-        )
-    there = lambda part: None if part == part_name(None) else at  # noqa: E731
-    events = swap(
-        tiny.model(job),
-        replace(job, load=lambda part, team: loaded(checkpoints, part, team, there(part)), met=met),
-        ranks,
-    )
+    saves = saves_of(job, ranks, checkpoints, record.synced)
+    events = swap(tiny.model(job), job, ranks, saves)
     number = 0
     for event in events:
         record.add(event)
         if isinstance(event, SavePoint) and event.due:
-            checkpoints.save(event, {}, ranks.world if event.group is None else ranks.group)
+            team = ranks.world if event.part == PHASE_1 else ranks.group
+            checkpoints.save(event, {}, team)
             number += 1
             if number == stop_at:
                 events.close()
                 ranks.world.barrier()
                 return False
     return True
-
-
-def loaded(
-    checkpoints: Checkpoints, part: str, team: Team, at: Position | None
-) -> SavePoint | None:
-    saved = checkpoints.load(part, team, at)
-    return saved.point if saved else None
 
 
 @pytest.mark.ranks(1, 3)
@@ -203,17 +213,17 @@ def test_batch_norm_statistics_of_each_rank_come_back(
 ) -> None:
     job = eager(tiny.job(model={"name": "tiny:normed"}))
     checkpoints = Checkpoints(folder, job.recipe)
-    events = fit(tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world)
-    point = next(event for event in events if isinstance(event, SavePoint) and event.step == 2)
+    events = fit(tiny.model(job), job, PHASE_1, world)
+    point = next(event for event in events if isinstance(event, SavePoint) and event.at.step == 2)
     mine = {name: t.clone() for name, t in point.buffers.items()}
     checkpoints.save(point, {"a": 1}, world)
     events.close()
     there = world.allgather(mine["1.running_mean"])
     assert not torch.equal(there[0], there[1])  # each rank saw its share of the batch
-    saved = checkpoints.load("large_batch", world)
+    saved = checkpoints.load(PHASE_1, world)
     assert saved and saved.notes == {"a": 1} and saved.point.running == point.running
     assert all(torch.equal(saved.point.buffers[name], t) for name, t in mine.items())
-    alone = Checkpoints(folder, job.recipe).load("large_batch", Team.alone())
+    alone = Checkpoints(folder, job.recipe).load(PHASE_1, Team.alone())
     assert alone
     torch.testing.assert_close(
         alone.point.buffers["1.running_mean"],
@@ -229,18 +239,12 @@ def test_one_rank_that_is_asked_stops_all_at_the_same_step(world: Team, every_st
     control = job.control
 
     def watched() -> Iterator[Epoch | SavePoint]:
-        for event in fit(
-            tiny.model(job), job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world
-        ):
+        for event in fit(tiny.model(job), job, PHASE_1, world):
             yield event
             if isinstance(event, Epoch) and world.rank == world.size - 1:
                 control.stop = True
 
-    points = [
-        (event.epoch, event.step)
-        for event in watched()
-        if isinstance(event, SavePoint) and event.due
-    ]
+    points = [event.at for event in watched() if isinstance(event, SavePoint) and event.due]
     assert points == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     assert world.allgather(points) == [points] * world.size
 
@@ -251,7 +255,7 @@ def test_looking_more_often_changes_nothing(
     job, records = tiny.job(**NORMED), []
     with grid(world, 1) as ranks:
         for seconds in (0.0, 1e9):
-            monkeypatch.setattr(fit_module, "LOOK_SECONDS", seconds)
+            monkeypatch.setattr(sync_check, "CHECK_SECONDS", seconds)
             records.append(Record())
             run(eager(job) if seconds == 0 else job, ranks, folder / str(seconds), records[-1])
     assert records[0] == records[1]
@@ -270,10 +274,12 @@ def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: 
         for job, record in zip(jobs, records, strict=True):
             for event in swap(tiny.model(job), job, ranks):
                 record.add(event)
-                if not isinstance(event, Epoch | SavePoint) and job is jobs[1]:
-                    weights = tiny.weights(event.model)
-                    averages += [weights] if event.what == "batchnorm" else []
-                    copies += [weights] if event.what.startswith("group-") else []
+                if job is jobs[0]:
+                    continue
+                if isinstance(event, Refreshed):
+                    averages.append(tiny.weights(event.model))
+                elif isinstance(event, GroupArrived):
+                    copies.append(tiny.weights(event.model))
     ends = [
         {name: digest for name, digest in record.models.items() if name.split()[1] in ("0", "32")}
         for record in records
@@ -298,11 +304,11 @@ def test_weights_that_are_not_finite_are_never_saved(world: Team, every_step: No
     """The loss of the last step was still finite; the weights after it are not."""
     job = eager(tiny.job())
     model = tiny.model(job)
-    events = fit(model, job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), world)
+    events = fit(model, job, PHASE_1, world)
     for event in events:
-        if isinstance(event, SavePoint) and event.step == 1:
+        if isinstance(event, SavePoint) and event.at.step == 1:
             break
-    job.control.beat = lambda where: model.get_parameter("0.weight").data.fill_(math.inf)  # type: ignore[method-assign, assignment]
+    job.control.heartbeat = lambda where: model.get_parameter("0.weight").data.fill_(math.inf)  # type: ignore[method-assign, assignment]
     with pytest.raises(
         RunError,
         match=r"a weight is not finite after large_batch, epoch 1, step 2, at a learning rate of 0.0",

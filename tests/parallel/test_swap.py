@@ -14,7 +14,7 @@ from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.parallel.grid import Ranks, grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.swap import swap
-from swap_hpc.train.events import Done
+from swap_hpc.train.events import Averaged, GroupArrived, LargeBatchEnded, Refreshed
 from swap_hpc.train.job import Job
 
 REFINE_ONLY: dict[str, Any] = {
@@ -25,12 +25,18 @@ REFINE_ONLY: dict[str, Any] = {
 
 def run(job: Job, ranks: Ranks) -> dict[str, Tensor]:
     """Every model of a run by name, as this rank holds it."""
-    model = tiny.model(job)
-    return {
-        event.what: tiny.weights(event.model).clone()
-        for event in swap(model, job, ranks)
-        if isinstance(event, Done)
-    }
+    found = {}
+    for event in swap(tiny.model(job), job, ranks):
+        match event:
+            case LargeBatchEnded(model):
+                found["large_batch"] = tiny.weights(model).clone()
+            case GroupArrived(part, model, _):
+                found[part.name] = tiny.weights(model).clone()
+            case Averaged(model, _):
+                found["average"] = tiny.weights(model).clone()
+            case Refreshed(model, _):
+                found["batchnorm"] = tiny.weights(model).clone()
+    return found
 
 
 @contextmanager
@@ -75,8 +81,8 @@ def test_no_refinement_leaves_phase_1s_weights(world: Team) -> None:
     job = tiny.job(groups=world.size, refine={"epochs": 0})
     model = tiny.model(job)
     with grid(world, world.size) as ranks:
-        events = [event for event in swap(model, job, ranks) if isinstance(event, Done)]
-    assert [event.what for event in events] == ["large_batch"] and events[0].model is model
+        *_, last = swap(model, job, ranks)
+    assert isinstance(last, LargeBatchEnded) and last.model is model
 
 
 @pytest.mark.ranks(1, 2, 4)

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swap_hpc.average.sharing import broadcast_weights_
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Phase, refinement_of
 from swap_hpc.train.control import Control
 from swap_hpc.train.evaluation import evaluate, evaluate_job
 from swap_hpc.train.events import Epoch, SavePoint
@@ -58,10 +59,10 @@ def test_a_training_that_was_left_does_not_end_the_next_ones_horovod(world: Team
     """An error keeps a generator suspended until its traceback is freed, at any time, on any rank."""
     job = tiny.job()
     alone, model = tiny.model(job), tiny.model(job)
-    list(fit(alone, job, job.recipe.large_batch, KEY, world))
-    left = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    list(fit(alone, job, PHASE_1, world))
+    left = fit(tiny.model(job), job, PHASE_1, world)
     next(left)
-    events = fit(model, job, job.recipe.large_batch, KEY, world)
+    events = fit(model, job, PHASE_1, world)
     next(events)
     if world.rank == world.size - 1:
         left.close()
@@ -75,9 +76,9 @@ def test_a_training_that_was_left_does_not_end_the_next_ones_horovod(world: Team
 @pytest.mark.ranks(2)
 def test_a_step_of_a_training_whose_horovod_another_has_is_refused(world: Team) -> None:
     job = tiny.job()
-    left = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    left = fit(tiny.model(job), job, PHASE_1, world)
     next(left)
-    events = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
+    events = fit(tiny.model(job), job, PHASE_1, world)
     next(events)
     with pytest.raises(RunError, match="another training of this process has begun since"):
         list(left)
@@ -96,7 +97,7 @@ def test_training_starts_from_the_first_ranks_weights(world: Team) -> None:
     assert torch.equal(tiny.weights(model), tiny.weights(expected))
     with torch.no_grad():
         model.get_parameter("0.weight").add_(world.rank)
-    list(fit(model, job, job.recipe.large_batch, KEY, world))  # which does it by itself
+    list(fit(model, job, PHASE_1, world))  # which does it by itself
     assert all(
         torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model))
     )
@@ -110,14 +111,14 @@ def test_a_model_from_a_file_is_the_first_ranks_too(world: Team) -> None:
     model = tiny.model(job)
     with torch.no_grad():
         model.get_parameter("0.weight").add_(world.rank)
-    list(fit(model, job, job.recipe.large_batch, KEY, world))
+    list(fit(model, job, PHASE_1, world))
     assert torch.equal(tiny.weights(model), tiny.weights(tiny.model(job)))
 
 
 def test_groups_that_wait_for_each_other_have_saved() -> None:
     job = tiny.job(refine={"epochs": 4, "evaluate_average": 2}, checkpoint={"epochs": 0})
-    events = fit(tiny.model(job), job, job.recipe.refine, Key(3, Phase.REFINE, 0), Team.alone())
-    assert [(e.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [
+    events = fit(tiny.model(job), job, refinement_of(0), Team.alone())
+    assert [(e.at.epoch, e.due) for e in events if isinstance(e, SavePoint)] == [
         (0, False),
         (1, False),
         (2, True),
@@ -133,8 +134,8 @@ def test_saves_of_short_epochs_are_apart(busy: bool, world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 3})
     rests = 1e6 if busy or world.rank else 0.0
     job = replace(job, control=Control(min_seconds=rests))
-    events = fit(tiny.model(job), job, job.recipe.large_batch, KEY, world)
-    saves = [e.epoch for e in events if isinstance(e, SavePoint) and e.due]
+    events = fit(tiny.model(job), job, PHASE_1, world)
+    saves = [e.at.epoch for e in events if isinstance(e, SavePoint) and e.due]
     assert saves == ([3] if busy else [1, 2, 3])
 
 
@@ -150,7 +151,7 @@ def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], world
     if "channels_last" in fields:
         assert models[0].get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
     for job, model in zip(jobs, models, strict=True):
-        list(fit(model, job, job.recipe.large_batch, KEY, world))
+        list(fit(model, job, PHASE_1, world))
     torch.testing.assert_close(
         tiny.weights(models[0]), tiny.weights(models[1]), rtol=1e-3, atol=1e-5
     )
@@ -176,7 +177,7 @@ def test_the_next_batch_is_fetched_while_gradients_are_averaged(
     monkeypatch.setattr(Job, "training_batches", batches)
     monkeypatch.setattr(Sgd, "step", step)
     job = tiny.job(large_batch={"epochs": 2})
-    list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+    list(fit(tiny.model(job), job, PHASE_1, world))
     steps = job.steps(job.recipe.large_batch)
     epoch = ["batch", *["batch", "step"] * (steps - 1), "step"]
     assert steps > 2 and done == 2 * epoch
@@ -185,8 +186,8 @@ def test_the_next_batch_is_fetched_while_gradients_are_averaged(
 def test_ranks_give_one_ranks_weights(world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 3})
     together, alone = tiny.model(job), tiny.model(job)
-    epochs = only_epochs(fit(together, job, job.recipe.large_batch, KEY, world))
-    reference = only_epochs(fit(alone, job, job.recipe.large_batch, KEY, Team.alone()))
+    epochs = only_epochs(fit(together, job, PHASE_1, world))
+    reference = only_epochs(fit(alone, job, PHASE_1, Team.alone()))
     torch.testing.assert_close(tiny.weights(together), tiny.weights(alone), rtol=1e-4, atol=1e-6)
     assert (tiny.weights(alone) - tiny.weights(tiny.model(job))).abs().max() > 1e-2  # it did train
     for ours, theirs in zip(epochs, reference, strict=True):
@@ -202,7 +203,7 @@ def test_a_compiled_step_trains_as_a_plain_one_does(world: Team) -> None:
     ]
     compiled, plain = (tiny.model(job) for job in jobs)
     for job, model in zip(jobs, (compiled, plain), strict=True):
-        list(fit(model, job, job.recipe.large_batch, KEY, world))
+        list(fit(model, job, PHASE_1, world))
     torch.testing.assert_close(tiny.weights(compiled), tiny.weights(plain), rtol=1e-3, atol=1e-5)
 
 
@@ -214,15 +215,15 @@ def test_what_was_compiled_before_does_not_matter(world: Team) -> None:
     for model, before in ((fresh, False), (later, True)):
         torch._dynamo.reset()
         if before:
-            list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
-        list(fit(model, job, job.recipe.refine, Key(0, Phase.REFINE), world))
+            list(fit(tiny.model(job), job, PHASE_1, world))
+        list(fit(model, job, refinement_of(0), world))
     assert torch.equal(tiny.weights(fresh), tiny.weights(later))
 
 
 def test_all_ranks_hold_the_same_weights(world: Team) -> None:
     job = tiny.job(model={"name": "tiny:normed"})
     model = tiny.model(job)
-    list(fit(model, job, job.recipe.large_batch, KEY, world))
+    list(fit(model, job, PHASE_1, world))
     assert all(
         torch.equal(tiny.weights(model), other) for other in world.allgather(tiny.weights(model))
     )
@@ -275,7 +276,7 @@ def test_evaluation_counts_each_sample_once(world: Team) -> None:
 
 def test_the_phase_ends_at_its_training_accuracy(world: Team) -> None:
     job = tiny.job(large_batch={"epochs": 30, "learning_rate": 0.05, "stop_accuracy": 0.7})
-    epochs = only_epochs(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+    epochs = only_epochs(fit(tiny.model(job), job, PHASE_1, world))
     assert [e.train.accuracy >= 0.7 for e in epochs] == [False] * (len(epochs) - 1) + [True]
     assert epochs[-1].ends_cycle and epochs[-1].test is not None
 
@@ -286,4 +287,4 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(world: Team) -> None:
         RunError,
         match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], at a learning rate of 1e\+30",
     ):
-        list(fit(tiny.model(job), job, job.recipe.large_batch, KEY, world))
+        list(fit(tiny.model(job), job, PHASE_1, world))

@@ -83,11 +83,11 @@ print("ended")
     ("body", "code", "says"),
     [
         (
-            "control.beat('epoch 3'); time.sleep(30)",
+            "control.heartbeat('epoch 3'); time.sleep(30)",
             3,
             "swap-hpc: no progress for 1 s after epoch 3: this rank, or one",
         ),
-        ("[(control.beat('a step'), time.sleep(0.1)) for _ in range(25)]", 0, "ended"),
+        ("[(control.heartbeat('a step'), time.sleep(0.1)) for _ in range(25)]", 0, "ended"),
         (
             "wait = control.waiting(); wait.__enter__(); time.sleep(2.5)",
             0,

@@ -9,9 +9,10 @@ import torch
 from swap_hpc.data import crops, loader, pipeline
 from swap_hpc.data.crops import cropped
 from swap_hpc.data.dataset import Dataset, with_statistics
-from swap_hpc.data.sampling import Key, Phase, Picks, evaluation_picks, training_picks
+from swap_hpc.data.sampling import Key, Picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import Augment
 
 CPU = Device(torch.device("cpu"), 1)

@@ -11,9 +11,10 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from swap_hpc.data.sampling import Key, Phase
+from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.train.job import Job
 
@@ -147,11 +148,11 @@ restless.width = 4  # type: ignore[attr-defined]
             Pickled,
             r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot be loaded",
         ),
-        (Forgetful, r"the weights that the state dict holds are not of this model: .*_extra_state"),
+        (Forgetful, r"the weights that the state dict holds do not fit this model: .*_extra_state"),
         (Wide, r"wide of the model .* is complex128, which a .safetensors file cannot hold"),
         (
             Growing,
-            r"the weights that the state dict holds after a step are not of this model: .*late.weight",
+            r"the weights that the state dict holds after a step do not fit this model: .*late.weight",
         ),
         (scripted, r"is TorchScript \(all of it\)"),
         (lazy, r"1.weight .* is lazy, without a shape yet: call the model once"),

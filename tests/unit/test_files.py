@@ -54,7 +54,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Team.alone(),
     )
     with pytest.raises(
-        UserError, match=r"the weights .*m.safetensors are not of this model: .*size mismatch"
+        UserError, match=r"the weights .*m.safetensors do not fit this model: .*size mismatch"
     ):
         load_weights_(nn.Linear(3, 5), tmp_path / "m.safetensors")
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_the_second_name_of_tied_weights_may_be_missing(tmp_path: Path) -> None:
         "weight"
     )
     save_file({"0.weight": weight.detach()}, tmp_path / "part.safetensors")
-    with pytest.raises(UserError, match="are not of this model: .*bias"):
+    with pytest.raises(UserError, match="do not fit this model: .*bias"):
         load_weights_(other, tmp_path / "part.safetensors")
 
 

@@ -17,6 +17,7 @@ from swap_hpc.errors import UserError, explained
 from swap_hpc.parallel import devices
 from swap_hpc.parallel.devices import Capability, Device, Memory, choose_device, serves, use_device
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run import prepare
 from swap_hpc.run.doctor import crowding
 from swap_hpc.run.journal import Line
@@ -240,7 +241,7 @@ def test_a_gpu_whose_memory_is_full_gets_one_line() -> None:
     known = explained(full)
     assert isinstance(known, UserError) and "\n" not in str(known)
     assert re.match(
-        r"the GPU's memory is full \(CUDA out of memory\. Tried.*or large_batch\.accumulate",
+        r"the GPU's memory is full \(CUDA out of memory\. Tried.*or raise large_batch\.accumulate",
         str(known),
     )
     other = RuntimeError("out of memory")
@@ -263,7 +264,7 @@ def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.Monk
 def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="deterministic and cudnn_benchmark exclude each other"):
         tiny.recipe(deterministic=True, cudnn_benchmark=True)
-    with pytest.raises(UserError, match="fused is SGD's: lars has no such step"):
+    with pytest.raises(UserError, match="fused is for sgd only: lars has no fused step"):
         tiny.recipe(optimizer={"name": "lars", "fused": True})
 
 
@@ -282,14 +283,14 @@ def test_a_result_holds_the_most_of_all_starts() -> None:
         "peak_gpu_allocated_mib": 50.0,
         "peak_gpu_reserved_mib": 60.0,
     }
-    lines: dict[str, list[Line]] = {
-        "world": [{"phase": "evaluation"}, before],
-        "group-000": [before | {"peak_gpu_reserved_mib": 90.0}],
+    lines: dict[Part, list[Line]] = {
+        PHASE_1: [{"phase": "evaluation"}, before],
+        refinement_of(0): [before | {"peak_gpu_reserved_mib": 90.0}],
     }
     found = peak_memory(lines, Memory(600 * 2**20, 70 * 2**20, 80 * 2**20), Team.alone())
     assert found == {"host": 700.0, "gpu_allocated": 70.0, "gpu_reserved": 90.0}
-    on_cpu: dict[str, list[Line]] = {
-        "world": [
+    on_cpu: dict[Part, list[Line]] = {
+        PHASE_1: [
             {"peak_memory_mib": 5.0, "peak_gpu_allocated_mib": None, "peak_gpu_reserved_mib": None}
         ]
     }

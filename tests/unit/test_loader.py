@@ -11,9 +11,10 @@ from torchvision.transforms.v2 import functional
 
 from swap_hpc.data import loader
 from swap_hpc.data.dataset import Dataset
-from swap_hpc.data.sampling import Key, Phase, Picks, epoch_picks, evaluation_picks, training_picks
+from swap_hpc.data.sampling import Key, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import Augment
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.run import lock
 from swap_hpc.run.lock import owning
-from swap_hpc.run.part import WHOLE, Part
 
 ALONE = Team.alone()
 
@@ -21,13 +21,13 @@ def test_a_second_job_ends_with_a_line_that_names_the_first(
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     out = tmp_path / "run"
-    with owning(out, WHOLE, ALONE):
-        for part in (WHOLE, Part("refine", 1), Part("average")):
+    with owning(out, None, ALONE):
+        for part in (None, refinement_of(1), Part(Phase.AVERAGE)):
             line = f"{out} is in use by process {os.getpid()} on .*: wait for it"
             with pytest.raises(UserError, match=line) as error, owning(out, part, ALONE):
                 pass
             assert "\n" not in str(error.value)
-    with owning(out, WHOLE, ALONE):
+    with owning(out, None, ALONE):
         pass
     assert not any(out.iterdir())
 
@@ -36,10 +36,10 @@ def test_jobs_that_refine_a_group_each_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    with owning(tmp_path, Part("refine", 0), ALONE):
-        with owning(tmp_path, Part("refine", 1), ALONE):
+    with owning(tmp_path, refinement_of(0), ALONE):
+        with owning(tmp_path, refinement_of(1), ALONE):
             pass
-        for part in (WHOLE, Part("refine", 0), Part("average"), Part("large_batch")):
+        for part in (None, refinement_of(0), Part(Phase.AVERAGE), PHASE_1):
             with (
                 pytest.raises(UserError, match=f"process {os.getpid()} "),
                 owning(tmp_path, part, ALONE),
@@ -59,7 +59,7 @@ def test_what_a_killed_job_left_is_no_obstacle(tmp_path: Path) -> None:
         job.kill()
         job.wait()
     assert (tmp_path / ".lock").is_file()
-    with owning(tmp_path, WHOLE, ALONE):
+    with owning(tmp_path, None, ALONE):
         pass
     assert not any(tmp_path.iterdir())
 
@@ -68,7 +68,7 @@ def test_a_job_waits_for_itself_to_let_go(tmp_path: Path, monkeypatch: pytest.Mo
     """As where a batch system starts a job again while its old processes are still dying."""
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    old = owning(tmp_path, WHOLE, ALONE)
+    old = owning(tmp_path, None, ALONE)
     old.__enter__()
     waits: list[float] = []
 
@@ -78,5 +78,5 @@ def test_a_job_waits_for_itself_to_let_go(tmp_path: Path, monkeypatch: pytest.Mo
         waits.append(seconds)
 
     monkeypatch.setattr(lock.time, "sleep", wait)
-    with owning(tmp_path, WHOLE, ALONE):
+    with owning(tmp_path, None, ALONE):
         assert waits

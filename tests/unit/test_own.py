@@ -116,7 +116,7 @@ def test_names_are_checked_where_the_recipe_is_read() -> None:
             "data.name: needs digits, cifar10, .* or \"package.module:function\" .given: 'digit'.",
         ),
         ({"loss": "mse"}, 'loss: needs cross_entropy or "package.module:function"'),
-        ({"loss": "a:b", "label_smoothing": 0.1}, "label_smoothing is of cross_entropy"),
+        ({"loss": "a:b", "label_smoothing": 0.1}, "label_smoothing applies to cross_entropy only"),
     ):
         with pytest.raises(UserError, match=message):
             parse(fields | wrong)

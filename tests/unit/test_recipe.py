@@ -1,4 +1,4 @@
-"""Recipes: what is read is what was written, and what is wrong is named with the mend."""
+"""Recipes: what is written is read back, and wrong input is named with a hint."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ from swap_hpc.errors import UserError
 from swap_hpc.recipe import page as recipe_page
 from swap_hpc.recipe.loading import (
     SHIPPED,
+    check_same_recipe,
     differing_fields,
     load_recipe,
     parse,
@@ -23,7 +24,7 @@ from swap_hpc.recipe.loading import (
     shipped_recipes,
     tomllib,
 )
-from swap_hpc.run.part import check_ranks
+from swap_hpc.run.checks import check_ranks
 from swap_hpc.study.study import load_study
 
 
@@ -52,15 +53,12 @@ def test_overrides_take_numbers_words_lists_and_a_builders_arguments() -> None:
         "augment.flip=true",
     ]
     recipe = load_recipe("digits", overrides, data=Path("/elsewhere"))
-    assert (
-        recipe.refine.epochs,
-        recipe.data.name,
-        recipe.model.arguments,
-        recipe.augment.flip,
-    ) == (3, "synthetic", {"width": 4}, True)
-    assert recipe.refine.learning_rate == ((0, 0.5), (3, 0)) and recipe.data.path == Path(
-        "/elsewhere"
-    )
+    assert recipe.refine.epochs == 3
+    assert recipe.data.name == "synthetic"
+    assert recipe.refine.learning_rate == ((0, 0.5), (3, 0))
+    assert recipe.model.arguments == {"width": 4}
+    assert recipe.augment.flip is True
+    assert recipe.data.path == Path("/elsewhere")
 
 
 WRONG = [
@@ -70,11 +68,12 @@ WRONG = [
     ),
     (
         {"data": {"path": "~nobody_here/images"}},
-        r"data.path: needs a path that begins at a home that there is \(given: '~nobody_here",
+        r"data.path: needs a path whose home directory exists \(given: '~nobody_here",
     ),
     (
         {"refine": {"epoch": 3}},
-        "unknown field refine.epoch; valid here: batch_size, epochs, learning_rate, accumulate, cycles",
+        "unknown field refine.epoch; "
+        "valid here: batch_size, epochs, learning_rate, accumulate, cycles",
     ),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
@@ -88,7 +87,15 @@ WRONG = [
         "refine.learning_rate: needs finite epochs and values",
     ),
     ({"refine": {"learning_rate": []}}, "refine.learning_rate: needs at least one"),
+    (
+        {"data": {"image_size": [[1, 32]]}},
+        r"data.image_size: needs \[epoch, pixels\] pairs .*, the first at epoch 0",
+    ),
     ({"optimizer": {"momentum": 0.0}}, "optimizer: nesterov = true needs a momentum"),
+    (
+        {"refine": {"average_every_steps": 2, "cycles": 2}},
+        "refine: average_every_steps needs one schedule to the end: set cycles = 1",
+    ),
     ({"large_batch": {"epochs": 0}}, "name its file in model.weights"),
     ({"large_batch": {"epochs": 0}, "refine": {"epochs": 0}}, "nothing to train"),
     ({"augment": {"crop_area": [0.5, 0.1]}}, "augment.crop_area: needs two positive numbers"),
@@ -108,10 +115,8 @@ def test_every_wrong_field_is_named_at_once() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(
-        UserError,
-        match="no recipe 'digit': neither a file nor one of cifar10-cpu, cifar10, .*digits",
-    ):
+    message = "no recipe 'digit': neither a file nor one of cifar10-cpu, cifar10, .*digits"
+    with pytest.raises(UserError, match=message):
         load_recipe("digit")
 
 
@@ -133,7 +138,7 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_recipes_are_utf8_as_editors_write_it(encoding: str, newline: str, tmp_path: Path) -> None:
-    """With a byte-order mark or without, and with either line end."""
+    """A byte-order mark and the line ending make no difference."""
     text = "# Bäume\n" + tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml()
     (tmp_path / "x.toml").write_bytes(text.replace("\n", newline).encode(encoding))
     assert load_recipe(str(tmp_path / "x.toml")) == parse(tomllib.loads(text))
@@ -148,10 +153,8 @@ def test_another_encoding_is_named(
     load: Callable[[str], Any], encoding: str, byte: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.toml").write_text("seed = 1\n# Bäume\n", encoding=encoding)
-    with pytest.raises(
-        UserError,
-        match=rf"x.toml is not UTF-8, as TOML has to be \(byte {byte}\): save it as UTF-8$",
-    ):
+    message = rf"x.toml is not UTF-8, as TOML has to be \(byte {byte}\): save it as UTF-8$"
+    with pytest.raises(UserError, match=message):
         load(str(tmp_path / "x.toml"))
 
 
@@ -175,36 +178,31 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
-    """It is taken as it is given, and comes back out of what a run writes."""
+    """The name is taken as given, and survives being written into a run's folder."""
     recipe = load_recipe("digits", data=tmp_path / name)
     assert recipe.data.path == tmp_path / name
-    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8", newline="\n")
-    assert (
-        load_recipe(str(tmp_path / "recipe.toml"))
-        == recipe
-        == recipe_of(recipe.to_toml(), "recipe.toml")
-    )
-    assert (
-        load_recipe("digits", data=Path(name)).data.path
-        == recipe_of(recipe.to_toml(), "x", Path(name)).data.path
-        == Path(name)
-    )
+
+    text = recipe.to_toml()
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8", newline="\n")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+    assert recipe_of(text, "recipe.toml") == recipe
+
+    assert load_recipe("digits", data=Path(name)).data.path == Path(name)
+    assert recipe_of(text, "x", Path(name)).data.path == Path(name)
 
 
-def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     latin = os.fsdecode(b"caf\xe9")
     shutil.copy(shipped_recipes()["digits"], tmp_path / f"{latin}.toml")
     text = load_recipe("digits").to_toml()
+    message = "caf\udce9 is not UTF-8, as recipes are: rename it, or use a link to it$"
     for wrong in (
         lambda: load_recipe("digits", data=Path(latin)),
         lambda: recipe_of(text, "x", Path(latin)),
         lambda: load_recipe("digits", [f"data.path={latin}"]),
         lambda: load_recipe(str(tmp_path / f"{latin}.toml")),
     ):
-        with pytest.raises(
-            UserError,
-            match="caf\udce9 is not UTF-8, as recipes are: rename it, or use a link to it$",
-        ):
+        with pytest.raises(UserError, match=message):
             wrong()
 
 
@@ -218,21 +216,23 @@ print(ascii(recipe.to_toml().encode()), os.listdir(recipe.data.path), sys.getfil
 
 
 def test_a_recipe_means_the_same_files_in_any_locale(tmp_path: Path) -> None:
-    """In one without UTF-8, too: text is UTF-8, and a name on the disk is its bytes."""
+    """Text is UTF-8 and a file name is its bytes, even in a locale without UTF-8."""
     (tmp_path / "ü ñ 日本" / "train").mkdir(parents=True)
-    (tmp_path / "ü.toml").write_text(
-        tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml(), encoding="utf-8"
-    )
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    said = []
-    for variables in ({"PYTHONUTF8": "1"}, plain):
-        line = [sys.executable, "-c", IN_ANOTHER_LOCALE, "ü.toml", "name=Bäume"]
-        done = subprocess.run(
-            line, cwd=tmp_path, env=dict(os.environ) | variables, capture_output=True, check=False
-        )
+    text = tiny.recipe(data={"path": "ü ñ 日本", "name": "folder"}).to_toml()
+    (tmp_path / "ü.toml").write_text(text, encoding="utf-8")
+    line = [sys.executable, "-c", IN_ANOTHER_LOCALE, "ü.toml", "name=Bäume"]
+
+    def run(**variables: str) -> list[str]:
+        """Return what the program printed: recipe and files, and the file system's encoding."""
+        environment = dict(os.environ) | variables
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
-        said.append(done.stdout.decode().rsplit(maxsplit=1))
-    assert said[0][0] == said[1][0] and [each[1] for each in said] == ["utf-8", "ascii"]
+        return done.stdout.decode().rsplit(maxsplit=1)
+
+    content, encoding = run(PYTHONUTF8="1")
+    plain_content, plain_encoding = run(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert content == plain_content
+    assert (encoding, plain_encoding) == ("utf-8", "ascii")
 
 
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,30 @@ def test_recipes_are_frozen() -> None:
         tiny.recipe().seed = 1
 
 
-def test_differing_fields_are_named_but_for_where_things_lie() -> None:
+def test_differing_fields_leave_out_where_the_data_lie() -> None:
     one = load_recipe("digits", data=Path("/a"))
-    assert differing_fields(one, load_recipe("digits", data=Path("/b"))) == []
-    assert differing_fields(one, load_recipe("digits", ["seed=9", "model.width=4"])) == [
-        "model.width",
-        "seed",
-    ]
+    moved = load_recipe("digits", data=Path("/b"))
+    other = load_recipe("digits", ["seed=9", "model.width=4"])
+    assert differing_fields(one, moved) == []
+    assert differing_fields(one, other) == ["model.width", "seed"]
+
+
+def test_a_run_of_another_recipe_is_refused_with_the_fields() -> None:
+    recipe = load_recipe("digits")
+    other = load_recipe("digits", ["seed=9", "model.width=4"])
+    with pytest.raises(UserError) as error:
+        check_same_recipe(recipe, other, "runs/x holds a run of", "the folder")
+    assert str(error.value) == (
+        "runs/x holds a run of another recipe (model.width, seed differ): "
+        "choose another --out, or remove the folder"
+    )
+
+
+def test_a_run_may_go_on_with_other_saves_and_with_its_data_elsewhere() -> None:
+    recipe = load_recipe("digits")
+    changed = ["checkpoint.minutes=1", "watchdog.minutes=1", "tensorboard=true"]
+    moved = load_recipe("digits", changed, data=Path("/elsewhere"))
+    check_same_recipe(recipe, moved, "runs/x holds a run of", "the folder")
 
 
 GRIDS = [
@@ -280,7 +297,8 @@ def test_ranks_are_a_multiple_or_a_divisor_of_the_groups(
 def test_batches_must_divide_by_their_ranks() -> None:
     with pytest.raises(
         UserError,
-        match=r"large_batch.batch_size = 24 does not divide by its 5 ranks: --set large_batch.batch_size=20 or 25",
+        match=r"large_batch.batch_size = 24 does not divide by its 5 ranks: "
+        r"--set large_batch.batch_size=20 or 25",
     ):
         check_ranks(tiny.recipe(), 5)
     with pytest.raises(UserError, match=r"refine.batch_size = 12 does not divide by its 8 ranks"):
@@ -300,8 +318,22 @@ def test_a_missing_field_is_named() -> None:
         parse({"data": {"name": "digits"}})
 
 
+@pytest.mark.parametrize(
+    ("seconds", "saves"),
+    [
+        pytest.param(10.0, 10, id="every epoch"),
+        pytest.param(5.0, 5, id="every other epoch, since min_seconds is 10"),
+        pytest.param(0.0, 10, id="epochs of unknown length"),
+    ],
+)
+def test_saves_are_counted_from_the_length_of_an_epoch(seconds: float, saves: int) -> None:
+    checkpoint = tiny.recipe(checkpoint={"min_seconds": 10}).checkpoint
+    assert checkpoint.saves(10, seconds) == saves
+
+
 def test_the_page_of_recipes_is_that_of_the_schema() -> None:
     page = (SHIPPED / "README.md").read_text()
     assert page == recipe_page.page(), "swap-hpc recipes --page > swap_hpc/recipe/README.md"
     described = [line for line in page.splitlines() if line.startswith("| `")]
-    assert len(described) > 40 and all(line.split("|")[-2].strip() for line in described)
+    assert len(described) > 40
+    assert all(line.split("|")[-2].strip() for line in described)

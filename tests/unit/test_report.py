@@ -1,4 +1,4 @@
-"""Tables and figures from a committed run, and the README's figures against it."""
+"""Tables and figures from a committed run, and the pages' figures against it."""
 
 import json
 import re
@@ -155,14 +155,63 @@ def test_the_page_needs_no_other_file(run: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
-    readme = (ROOT / "README.md").read_text()
-    plan = Plan(load_study("cifar10-cpu-table"), RUNS / "cifar10-cpu-table")
+def table_rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def cells_of(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("cifar10-cpu-table", 14), ("cifar10-cpu-time", 8)])
+def test_the_pages_tables_are_those_of_the_committed_runs(name: str, rows: int) -> None:
+    page = (ROOT / "swap_hpc" / "study" / "README.md").read_text()
+    plan = Plan(load_study(name), RUNS / name)
     assert all(trial.result for trial in plan.trials() + plan.reported())
     text = study_report.text(plan)
-    rows = [line for line in text.partition("## Search")[0].splitlines() if line.startswith("| ")]
-    assert len(rows) == 14 and [row for row in rows if row not in readme] == []
+    made = table_rows(text.partition("## Search")[0])
+    assert len(made) == rows and [row for row in made if row not in page] == []
     assert (plan.out / "study.md").read_text().startswith(text[:200])
+
+
+def model_epochs(epochs: str, workers: str) -> int:
+    """Return the epochs of all copies: those of "12 + 1 x 4" are trained in each of its groups."""
+    first, _, refine = epochs.partition(" + ")
+    cycles, _, each = refine.rpartition(" x ")
+    if cycles or not refine:  # one copy: plain SGD, or sequential SWA
+        return int(first) + int(cycles or 1) * int(each or 0)
+    return int(first) + int(workers) * int(each)
+
+
+def test_the_readmes_table_is_an_extract_of_the_committed_study() -> None:
+    """The README leaves one column out and adds the computing of each row."""
+    readme = (ROOT / "README.md").read_text().partition("## Result")[2].partition("\n## ")[0]
+    study = (RUNS / "cifar10-cpu-table" / "study.md").read_text().partition("\n## ")[0]
+    expected = []
+    for row in table_rows(study)[1:]:
+        method, epochs, workers, accuracy, seconds, _ = cells_of(row)
+        trained = str(model_epochs(epochs, workers))
+        expected.append([method, epochs, workers, trained, accuracy, seconds])
+    assert [cells_of(row) for row in table_rows(readme)[1:]] == expected
+
+
+def test_the_readmes_numbers_are_those_of_the_committed_studies() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    study = (RUNS / "cifar10-cpu-table" / "study.md").read_text()
+    differences = {cells_of(row)[0]: cells_of(row)[1:] for row in table_rows(study)}
+    points, interval = differences["SWAP after averaging - SWAP before averaging"]
+    low, _, high = interval.replace("+", "").split()
+    assert f"adds {points[1:]} points (95 % interval {low} to {high})" in readme
+    points, _ = differences["SWAP after averaging - small batch (128)"]
+    assert f"The difference to small batches, {points[1:]}," in readme
+    timed = (RUNS / "cifar10-cpu-time" / "study.md").read_text()
+    rows = {cells_of(row)[0]: cells_of(row)[3:] for row in table_rows(timed)}
+    for method in ("SWAP after averaging", "small batch (128), two cores, 12 epochs"):
+        accuracy, seconds = (cell.split()[0] for cell in rows[method])
+        assert f"{accuracy} % in {seconds} s" in readme
+
+
+def test_the_figures_that_the_pages_show_are_there() -> None:
     for file in (
         "cifar10-cpu/curves.png",
         "cifar10-cpu-table/swap/seed-0/landscape.png",

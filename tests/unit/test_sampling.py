@@ -5,12 +5,12 @@ import pytest
 
 from swap_hpc.data.sampling import (
     Key,
-    Phase,
     batchnorm_picks,
     epoch_picks,
     evaluation_picks,
     training_picks,
 )
+from swap_hpc.recipe.phase import Phase
 
 KEY = Key(seed=0, phase=Phase.REFINE, group=1)
 
@@ -66,7 +66,7 @@ KEYS = [
     Key(1, Phase.REFINE, 1),
     Key(0, Phase.LARGE_BATCH, 1),
     Key(0, Phase.REFINE, 2),
-    Key(0, Phase.BATCHNORM, 1),
+    Key(0, Phase.AVERAGE, 1),
 ]
 
 

@@ -1,3 +1,5 @@
+"""The learning-rate schedule: linear between knots, constant outside them."""
+
 import pytest
 
 from swap_hpc.recipe.schedule import interpolate

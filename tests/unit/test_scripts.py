@@ -1,4 +1,4 @@
-"""Shell scripts, the Dockerfile and the Apptainer definition: what their linters say, and that they share one logic."""
+"""Shell scripts, the Dockerfile and the Apptainer definition: linted, and of the same parts."""
 
 import os
 import re
@@ -9,18 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(
-    path
-    for pattern in (
-        "slurm/*",
-        "docker/*.sh",
-        "swap_hpc/install/*.sh",
-        ".ci/run",
-        "tests/apptainer_stand_in",
-    )
-    for path in ROOT.glob(pattern)
-    if path.name != "site.env"
+PATTERNS = (
+    "slurm/*",
+    "docker/*.sh",
+    "swap_hpc/install/*.sh",
+    ".ci/run",
+    "tests/apptainer_stand_in",
 )
+FOUND = (path for pattern in PATTERNS for path in ROOT.glob(pattern))
+SCRIPTS = sorted(path for path in FOUND if path.name != "site.env")
 DEFINITION = (ROOT / "docker" / "swap.def").read_text()
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
@@ -28,13 +25,8 @@ DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 def shellcheck(*files: Path) -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("no shellcheck: apt-get install shellcheck")
-    done = subprocess.run(
-        ["shellcheck", "--external-sources", *map(str, files)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    line = ["shellcheck", "--external-sources", *map(str, files)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -44,7 +36,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def launched(folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """What launch.sh makes of variables, where srun does nothing but say its arguments, one on a line."""
+    """Run launch.sh with these variables and an srun that prints its arguments, one per line."""
     (folder / "srun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (folder / "srun").chmod(0o755)
     known = {
@@ -53,17 +45,13 @@ def launched(folder: Path, **variables: str) -> "subprocess.CompletedProcess[str
         "SLURM_JOB_ID": "7",
         "VIRTUAL_ENV": "x",
     }
-    line: list[str | Path] = [
-        "bash",
-        "-c",
-        '. "$0"; launch true "it\'s data"',
-        ROOT / "slurm" / "launch.sh",
-    ]
+    script = '. "$0"; launch true "it\'s data"'
+    line: list[str | Path] = ["bash", "-c", script, ROOT / "slurm" / "launch.sh"]
     return subprocess.run(line, env=known | variables, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("arguments", "words"),
     [
         ("", []),
         ("--map-by node  --x", ["--map-by", "node", "--x"]),
@@ -75,37 +63,42 @@ def launched(folder: Path, **variables: str) -> "subprocess.CompletedProcess[str
     ],
 )
 def test_further_launcher_arguments_may_be_quoted(
-    told: str, words: list[str], tmp_path: Path
+    arguments: str, words: list[str], tmp_path: Path
 ) -> None:
-    done = launched(tmp_path, SWAP_LAUNCHER_ARGS=told)
-    assert done.returncode == 0 and done.stdout.splitlines()[3:] == [*words, "true", "it's data"], (
-        done.stderr
-    )
+    done = launched(tmp_path, SWAP_LAUNCHER_ARGS=arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[3:] == [*words, "true", "it's data"]  # after srun's own three
 
 
-def test_a_quote_without_its_other_one_starts_nothing(tmp_path: Path) -> None:
+def test_an_unmatched_quote_starts_nothing(tmp_path: Path) -> None:
     done = launched(tmp_path, SWAP_LAUNCHER_ARGS="--image=x --comment=it's --workdir=/a")
-    assert done.returncode == 2 and "has a quote without its other one" in done.stderr
+    assert done.returncode == 2 and "has an unmatched quote" in done.stderr
     assert not done.stdout
 
 
-def test_a_number_of_restarts_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_number_of_restarts_that_is_not_a_number_is_named(tmp_path: Path) -> None:
     for name in ("SWAP_RESTARTS", "SWAP_RETRIES"):
         done = launched(tmp_path, **{name: "many"})
-        assert (done.returncode, done.stderr) == (2, f"swap: {name}=many is no number\n")
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"swap: {name}=many is not a number: set it to 0 or more\n",
+        )
 
 
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run(
-        ["hadolint", "--no-color", ROOT / "docker" / "Dockerfile"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    line: list[str | Path] = ["hadolint", "--no-color", ROOT / "docker" / "Dockerfile"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
+def copied_files() -> set[str]:
+    """Return the files and folders that the Dockerfile copies into the image."""
+    lines = re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, flags=re.MULTILINE)
+    return {name for line in lines for name in line.split()[:-1]}
+
+
 def sections(name: str) -> list[str]:
+    """Return the text of each section of that name in the Apptainer definition."""
     return re.findall(rf"^%{name}\n((?:    .*\n|\n)+)", DEFINITION, flags=re.MULTILINE)
 
 
@@ -119,49 +112,33 @@ def test_the_definitions_scripts_are_sound(tmp_path: Path) -> None:
 
 
 def test_dockerfile_and_definition_run_the_same_scripts_on_the_same_files() -> None:
-    lines = [
-        line.split()[0]
-        for section in sections("files")
-        for line in section.splitlines()
-        if line.strip()
-    ]
-    copied = {
-        name
-        for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, flags=re.MULTILINE)
-        for name in line.split()[:-1]
-    }
-    assert copied == set(lines) and all((ROOT / name).exists() for name in copied)
+    lines = [line for section in sections("files") for line in section.splitlines()]
+    copied = copied_files()
+    assert copied == {line.split()[0] for line in lines if line.strip()}
+    assert all((ROOT / name).exists() for name in copied)
+
     runs = re.compile(r"/src/\S+\.sh(?: (?:build|run))?")
     assert sorted(runs.findall(DOCKERFILE)) == sorted(runs.findall("".join(sections("post"))))
+
     arguments = re.compile(
         r"(?:ARG |    )(BASE|RUNTIME|CUDA|HOROVOD_BUILD)=(?:docker.io/(?:library/)?)?(\S+)"
     )
-    assert set(arguments.findall(DOCKERFILE)) == set(
-        arguments.findall(DEFINITION.split("Bootstrap", 1)[1])
-    )
+    body = DEFINITION.split("Bootstrap", 1)[1]  # without the examples of the header
+    assert set(arguments.findall(DOCKERFILE)) == set(arguments.findall(body))
 
 
 def test_the_context_is_small() -> None:
     """Only what the Dockerfile copies is sent to the builder."""
-    allowed = {
-        line[1:]
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line.startswith("!")
-    }
-    copied = {
-        name
-        for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, flags=re.MULTILINE)
-        for name in line.split()[:-1]
-    }
-    assert allowed == copied and (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    assert lines[1] == "*"  # everything else is excluded
+    assert allowed == copied_files()
 
 
-def test_the_batch_scripts_tell_of_every_setting() -> None:
-    """What launch.sh and the scripts read stands in site.env.example."""
-    read = {
-        name
-        for path in (ROOT / "slurm").glob("*")
-        for name in re.findall(r"\$\{(SWAP_[A-Z_]+)", path.read_text())
-    }
-    told = set(re.findall(r"\b(SWAP_[A-Z_]+)=", (ROOT / "slurm" / "site.env.example").read_text()))
-    assert read - {"SWAP_SLURM"} == told
+def test_every_setting_of_the_batch_scripts_is_documented() -> None:
+    """site.env.example has each variable that the batch scripts read."""
+    texts = [path.read_text() for path in (ROOT / "slurm").glob("*")]
+    read = {name for text in texts for name in re.findall(r"\$\{(SWAP_[A-Z_]+)", text)}
+    example = (ROOT / "slurm" / "site.env.example").read_text()
+    documented = set(re.findall(r"\b(SWAP_[A-Z_]+)=", example))
+    assert read - {"SWAP_SLURM"} == documented

@@ -13,10 +13,11 @@ from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.data import loader
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.loader import View
-from swap_hpc.data.sampling import Key, Phase, Picks, training_picks
+from swap_hpc.data.sampling import Key, Picks, training_picks
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Batches
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.train.fit import fit
 
 
@@ -39,7 +40,7 @@ def test_a_loss_that_draws_is_the_same_in_two_runs() -> None:
         job = tiny.job(loss="zoo:mixing_loss")
         model = tiny.model(job)
         random.seed(), np.random.seed()
-        for _ in fit(model, job, job.recipe.large_batch, Key(0, Phase.LARGE_BATCH), Team.alone()):
+        for _ in fit(model, job, PHASE_1, Team.alone()):
             pass
         return weights_sha256(model)
 

@@ -1,0 +1,45 @@
+"""The loop of a run: each event of `swap()` is recorded, until the job has done its part."""
+
+from typing import Any
+
+from torch import nn
+
+from swap_hpc.errors import Stopped
+from swap_hpc.recipe.phase import Part, Phase
+from swap_hpc.run.assignment import Assignment
+from swap_hpc.run.record import Recorder
+from swap_hpc.run.resume import Resume
+from swap_hpc.swap import swap
+from swap_hpc.train.events import Event, GroupsArrived, LargeBatchEnded
+
+
+def train_and_record(
+    model: nn.Module, its: Assignment, saves: Resume, recorder: Recorder
+) -> dict[str, Any] | None:
+    """Train `model` as a recipe says, from where its saves are.
+
+    Returns:
+        What `result.json` holds; None where this job's part does not complete the run.
+    """
+    recorder.begin()
+    events = swap(model, its.job, its.ranks, saves)
+    try:
+        for event in events:
+            recorder.record(event)
+            if _ends(its.chosen, event):
+                recorder.journal.end()
+                return None
+    except Stopped:
+        events.close()  # all ranks leave training together
+        raise
+    return recorder.result(model)
+
+
+def _ends(chosen: Part | None, event: Event) -> bool:
+    """Tell whether an event ends a job that does only a part of the run."""
+    match event:
+        case LargeBatchEnded():
+            return chosen is not None and chosen.phase is Phase.LARGE_BATCH
+        case GroupsArrived():
+            return chosen is not None and chosen.phase is Phase.REFINE
+    return False

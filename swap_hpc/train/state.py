@@ -1,0 +1,159 @@
+"""The state of an optimizer, whatever it holds, as a tree that a checkpoint can keep.
+
+A tree is a tensor, a number, a truth value, text, None, or a list, tuple or dictionary of trees. In a
+checkpoint its tensors are tensors of the file, and the rest is JSON.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_hpc.errors import UserError
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the whole state of an optimizer as a tree; its tensors are the live ones.
+
+    Args:
+        optimizer: any of `torch.optim`, or a subclass of `torch.optim.Optimizer` that keeps its
+            state, as torch asks for, in `state` and `param_groups`.
+        model: the model whose parameters it trains.
+
+    Returns:
+        `state`: by the name of the parameter, what its optimizer keeps for it; `groups`: the
+        settings of each parameter group; `elsewhere`: the paths in `state` of tensors that do not
+        lie on their parameter's device (Adam's step counters lie on the host).
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    # Without torch's guard against torch.compile, which never sees an optimizer here: it imports
+    # torch._dynamo, seconds of each rank's start.
+    packed = inspect.unwrap(type(optimizer).state_dict)(optimizer)
+    # torch numbers the parameters in the order in which the groups list them
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    state: dict[Any, Any] = {}
+    elsewhere: list[str] = []
+    for key, kept in packed["state"].items():
+        if not isinstance(key, int):
+            state[key] = kept  # kept for the optimizer as a whole
+            continue
+        parameter = parameters[key]
+        state[names[parameter]] = kept
+        elsewhere += [
+            path
+            for path, tensor in tensors_in(kept, names[parameter])
+            if tensor.device != parameter.device
+        ]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in packed["param_groups"]
+    ]
+    return {"state": state, "groups": groups, "elsewhere": elsewhere}
+
+
+def restore_optimizer_(
+    optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]
+) -> None:
+    """Give an optimizer the state that `optimizer_state` returned for one built alike.
+
+    Unlike `Optimizer.load_state_dict` it rounds nothing: torch casts floating state to the type of
+    its parameter.
+    """
+    parameters = dict(model.named_parameters())
+    elsewhere = set(saved["elsewhere"])
+
+    def placed(tree: Any, path: str, parameter: nn.Parameter | None) -> Any:
+        match tree:
+            case Tensor():
+                if parameter is None or path in elsewhere:
+                    return tree.clone()
+                return _beside(tree, parameter)
+            case dict():
+                return {key: placed(each, f"{path}/{key}", parameter) for key, each in tree.items()}
+            case list() | tuple():
+                parts = [placed(each, f"{path}/{i}", parameter) for i, each in enumerate(tree)]
+                return type(tree)(parts)
+        return tree
+
+    for name, kept in saved["state"].items():
+        parameter = parameters.get(name)
+        key = name if parameter is None else parameter
+        optimizer.state[key] = placed(kept, name, parameter)
+    for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(placed(settings, "", None))
+
+
+def _beside(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a copy on the device of a parameter, in its memory format where the shapes agree."""
+    if tensor.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+    return tensor.to(parameter.device, copy=True)
+
+
+def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the path and the tensor of each tensor in a tree."""
+    match tree:
+        case Tensor():
+            yield path, tree
+        case dict():
+            for key, each in tree.items():
+                yield from tensors_in(each, f"{path}/{key}")
+        case list() | tuple():
+            for number, each in enumerate(tree):
+                yield from tensors_in(each, f"{path}/{number}")
+
+
+def as_json(tree: Any, path: str = "") -> Any:
+    """Return a tree as JSON can hold it, with the path of each tensor in its place.
+
+    Args:
+        tree: the tree.
+        path: where it stands in a larger one: the beginning of all paths.
+
+    Raises:
+        UserError: the tree holds something that a checkpoint cannot keep.
+    """
+    match tree:
+        case Tensor():
+            return {"tensor": path}
+        case dict():
+            pairs = [[key, as_json(each, f"{path}/{key}")] for key, each in tree.items()]
+            for key, _ in pairs:
+                _check_plain(key, path)
+            return {"dict": pairs}
+        case list() | tuple():
+            kind = "list" if isinstance(tree, list) else "tuple"
+            return {kind: [as_json(each, f"{path}/{i}") for i, each in enumerate(tree)]}
+    _check_plain(tree, path)
+    return tree
+
+
+def _check_plain(value: Any, path: str) -> None:
+    if type(value) not in PLAIN:
+        raise UserError(
+            f"the optimizer keeps a {type(value).__name__} at {path.lstrip('/')}, which a checkpoint "
+            "cannot hold: use tensors, numbers, text, lists, tuples and dictionaries"
+        )
+
+
+def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the tree that `as_json` described.
+
+    Args:
+        value: the description.
+        tensors: the tensors of the tree by their paths.
+    """
+    match value:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"dict": pairs}:
+            return {key: from_json(each, tensors) for key, each in pairs}
+        case {"list": parts}:
+            return [from_json(each, tensors) for each in parts]
+        case {"tuple": parts}:
+            return tuple(from_json(each, tensors) for each in parts)
+    return value

@@ -1,0 +1,74 @@
+"""One step of training: gradients of a rank's share of a batch, then the optimizer."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swap_hpc.data.seeding import seed_all
+from swap_hpc.train.job import Batch, Job
+from swap_hpc.train.objective import as_float32
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What takes the steps of a phase."""
+
+    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    optimizer: torch.optim.Optimizer
+    job: Job
+    accumulate: int  # parts in which a rank's share of a batch is computed
+
+    def compute_gradients(self, batch: Batch, rate: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of this rank's share of a step.
+
+        Args:
+            batch: images (n, C, H, W) float32 and labels (n,) int64, or what the data set yields.
+            rate: the learning rate of the step.
+            seed: of the global generators, from which dropout draws.
+
+        Returns:
+            The mean loss and the number of hits of the share, scalars on the device.
+        """
+        seed_all(seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        return backward(self.forward, batch, self.job, self.accumulate)
+
+    def update(self) -> None:
+        """Average the gradients over the team, and step."""
+        self.optimizer.step()
+
+
+def backward(
+    forward: Callable[[Tensor], Tensor], batch: Batch, job: Job, parts: int
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a rank's share of a step to those that the model has.
+
+    Args:
+        forward: the model.
+        batch: the share: inputs and targets.
+        job: the run's; it has the objective and the precision.
+        parts: the share is computed in so many parts, one after the other.
+
+    Returns:
+        The mean loss and the sum of the scores (hits) of the share, scalars on the device.
+    """
+    objective = job.objective
+    losses, hits = [], []
+    pieces: Iterable[Batch] = [batch]
+    if parts > 1:
+        pieces = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
+    for images, labels in pieces:
+        with job.autocast():
+            outputs = forward(images)
+        outputs = as_float32(outputs)
+        loss = objective.loss(outputs, labels)
+        (loss / parts if parts > 1 else loss).backward()
+        losses.append(loss.detach())
+        hits.append(objective.score(outputs, labels).detach().sum())
+    if parts == 1:
+        return losses[0], hits[0]
+    return torch.stack(losses).mean(), torch.stack(hits).sum()

@@ -1,0 +1,173 @@
+"""Every piece of an optimizer's state is saved, and comes back to the bit."""
+
+import collections
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swap_hpc.errors import UserError
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part
+from swap_hpc.recipe.schema import Optimizer
+from swap_hpc.run.checkpoint import Checkpoints
+from swap_hpc.train import fit as fit_module
+from swap_hpc.train.events import NoSaves, SavePoint
+from swap_hpc.train.fit import fit
+from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.state import as_json, from_json, optimizer_state, restore_optimizer_, tensors_in
+
+ONE = Team.alone()
+OFFERED = get_args(Optimizer.model_fields["name"].annotation)
+JOB = tiny.job(model={"name": "tiny:normed"})
+
+
+class Odd(torch.optim.Optimizer):
+    """An optimizer that needs all kinds of state: each piece changes the next step."""
+
+    def __init__(self, model: nn.Module):
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        groups = [{"params": matrices, "scale": 1.0}, {"params": vectors, "scale": 0.5}]
+        super().__init__(groups, {"lr": 0.0, "scale": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["scale"] *= 0.97
+            for p in group["params"]:
+                self._step(p, p.grad, group["lr"] * group["scale"])
+
+    def _step(self, p: Tensor, gradient: Tensor, rate: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["count"] = 0
+            state["history"] = {"mean": torch.zeros_like(p), "last": [gradient.clone(), None]}
+            state["norm"] = (torch.zeros((), dtype=torch.float64), "float64 beside float32")
+        state["count"] += 1
+        mean, last = state["history"]["mean"], state["history"]["last"]
+        mean.mul_(0.9).add_(gradient)
+        norm = state["norm"][0]
+        norm.add_(mean.double().norm() / 3)
+        p.sub_(mean + 0.1 * last[0], alpha=rate / (state["count"] ** 0.5 + float(norm)))
+        last[0], last[1] = gradient.clone(), state["count"]
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        images = torch.rand(6, 3, 8, 8, generator=generator)
+        labels = torch.randint(0, 3, (6,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model.eval()(images), labels).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05
+        optimizer.step()
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """Compare two trees: kinds, types, keys and bits."""
+    assert type(one) is type(other), path
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}/{number}")
+    else:
+        assert one == other, path
+
+
+def built(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    return (
+        Odd(model)
+        if name == "odd"
+        else build_optimizer(model, Optimizer.model_validate({"name": name}))
+    )
+
+
+@pytest.mark.parametrize("name", [*OFFERED, "odd"])
+def test_all_state_comes_back_and_training_continues_to_the_bit(name: str, tmp_path: Path) -> None:
+    model = tiny.model(JOB)
+    optimizer = built(name, model)
+    stepped(optimizer, model, 3, seed=0)
+    state = optimizer_state(optimizer, model)
+    assert state["state"].keys() == dict(model.named_parameters()).keys()
+    tensors = {path: tensor.clone() for path, tensor in tensors_in(state)}
+    saved = from_json(as_json(state), tensors)
+
+    other = tiny.model(JOB)
+    other.load_state_dict(model.state_dict())
+    resumed = built(name, other)
+    restore_optimizer_(resumed, other, saved)
+    assert_same(optimizer.state_dict(), resumed.state_dict())
+    stepped(optimizer, model, 3, seed=1)
+    stepped(resumed, other, 3, seed=1)
+    assert torch.equal(tiny.weights(model), tiny.weights(other))
+
+
+def test_a_missing_piece_would_be_noticed() -> None:
+    """The comparison above and the weights both see a piece of state that is lost."""
+    model = tiny.model(JOB)
+    optimizer = Odd(model)
+    stepped(optimizer, model, 3, seed=0)
+    state = optimizer_state(optimizer, model)
+    for lost in ("count", "history", "norm"):
+        other = tiny.model(JOB)
+        other.load_state_dict(model.state_dict())
+        resumed = Odd(other)
+        kept = {
+            name: {key: value for key, value in pieces.items() if key != lost}
+            for name, pieces in state["state"].items()
+        }
+        restore_optimizer_(resumed, other, {**state, "state": kept})
+        with pytest.raises(AssertionError):
+            assert_same(optimizer.state_dict(), resumed.state_dict())
+
+
+def test_a_run_with_odd_state_resumes_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through files: stopped after each save, it ends with the weights of a run that was not."""
+    monkeypatch.setattr(fit_module, "build_optimizer", lambda model, recipe: Odd(model))
+    whole = tiny.model(JOB)
+    for _ in fit(whole, JOB, PHASE_1, ONE):
+        pass
+    checkpoints = Checkpoints(tmp_path, JOB.recipe)
+
+    class Saves(NoSaves):
+        def load(self, part: Part, team: Team) -> SavePoint | None:
+            saved = checkpoints.load(part, team)
+            return saved.point if saved else None
+
+    starts, ended = 0, False
+    while not ended:
+        model = tiny.model(JOB)
+        for event in fit(model, JOB, PHASE_1, ONE, Saves()):
+            ended = isinstance(event, SavePoint) and event.ended
+            if isinstance(event, SavePoint) and event.due:
+                checkpoints.save(event, {}, ONE)
+                break
+        starts += 1
+    assert starts == JOB.recipe.large_batch.epochs
+    assert torch.equal(tiny.weights(model), tiny.weights(whole))
+
+
+def test_what_a_file_cannot_hold_is_refused_with_its_place() -> None:
+    model = tiny.model(JOB)
+    optimizer = Odd(model)
+    stepped(optimizer, model, 1, seed=0)
+    optimizer.state[next(model.parameters())]["history"]["queue"] = collections.deque([1.0])
+    message = (
+        "the optimizer keeps a deque at state/0.weight/history/queue, which a checkpoint cannot"
+    )
+    with pytest.raises(UserError, match=message):
+        as_json(optimizer_state(optimizer, model))
