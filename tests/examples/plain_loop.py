@@ -1,4 +1,4 @@
-"""A plain training loop in one process. swap_loop.py is the same with SWAP: seven lines more."""
+"""A plain training loop in one process. swap_loop.py adds SWAP to it in seven lines."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,30 +14,39 @@ Samples = tuple[Tensor, Tensor]  # images (n, 1, 8, 8) float32, labels (n,) int6
 
 def load() -> tuple[Samples, Samples]:
     digits = load_digits()
-    images, labels = (
-        torch.from_numpy(digits.images).float()[:, None] / 8 - 1,
-        torch.from_numpy(digits.target),
-    )
+    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # from 0..16 to -1..1
+    labels = torch.from_numpy(digits.target)
     return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
 
 
 def build() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
 
 
 def batches(samples: Samples, size: int, epochs: int, seed: int) -> Iterator[Samples]:
+    """Yield the shuffled whole batches of several epochs."""
+    images, labels = samples
     generator = np.random.default_rng(seed)
     for _ in range(epochs):
-        order = generator.permutation(len(samples[1]))
+        order = generator.permutation(len(labels))
         for start in range(0, len(order) - size + 1, size):
-            yield samples[0][order[start : start + size]], samples[1][order[start : start + size]]
+            which = order[start : start + size]
+            yield images[which], labels[which]
 
 
 def train(model: nn.Module, stream: Iterator[Samples], rate: float) -> None:
-    """SGD with momentum, its learning rate falling to zero."""
+    """Train by SGD with momentum, while the learning rate falls linearly to zero."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -52,7 +61,9 @@ def train(model: nn.Module, stream: Iterator[Samples], rate: float) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, samples: Samples) -> float:
-    return (model.eval()(samples[0]).argmax(1) == samples[1]).float().mean().item()
+    images, labels = samples
+    predicted = model.eval()(images).argmax(1)
+    return (predicted == labels).float().mean().item()
 
 
 def main(batches: Any = batches) -> nn.Module:
