@@ -59,13 +59,18 @@ def watching(control: Control, minutes: float, folder: Path, ranks: Ranks) -> It
 
 @dataclass
 class _Standstill:
-    """How long a value has not changed, not counting the time in which this process was suspended."""
+    """The seconds in which a value has not changed while this process was not suspended."""
 
     value: object = None
     seconds: float = 0.0
 
     def update(self, value: object, passed: float) -> float:
-        """Return the seconds since the value changed, where `passed` went by since the last call."""
+        """Return the seconds since the value changed.
+
+        Args:
+            value: as it is now.
+            passed: seconds since the last call.
+        """
         self.seconds = self.seconds + passed if value == self.value else 0.0
         self.value = value
         return self.seconds
