@@ -1,4 +1,4 @@
-"""A run's metrics for TensorBoard, each of its parts a run there. The JSON lines are the truth, this is made of them."""
+"""A run's metrics as TensorBoard's event files, made from the same lines as the JSON files."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,10 +8,9 @@ from typing import Any
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run.lines import Line
 
-Line = dict[str, Any]
-
-
+# The fields of a line that become curves.
 FIELDS = (
     "train_loss",
     "train_accuracy",
@@ -22,31 +21,47 @@ FIELDS = (
     "peak_memory_mib",
 )
 
-AVERAGE = "average"  # what the averaged model's run is called there
+AVERAGE = "average"  # the name of the averaged model's curves
 
 
 def check_tensorboard(recipe: Recipe) -> None:
-    """Raises UserError where a recipe asks for it and it is not installed."""
+    """Check that TensorBoard is installed where a recipe wants it.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    if not recipe.tensorboard:
+        return
     try:
-        if recipe.tensorboard:
-            import torch.utils.tensorboard  # noqa: F401
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"tensorboard = true, but it cannot be loaded ({error}): pip install tensorboard, or --set tensorboard=false"
+            f"tensorboard = true, but it cannot be loaded ({error}): "
+            "pip install tensorboard, or --set tensorboard=false"
         ) from None
 
 
 @dataclass
 class Board:
-    """Event files: a folder for each part ("world", "group-000", ...), one for the averaged model. Against epochs of the run."""
+    """Event files in one folder per part ("world", "group-000", ...) and one for the average.
+
+    The x axis counts the epochs of the run: a group's epochs follow those of phase 1.
+    """
 
     folder: Path
     recipe: Recipe
-    writers: dict[str, Any] = field(default_factory=dict)
+    writers: dict[str, Any] = field(default_factory=dict)  # name of the curves -> SummaryWriter
 
     def begin(self, part: str, lines: Sequence[Line], first: int) -> None:
-        """The part's files hold just these lines. `first`: epochs of phase 1, which may end before its last."""
-        for name in (part, AVERAGE) if part == "world" else (part,):
+        """Write the event files of a part anew, from these lines.
+
+        Args:
+            part: its name in the names of files; the average's lines are in those of "world".
+            lines: all lines of the part so far.
+            first: epochs of phase 1, which may end before its last.
+        """
+        names = (part, AVERAGE) if part == "world" else (part,)
+        for name in names:
             if name in self.writers:
                 self.writers.pop(name).close()
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -54,11 +69,14 @@ class Board:
             self.add(part, line, first)
 
     def add(self, part: str, line: Line, first: int) -> None:
+        """Add a line of a part; see `begin`."""
         if line.get("model") == "large_batch" and first:
-            return  # its last epoch's line says the same
+            return  # the line of phase 1's last epoch has the same figures
+        # Only a run that wants the files pays for this slow import.
         from torch.utils.tensorboard import SummaryWriter
 
-        name = _name(part, line)
+        is_of_average = line.get("model") in ("average", "swap")
+        name = AVERAGE if is_of_average else part
         if name not in self.writers:
             self.writers[name] = SummaryWriter(str(self.folder / name))
         for key in FIELDS:
@@ -67,12 +85,8 @@ class Board:
         self.writers[name].flush()
 
     def _epoch(self, line: Line, first: int) -> int:
-        refine = self.recipe.refine
+        """Return the place of a line on the x axis; one without an epoch is at its phase's end."""
         if line["phase"] == "large_batch" or line.get("model") == "large_batch":
             return line.get("epoch", first)
+        refine = self.recipe.refine
         return first + line.get("epoch", refine.epochs * refine.cycles)
-
-
-def _name(part: str, line: Line) -> str:
-    """What TensorBoard calls the run that a line belongs to."""
-    return AVERAGE if line.get("model") in ("average", "swap") else part

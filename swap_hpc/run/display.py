@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.launcher import launched
@@ -17,7 +16,7 @@ from swap_hpc.train.events import Epoch, Evaluation, SavePoint
 
 
 class Screen(Console):
-    """A console that leaves it to its caller what to do where nobody reads it any more."""
+    """A console that raises BrokenPipeError when nobody reads it any more; rich's would exit."""
 
     def on_broken_pipe(self) -> None:
         error = sys.exc_info()[1]
@@ -26,76 +25,91 @@ class Screen(Console):
 
 
 class Display:
-    """Shows epochs to a person: a live bar per phase on a terminal, else one line each. Silent on all ranks but the first."""
+    """Shows epochs: as one bar per part of the run on a terminal, else as one line each.
+
+    Silent on all ranks but the first.
+    """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, console: Console):
         self.recipe = recipe
-        self.speaks = ranks.world.rank == 0
+        self.is_first = ranks.world.rank == 0
         self.console = console
-        columns = (
+        shows_bars = self.is_first and console.is_terminal and _on_terminal()
+        self.bars = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(20),
-            TextColumn("{task.completed}/{task.total}  {task.fields[says]}"),
-        )
-        self.live = Progress(
-            *columns,
+            TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not (self.speaks and console.is_terminal and _on_terminal()),
+            disable=not shows_bars,
         )
-        self.tasks: dict[str, Any] = {}
+        self.tasks: dict[str, TaskID] = {}  # part of the run -> its bar
 
     @contextmanager
     def running(self) -> Iterator["Display"]:
-        with self.live:
+        """Keep the bars on the screen."""
+        with self.bars:
             yield self
 
     def say(self, text: str) -> None:
-        if self.speaks:
+        """Print a line, from the first rank."""
+        if self.is_first:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def goes_on(self, point: SavePoint) -> None:
+    def resumed(self, point: SavePoint) -> None:
+        """Show where a part of the run goes on."""
         where = f"after epoch {point.at.epoch}, step {point.at.step}"
         self.say(f"{point.part} goes on {'at its end' if point.ended else where}")
 
     def average(self, epoch: int, test: Evaluation) -> None:
+        """Show the average of the groups before the end of their refinement."""
         self.say(f"{'average':<12} epoch {epoch:>3}  test {test.accuracy:.4f}")
 
     def epoch(self, epoch: Epoch) -> None:
+        """Show an epoch, and that it is the last one if its accuracy ends the phase."""
+        name = str(epoch.part)
         phase = self.recipe.large_batch if epoch.part == PHASE_1 else self.recipe.refine
         total = phase.epochs * phase.cycles
-        name = str(epoch.part)
-        test = f"  test {epoch.test.accuracy:.4f}" if epoch.test else ""
-        says = f"train {epoch.train.accuracy:.4f}{test}  lr {epoch.learning_rate:.4g}  {epoch.images / epoch.train_seconds:,.0f} images/s"
-        if self.live.disable:  # a log
-            left = (total - epoch.epoch) * (epoch.train_seconds + epoch.evaluate_seconds)
+        if self.bars.disable:
+            seconds_left = (total - epoch.epoch) * (epoch.train_seconds + epoch.evaluate_seconds)
             self.say(
-                f"{name:<12} epoch {epoch.epoch:>3}/{total}  {says}  {_clock(left)} left in the phase"
+                f"{name:<12} epoch {epoch.epoch:>3}/{total}  {_figures(epoch)}  "
+                f"{_clock(seconds_left)} left in the phase"
             )
         else:
             if name not in self.tasks:
-                self.tasks[name] = self.live.add_task(name, total=total, says="")
-            self.live.update(self.tasks[name], completed=epoch.epoch, says=says)
-        if (
-            epoch.epoch < total
-            and phase.stop_accuracy is not None
-            and epoch.train.accuracy >= phase.stop_accuracy
-        ):
-            self.say(
-                f"{name} ends here: large_batch.stop_accuracy = {phase.stop_accuracy} is reached"
-            )
+                self.tasks[name] = self.bars.add_task(name, total=total, figures="")
+            self.bars.update(self.tasks[name], completed=epoch.epoch, figures=_figures(epoch))
+        stop = phase.stop_accuracy
+        if stop is not None and epoch.train.accuracy >= stop and epoch.epoch < total:
+            self.say(f"{name} ends here: large_batch.stop_accuracy = {stop} is reached")
+
+
+def _figures(epoch: Epoch) -> str:
+    test = f"  test {epoch.test.accuracy:.4f}" if epoch.test else ""
+    speed = epoch.images / epoch.train_seconds
+    return (
+        f"train {epoch.train.accuracy:.4f}{test}  lr {epoch.learning_rate:.4g}  "
+        f"{speed:,.0f} images/s"
+    )
 
 
 def _on_terminal() -> bool:
-    """Whether a person looks at this process's output: under mpirun, which may give ranks a terminal of their own, at mpirun's."""
+    """Return whether this process's output is shown on a terminal.
+
+    Some launchers give each rank a terminal of its own and may still write to a log themselves:
+    where there is a launcher, its output counts.
+    """
     if launched() is None:
         return sys.stdout.isatty()
     try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+        output = os.readlink(f"/proc/{os.getppid()}/fd/1")
     except OSError:
         return False
+    return output.startswith(("/dev/pts/", "/dev/tty"))
 
 
 def _clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds: "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

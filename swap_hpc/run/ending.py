@@ -1,9 +1,10 @@
-"""How a job speaks with one voice, and how all of it ends."""
+"""How a job reports from one rank, and how all of its ranks end."""
 
 import os
 import select
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NoReturn
 
@@ -12,12 +13,16 @@ from swap_hpc.train.control import ignore_stops
 
 
 def say(text: str) -> None:
+    """Print a line, from the first rank."""
     if _rank() == 0:
         print(text, flush=True)
 
 
 def tell_launcher(state: Literal["training", "stopped", "done"]) -> None:
-    """Write how far the job came into the file SWAP_HPC_STATE, where a batch script names one: a launcher's exit code may not tell."""
+    """Write how far the job has come into the file that the variable SWAP_HPC_STATE names.
+
+    Batch scripts set it, because some launchers do not pass the ranks' exit code on.
+    """
     if _rank() == 0:
         _write_state("w", state)
 
@@ -29,51 +34,71 @@ def _write_state(mode: Literal["w", "a"], text: str) -> None:
 
 
 def _rank() -> int:
-    """This process's rank: by MPI where it was started; else by the launcher's word, so that a login node needs no MPI."""
-    told = launched()
+    """Return this process's rank.
+
+    It comes from MPI where MPI was started, else from the launcher's environment, so that
+    commands on a login node need no MPI.
+    """
+    rank_of = launched()
     if "swap_hpc.parallel.teams" in sys.modules:
         from swap_hpc.parallel.teams import Team
 
         world = Team.world()
-        if world.size > 1 or told is None:
+        # A world of one under a launcher of several is another MPI's: the launcher knows better.
+        if world.size > 1 or rank_of is None:
             return world.rank
-    return told.rank if told else 0
+    return rank_of.rank if rank_of else 0
 
 
-def fail(code: int, text: str, said_elsewhere: bool = False) -> NoReturn:
-    """Says `text`, from one rank, and ends all ranks, also those that know of no error.
+def fail(
+    code: int,
+    text: str,
+    reported_elsewhere: bool = False,
+    details: Callable[[], object] | None = None,
+) -> NoReturn:
+    """Print an error on stderr, from one rank, and end all ranks, also those without an error.
 
-    Where all ranks fail alike the first one speaks and ends the others, which wait for that meanwhile.
+    Where all ranks fail alike, the first one reports and ends the others, which wait for that.
+
+    Args:
+        code: the exit code of the job.
+        text: the error; nothing is printed where it is empty.
+        reported_elsewhere: another rank prints it.
+        details: writes more on stderr, after the text.
     """
     rank = _rank()
-    # far enough apart for the first one's abort to reach the next before it speaks
-    time.sleep(10 if said_elsewhere else 1 + 0.4 * min(rank, 8) if rank else 0)
+    # The first rank's abort must reach a rank before that one reports, too.
+    if reported_elsewhere:
+        time.sleep(10)
+    elif rank:
+        time.sleep(1 + 0.4 * min(rank, 8))
     alone = "swap_hpc.parallel.teams" not in sys.modules
     if not alone:
         from swap_hpc.parallel import mpi
         from swap_hpc.parallel.teams import Team
 
         alone = Team.world().size == 1
-    if text and not said_elsewhere and (rank == 0 or not alone):
+    if text and not reported_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
+        if details:
+            details()
         _write_state("a", f"\nfailed with {code}")
     if not alone:
-        time.sleep(0.2)  # the launcher may drop what it has not forwarded yet
+        time.sleep(0.2)  # an abort may make the launcher drop output that it has not forwarded yet
         mpi.abort(code)
     ignore_stops()
     sys.exit(code)
 
 
 def nobody_reads() -> bool:
-    """Whether what reads this process's output has gone away, as `| head` does."""
+    """Return whether the reader of this process's output has gone away, as `| head` does."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def leave_unheard() -> NoReturn:
-    """Ends the job without a word: nobody reads them."""
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    )  # where Python writes what is left, at exit
+    """End the job without a message, because nobody reads its output."""
+    # At exit Python flushes the rest of the output, which would fail again in the broken pipe.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     fail(1, "")

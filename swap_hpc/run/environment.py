@@ -3,7 +3,8 @@
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,12 +12,7 @@ from swap_hpc import __version__
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.gradients import load_horovod
-from swap_hpc.parallel.mpi import (
-    host,
-    mpi_library,
-    mpi_library_file,
-    thread_level,
-)
+from swap_hpc.parallel.mpi import host, mpi_library, mpi_library_file, thread_level
 from swap_hpc.parallel.teams import Team
 
 PACKAGES = (
@@ -32,19 +28,31 @@ PACKAGES = (
 )
 
 
+class _Place(NamedTuple):
+    """Where a rank runs; its fields are keys of `environment.json`."""
+
+    host: str
+    local_rank: int
+    device: str
+    cuda_visible_devices: str | None
+    threads: int
+
+
 def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
-    """Versions, builds, hosts and devices of a run, alike on all ranks. `node`: this rank's."""
-    mine = (
-        host(),
-        node.rank,
-        _describe(device),
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-        device.threads,
-    )
+    """Return the versions, builds, hosts and devices of a run, the same on all ranks; collective.
+
+    Args:
+        world: all ranks of the job.
+        node: the ranks on this rank's node.
+        device: this rank's.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = _Place(host(), node.rank, _describe(device), visible, device.threads)
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "swap_hpc": __version__,
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name, version in versions.items() if version},
         "mpi": {
             "library": mpi_library(),
             "file": mpi_library_file(),
@@ -52,22 +60,10 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
         },
         "horovod": _horovod_build(),
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version()))
-        if torch.cuda.is_available()
-        else None,
+        "nccl": _nccl_version(),
         "cpu": _cpu(),
         "ranks": [
-            {
-                "rank": rank,
-                **dict(
-                    zip(
-                        ("host", "local_rank", "device", "cuda_visible_devices", "threads"),
-                        each,
-                        strict=True,
-                    )
-                ),
-            }
-            for rank, each in enumerate(world.allgather(mine))
+            {"rank": rank, **place._asdict()} for rank, place in enumerate(world.allgather(here))
         ],
     }
 
@@ -80,6 +76,7 @@ def _version(package: str) -> str | None:
 
 
 def _horovod_build() -> dict[str, bool] | None:
+    """Return which libraries Horovod was built with; None where it cannot be loaded."""
     try:
         hvd = load_horovod()
     except UserError:
@@ -87,17 +84,25 @@ def _horovod_build() -> dict[str, bool] | None:
     return {"mpi": hvd.mpi_built(), "nccl": bool(hvd.nccl_built()), "gloo": hvd.gloo_built()}
 
 
+def _nccl_version() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def _describe(device: Device) -> str:
-    return (
-        f"{device.torch} ({device.name}, {device.uuid})" if device.torch.type == "cuda" else "cpu"
-    )
+    if device.torch.type != "cuda":
+        return "cpu"
+    return f"{device.torch} ({device.name}, {device.uuid})"
 
 
 def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor()
+    """Return the name of the CPU's model."""
+    with (
+        suppress(OSError),
+        open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file,
+    ):
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,4 +1,7 @@
-"""A run's folder has one owner: a second job that is started into it ends, instead of both writing the same files."""
+"""The lock on a run's folder: a second job that is started into it ends at once.
+
+Otherwise both would write the same files.
+"""
 
 import errno
 import fcntl
@@ -13,27 +16,33 @@ from swap_hpc.parallel.mpi import host
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part
 
-PATIENCE = 10.0  # seconds in which a job that was just killed has let go
+# Seconds to wait for the lock: a job that was just killed has let go of it by then.
+PATIENCE = 10.0
 
+# Seconds to wait where this job itself, before it was put back into the queue, holds the lock:
+# a file server may keep the locks of its old node for a while.
+SAME_JOB_PATIENCE = 300.0
 
-SAME_JOB = 300.0  # seconds: a job that was put back into the queue, whose old node's locks a file server may keep for a while
-
-
-WITHOUT_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-)  # what file systems without them say
+# The errors of file systems that have no locks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
 def owning(out: Path, chosen: Part | None, world: Team) -> Iterator[None]:
-    """Holds the folder `out` for this job; jobs that refine one group each share it.
+    """Hold a run's folder for this job; jobs that each refine one group share it.
 
-    The first rank has a lock of the system (flock), which ends with its process however that ends: what a killed job
-    left behind is no obstacle. Raises UserError, on all ranks, where another job holds the folder, and names it. On
-    file systems without locks nothing is held.
+    The first rank has a lock of the system (flock), which ends with its process however that
+    ends: what a killed job left behind is no obstacle. On a file system without locks nothing is
+    held.
+
+    Args:
+        out: the folder; it is made where it does not exist.
+        chosen: the part of the run that this job does; None is the whole run.
+        world: all ranks of the job.
+
+    Raises:
+        UserError: on all ranks, another job, which the message names, holds the folder, or it
+            cannot be written.
     """
     with ExitStack() as held:
         world.first(lambda: _take(out, chosen, held))
@@ -41,66 +50,96 @@ def owning(out: Path, chosen: Part | None, world: Team) -> Iterator[None]:
 
 
 def _take(out: Path, chosen: Part | None, held: ExitStack) -> None:
-    whole = out / ".lock"
-    group = None
-    if chosen is not None and chosen.group is not None:
-        group = out / f".lock-{chosen.name}"
+    """Lock the folder, or share it and lock a group in it, until `held` is closed."""
+    group = chosen.group if chosen is not None else None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_locked(whole, fcntl.LOCK_EX if group is None else fcntl.LOCK_SH))
-        if group:
-            held.enter_context(_locked(group, fcntl.LOCK_EX))
+        if chosen is None or group is None:
+            held.enter_context(_locked(out / ".lock", fcntl.LOCK_EX))
+        else:
+            held.enter_context(_locked(out / ".lock", fcntl.LOCK_SH))
+            held.enter_context(_locked(out / f".lock-{chosen.name}", fcntl.LOCK_EX))
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
+            where = error.filename or out
             raise UserError(
-                f"cannot write {error.filename or out}: {error.strerror}: choose another --out"
+                f"cannot write {where}: {error.strerror}: choose another --out"
             ) from None
 
 
 @contextmanager
 def _locked(path: Path, kind: int) -> Iterator[None]:
-    file = _acquired(path, kind)
+    """Hold a lock file; the kind is fcntl.LOCK_EX or fcntl.LOCK_SH."""
+    file = _acquire(path, kind)
     try:
         if kind == fcntl.LOCK_EX:
             path.write_text(_me(), encoding="utf-8")
         yield
     finally:
         if kind == fcntl.LOCK_EX:
-            with suppress(OSError):  # a folder that has become read-only
-                path.unlink()  # while it is held: who waits for it looks whether it is still there
+            # Removed before it is unlocked: who gets the lock then sees that its file is gone.
+            with suppress(OSError):  # the folder may have become read-only
+                path.unlink()
         os.close(file)
 
 
-def _acquired(path: Path, kind: int) -> int:
-    """The descriptor of a lock file that is held. Raises UserError where another job keeps it."""
-    begin, access = time.monotonic(), os.O_RDONLY
-    while True:
-        file = os.open(path, access | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-        except OSError as error:
-            os.close(file)
-            if error.errno != errno.EBADF or access == os.O_RDWR:
-                raise
-            access = os.O_RDWR  # as NFS wants it; elsewhere a file that is open for writing would keep its disk from being unmounted
-            continue
-        else:
-            if _is_there(path, file):
-                return file
-            os.close(file)
-            continue
+def _acquire(path: Path, kind: int) -> int:
+    """Lock a file, wait for it if need be, and return its descriptor.
+
+    Raises:
+        UserError: another job keeps it.
+    """
+    begin = time.monotonic()
+    while (file := _try_to_lock(path, kind)) is None:
         owner = _owner(path)
-        is_this_job = _job() and owner.endswith(_job()) if owner else _job()
-        if time.monotonic() - begin > (SAME_JOB if is_this_job else PATIENCE):
+        # Where the owner has not written its name yet, it may be this job, too.
+        may_be_this_job = bool(_job()) and (not owner or owner.endswith(_job()))
+        patience = SAME_JOB_PATIENCE if may_be_this_job else PATIENCE
+        if time.monotonic() - begin > patience:
             raise UserError(
-                f"{path.parent} is in use by {owner or 'another job'}: wait for it, or choose another --out"
+                f"{path.parent} is in use by {owner or 'another job'}: "
+                "wait for it, or choose another --out"
             )
         time.sleep(0.2)
+    return file
 
 
-def _is_there(path: Path, file: int) -> bool:
+def _try_to_lock(path: Path, kind: int) -> int | None:
+    """Lock a file and return its descriptor; None where another job holds it."""
+    while True:
+        try:
+            file = _open_locked(path, kind)
+        except BlockingIOError:
+            return None
+        if _is_file_at(path, file):
+            return file
+        os.close(file)  # its owner removed it while we opened it: lock the file that is there now
+
+
+def _open_locked(path: Path, kind: int) -> int:
+    """Open and lock a file, which is made where it does not exist, and return its descriptor."""
+    # NFS locks only files that are open for writing. On other file systems, such a file would
+    # keep the disk from being remounted read-only.
+    try:
+        return _open_locked_for(os.O_RDONLY, path, kind)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+    return _open_locked_for(os.O_RDWR, path, kind)
+
+
+def _open_locked_for(access: int, path: Path, kind: int) -> int:
+    file = os.open(path, access | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _is_file_at(path: Path, file: int) -> bool:
+    """Return whether an open file is the one that the path names now."""
     try:
         return os.stat(path).st_ino == os.fstat(file).st_ino
     except FileNotFoundError:
@@ -108,9 +147,10 @@ def _is_there(path: Path, file: int) -> bool:
 
 
 def _owner(path: Path) -> str:
-    """Who holds a lock file; of the one that jobs of a group each share, one of them.
+    """Return who holds a lock file, "" where the file has just been made or removed.
 
-    Empty where the file has just been made, or removed.
+    The file that jobs of single groups share does not name them: the first of their own lock
+    files that is held does.
     """
     shared_by = sorted(path.parent.glob(".lock-group-*")) if path.name == ".lock" else []
     for held in [*filter(_is_held, shared_by), path]:
@@ -121,6 +161,7 @@ def _owner(path: Path) -> str:
 
 
 def _is_held(path: Path) -> bool:
+    """Return whether a process holds the exclusive lock of a file."""
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError:
@@ -139,6 +180,6 @@ def _me() -> str:
 
 
 def _job() -> str:
-    """Slurm's number of this job, which it keeps when it is put back into the queue."""
+    """Return Slurm's number of this job, which it keeps when it is put back into the queue."""
     number = os.environ.get("SLURM_JOB_ID")
     return f", job {number}" if number else ""

@@ -20,7 +20,19 @@ from swap_hpc.train.job import Job
 
 
 def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
-    """The job that a recipe describes, and its model as training begins, on this rank's device. Raises UserError, on all ranks."""
+    """Return the job that a recipe describes and its model as training begins; collective.
+
+    Args:
+        recipe: what to train, and how.
+        world: all ranks of the job.
+        node: the ranks on this rank's node.
+
+    Returns:
+        The job, and the model on this rank's device.
+
+    Raises:
+        UserError: on all ranks, the recipe cannot be trained here.
+    """
     device = use_device(world, node, recipe.device)
     world.agree(lambda: check_device(recipe, device))
     if world.size > 1:
@@ -30,51 +42,69 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     dataset = load(recipe.data, world, device.threads)
     job = Job(recipe, dataset, device)
     model = world.agree(lambda: _model(job))
-    world.agree(lambda: _check_sizes(recipe, dataset, bool(batchnorm_layers(model))))
-    world.agree(lambda: job.objective)  # may be a user's own
+    world.agree(lambda: _check_sizes(recipe, dataset, model))
+    world.agree(lambda: job.objective)  # a user's own loss may not be importable
     return job, model
 
 
 def check_device(recipe: Recipe, device: Device) -> None:
-    """Raises UserError where this rank's device, or its host, cannot do what the recipe asks for."""
-    if recipe.precision == "bf16" and device.capability and device.capability < BF16:
+    """Check that this rank's device, and its host, can do what the recipe asks for.
+
+    Raises:
+        UserError: they cannot.
+    """
+    capability = device.capability
+    if recipe.precision == "bf16" and capability and capability < BF16:
         raise UserError(
-            f'precision = "bf16" needs a GPU of compute capability {told(BF16)} (A100) or newer, and {device.name} has '
-            f"{told(device.capability)}: --set precision=fp32 (fp16, which it does have, is not supported yet)"
+            f'precision = "bf16" needs a GPU of compute capability {told(BF16)} (A100) or newer, '
+            f"and {device.name} has {told(capability)}: --set precision=fp32 "
+            "(fp16, which it does have, is not supported yet)"
         )
     if recipe.compile:
         check_compiler(device)
 
 
 def check_compiler(device: Device) -> None:
-    """Raises UserError where torch.compile would find no compiler: on a GPU, too, it compiles C that launches its kernels."""
+    """Check that torch.compile finds a compiler and Python's headers.
+
+    On a GPU, too, it needs a C compiler, for the code that launches its kernels.
+
+    Raises:
+        UserError: one of them is missing.
+    """
     variable, *programs = ("CC", "gcc", "clang") if device.torch.type == "cuda" else ("CXX", "g++")
-    named = os.environ.get(variable, "").split()[:1]
-    lacking = [] if any(map(shutil.which, [*named, *programs])) else [f"a compiler ({programs[0]})"]
+    chosen_by_user = os.environ.get(variable, "").split()[:1]  # the options after it do not matter
+    missing = []
+    if not any(map(shutil.which, [*chosen_by_user, *programs])):
+        missing.append(f"a compiler ({programs[0]})")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    lacking += [] if headers.is_file() else [f"Python's headers ({headers})"]
-    if lacking:
+    if not headers.is_file():
+        missing.append(f"Python's headers ({headers})")
+    if missing:
         raise UserError(
-            f"compile = true: torch.compile needs {' and '.join(lacking)} where the ranks run: "
-            "install them (Debian: apt-get install g++ python3-dev; an image: RUN_PACKAGES), or --set compile=false"
+            f"compile = true: torch.compile needs {' and '.join(missing)} where the ranks run: "
+            "install them (Debian: apt-get install g++ python3-dev; an image: RUN_PACKAGES), "
+            "or --set compile=false"
         )
 
 
 def choose_algorithms(recipe: Recipe) -> None:
-    """Tells torch and cuDNN, for this process, what a recipe says of their algorithms; leaves alone what it does not."""
+    """Set torch, cuDNN, cuBLAS and NCCL to the algorithms that a recipe asks for, in this process.
+
+    What the recipe does not ask for stays as it is.
+    """
     if recipe.cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
-    if recipe.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # else cuBLAS may sum in another order each time
-        os.environ.setdefault(
-            "NCCL_ALGO", "^NVLS"
-        )  # switches of NVLink may sum in another order each time
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that nobody wrote
+    if not recipe.deterministic:
+        return
+    # Without these, cuBLAS and the switches of NVLink may sum in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that nobody wrote, so filling it first would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _model(job: Job) -> nn.Module:
@@ -84,35 +114,60 @@ def _model(job: Job) -> nn.Module:
     return model
 
 
-def _check_sizes(recipe: Recipe, dataset: Dataset, batchnorm: bool) -> None:
-    samples = len(dataset.train)
-    used = {
-        "large_batch.batch_size": recipe.large_batch.batch_size if recipe.large_batch.epochs else 0
-    }
+def _check_sizes(recipe: Recipe, dataset: Dataset, model: nn.Module) -> None:
+    """Check that the recipe's sizes fit the data set.
+
+    Raises:
+        UserError: one of them does not.
+    """
+    has_batchnorm = bool(batchnorm_layers(model))
+    _check_samples(recipe, len(dataset.train), has_batchnorm)
+    _check_steps(recipe, len(dataset.train))
+    if isinstance(dataset.train, Arrays):
+        _check_augmentation(recipe, dataset)
+
+
+def _check_samples(recipe: Recipe, samples: int, has_batchnorm: bool) -> None:
+    """Check that no batch needs more than the training samples."""
+    used = {}
+    if recipe.large_batch.epochs:
+        used["large_batch.batch_size"] = recipe.large_batch.batch_size
     if recipe.refine.epochs:
         used["refine.batch_size"] = recipe.refine.batch_size
-    if recipe.refine.epochs and batchnorm:
+    if recipe.refine.epochs and has_batchnorm:
         used["batchnorm.batch_size"] = recipe.batchnorm.batch_size
         used["batchnorm.samples"] = recipe.batchnorm.samples or 0
     for name, wanted in used.items():
         if wanted > samples:
             raise UserError(
-                f"{name} = {wanted}, but there are {samples} training samples: --set {name}={samples} or less"
+                f"{name} = {wanted}, but there are {samples} training samples: "
+                f"--set {name}={samples} or less"
             )
-    every, steps = recipe.refine.average_every_steps, samples // recipe.refine.batch_size
-    if every and every > steps and recipe.refine.epochs:
+
+
+def _check_steps(recipe: Recipe, samples: int) -> None:
+    """Check that groups are averaged within an epoch, and batch norm over at least one batch."""
+    every = recipe.refine.average_every_steps
+    steps = samples // recipe.refine.batch_size
+    if recipe.refine.epochs and every and every > steps:
         raise UserError(
-            f"refine.average_every_steps = {every} is more than the {steps} steps of an epoch: set it to {steps} or less"
+            f"refine.average_every_steps = {every} is more than the {steps} steps of an epoch: "
+            f"set it to {steps} or less"
         )
-    if recipe.batchnorm.samples and recipe.batchnorm.samples < recipe.batchnorm.batch_size:
+    chosen, batch_size = recipe.batchnorm.samples, recipe.batchnorm.batch_size
+    if chosen and chosen < batch_size:
         raise UserError(
-            f"batchnorm.samples = {recipe.batchnorm.samples} is less than one batch: "
-            f"--set batchnorm.samples={recipe.batchnorm.batch_size} or more"
+            f"batchnorm.samples = {chosen} is less than one batch: "
+            f"--set batchnorm.samples={batch_size} or more"
         )
-    smallest, pad = min(dataset.image_size), recipe.augment.pad
-    if not isinstance(dataset.train, Arrays):
-        return
-    if pad >= smallest or recipe.augment.cutout > smallest:
+
+
+def _check_augmentation(recipe: Recipe, dataset: Dataset) -> None:
+    """Check that padding and cutout fit the images, which all have one size."""
+    pixels = min(dataset.image_size)
+    pad, cutout = recipe.augment.pad, recipe.augment.cutout
+    if pad >= pixels or cutout > pixels:
         raise UserError(
-            f"augment.pad = {pad} and augment.cutout = {recipe.augment.cutout} do not fit images of {smallest} pixels: make them smaller"
+            f"augment.pad = {pad} and augment.cutout = {cutout} do not fit images of "
+            f"{pixels} pixels: make them smaller"
         )

@@ -75,8 +75,8 @@ class Recorder:
         else:
             is_one_number = saved.point.ended or before == self.its.ranks.world.size
             self.refined_on[part] = before if is_one_number else None
-        self.watch.go_on_from(saved.notes["seconds"])
-        self.its.display.goes_on(saved.point)
+        self.watch.resume_from(saved.notes["seconds"])
+        self.its.display.resumed(saved.point)
 
     def record(self, event: Event) -> None:
         """Record an event of `swap()`.

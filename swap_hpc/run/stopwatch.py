@@ -10,33 +10,42 @@ SECONDS = ("setup", "large_batch", "refine", "average", "batchnorm", "evaluate",
 
 
 class Stopwatch:
-    """Wall seconds by name: of this start of the run, and of the starts before it up to their last saves."""
+    """Wall seconds by phase: this start's, and those of earlier starts up to their last saves."""
 
     def __init__(self, started: float) -> None:
+        """Start the first lap.
+
+        Args:
+            started: `perf_counter()` when the process began.
+        """
         self.started = started
-        self.before: dict[str, float] = {}
-        self.own: defaultdict[str, float] = defaultdict(float)
+        self.before: dict[str, float] = {}  # of earlier starts
+        self.own: defaultdict[str, float] = defaultdict(float)  # of this start
         self.mark = perf_counter()
 
     def lap(self, name: str | None = None) -> None:
-        """Adds the time since the last lap to `name`; to nothing without one."""
+        """Begin a new lap, and add the seconds of the last one to `name`, if there is one."""
         now = perf_counter()
         if name:
             self.own[name] += now - self.mark
         self.mark = now
 
-    def go_on_from(self, seconds: Mapping[str, float]) -> None:
-        """`seconds`: what a save holds of the starts before. The latest save of several counts."""
+    def resume_from(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds that a save holds; where there are several saves, the latest counts."""
         self.before = {
             name: max(value, self.before.get(name, 0.0)) for name, value in seconds.items()
         }
 
     def seconds(self) -> dict[str, float]:
+        """Return this rank's seconds over all starts."""
         own = self._own()
         return {name: self.before.get(name, 0.0) + own[name] for name in SECONDS}
 
     def slowest(self, world: Team) -> dict[str, float]:
-        """Of the ranks: in the starts before, and in this one, for which the slowest need not be the same."""
+        """Return the most seconds of any rank; collective.
+
+        Earlier starts and this one are added up after the maximum: their slowest ranks may differ.
+        """
         own = world.maximum(*self._own().values())
         before = world.maximum(*(self.before.get(name, 0.0) for name in SECONDS))
         return {name: a + b for name, a, b in zip(SECONDS, before, own, strict=True)}

@@ -22,50 +22,70 @@ Tensors = dict[str, Tensor]
 
 
 class Unreadable(Exception):
-    """Why a file of tensors cannot be used."""
+    """A file of tensors cannot be used; the message is the reason."""
 
 
 def save_model(model: nn.Module, path: Path, header: Mapping[str, str], team: Team) -> None:
-    """Writes the state dict of `model`, alike on all ranks of `team`, once. `header`: see `Job.header`. Raises RunError on all."""
+    """Write the state dict of a model that all ranks of a team hold, once.
+
+    Args:
+        model: the same on all ranks of `team`.
+        path: the file; missing parent folders are made.
+        header: see `Job.header`.
+        team: its first rank writes.
+
+    Raises:
+        RunError: on all ranks of `team`, the file cannot be written.
+    """
     team.first(lambda: write_tensors(path, state_of(model), header))
 
 
 def save_sum(total: WeightSum, path: Path, header: Mapping[str, str], team: Team) -> None:
-    """Writes a sum of weights, alike on all ranks of `team`, once. Raises RunError on all of them."""
-    tensors = {f"sums/{name}": t for name, t in total.sums.items()} | {
-        f"kept/{name}": t for name, t in total.kept.items()
-    }
-    team.first(lambda: write_tensors(path, tensors, {**header, "count": str(total.count)}))
+    """Write a sum of weights that all ranks of a team hold, once; see `save_model`."""
+    sums = {f"sums/{name}": tensor for name, tensor in total.sums.items()}
+    kept = {f"kept/{name}": tensor for name, tensor in total.kept.items()}
+    counted = {**header, "count": str(total.count)}
+    team.first(lambda: write_tensors(path, sums | kept, counted))
 
 
 def save_snapshot(point: SavePoint, folder: Path, header: Mapping[str, str], team: Team) -> None:
-    """Writes the model as it is at an epoch's end, once, its part of the run and the epoch in the name. Raises RunError on all."""
+    """Write the model as it is at an epoch's end, once; see `save_model`.
+
+    The file's name holds the part of the run and the epoch.
+    """
     path = folder / f"{point.part.name}-{point.at.epoch:05d}.safetensors"
     team.first(lambda: write_tensors(path, point.weights | point.buffers, header))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """A .safetensors file that holds its own checksum. Raises RunError where it cannot be written."""
+    """Write a .safetensors file that holds its own checksum.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    # safetensors refuses tensors that share memory, as tied weights do: each becomes a copy.
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    header = {**header, "format": "pt"}
-    header["sha256"] = _checksum(copies, header)
-    write_whole(path, lambda temporary: _save(copies, temporary, header))
+    complete = {**header, "format": "pt"}
+    complete["sha256"] = _checksum(copies, complete)
+    write_whole(path, lambda temporary: _save(copies, temporary, complete))
 
 
 def _save(tensors: Tensors, path: Path, header: dict[str, str]) -> None:
-    """Raises OSError where safetensors raises an error of its own for what the system said."""
+    """Save a file; raise OSError where safetensors raises its own error for one of the system."""
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
-        said = re.sub(
-            r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error)
-        )
-        raise OSError(said) from None
+        wrapping = r"^Error while serializing: (I/O error: )?| \(os error \d+\)$"
+        raise OSError(re.sub(wrapping, "", str(error))) from None
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and header of a .safetensors file; nothing in it is executed. Raises Unreadable where it is damaged or not there,
-    RunError where the system cannot read it now."""
+    """Read the tensors and the header of a .safetensors file; nothing in it is executed.
+
+    Raises:
+        Unreadable: the file is damaged or does not exist.
+        RunError: the system cannot read it now.
+    """
     if path.is_dir():
         raise Unreadable("a folder: name a .safetensors file in it")
     if not path.is_file():
@@ -77,30 +97,31 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise Unreadable(
-            getattr(error, "strerror", None) or _what_else(path) or f"truncated or damaged: {error}"
-        ) from None
-    # a file that somebody else wrote has no checksum
+        reason = getattr(error, "strerror", None) or _kind_of_other_file(path)
+        raise Unreadable(reason or f"truncated or damaged: {error}") from None
+    # Only our own files hold a checksum.
     if "sha256" in header and header["sha256"] != _checksum(tensors, header):
         raise Unreadable("damaged: its checksum does not match")
     return tensors, header
 
 
-def _what_else(path: Path) -> str | None:
-    """What a file is that is no .safetensors file, if its first bytes tell."""
+def _kind_of_other_file(path: Path) -> str | None:
+    """Return what kind of file it is if its first bytes are those of `torch.save`, else None."""
+    zip_file, pickle = b"PK\x03\x04", b"\x80"  # torch.save's new format and its old one
     with path.open("rb") as file:
-        if file.read(4).startswith((b"PK\x03\x04", b"\x80")):  # a zip file, a pickle
-            return (
-                "a file of torch.save, whose loading can run code: where you trust it, write its state dict "
-                "with safetensors.torch.save_file(torch.load(FILE), NEW)"
-            )
-    return None
+        if not file.read(4).startswith((zip_file, pickle)):
+            return None
+    return (
+        "a file of torch.save, whose loading can run code: if you trust it, write its state dict "
+        "with safetensors.torch.save_file(torch.load(FILE), NEW)"
+    )
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header of a .safetensors file, not checked; empty where it cannot be read."""
+    """Return the header of a .safetensors file, unchecked; empty where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -109,16 +130,19 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 of all that a file says but for the checksum itself."""
+    """Return the SHA-256 of all that a file holds, except for the checksum itself."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
     digest = hashed(tensors)
-    digest.update(
-        json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode()
-    )
+    digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Gives `model` the weights in a .safetensors file. Raises UserError where they do not fit."""
+    """Load the weights in a .safetensors file into a model.
+
+    Raises:
+        UserError: the file cannot be used, or its weights do not fit.
+    """
     try:
         tensors, _ = read_tensors(path)
     except Unreadable as why:

@@ -313,7 +313,7 @@ def test_doctor_tells_what_a_person_asks_first() -> None:
         "thread level multiple",
         "Horovod: mpi yes",
         "nvidia-dali",
-        "grid: 4 ranks on 1 nodes, 2 groups",
+        "grid: 4 ranks on 1 node, 2 groups",
         "no problem found",
     ):
         assert expected in done.stdout

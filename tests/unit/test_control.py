@@ -1,4 +1,4 @@
-"""What signals ask for, and what counts as a standstill."""
+"""Signals that ask for a stop, saves that are due, and the watchdog."""
 
 import os
 import signal
@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from swap_hpc.run.watchdog import _Stillness
+from swap_hpc.run.watchdog import _Standstill
 from swap_hpc.train.control import STOPPING, Control
 
 
@@ -61,44 +62,64 @@ def test_a_save_is_due_when_its_time_has_come() -> None:
 
 
 def test_a_standstill_counts_from_the_last_change() -> None:
-    stillness = _Stillness()
-    assert [stillness.see(value, 2.0) for value in (1, 1, 1, 2, 2)] == [0.0, 2.0, 4.0, 0.0, 2.0]
+    standstill = _Standstill()
+    seconds = [standstill.update(value, passed=2.0) for value in (1, 1, 1, 2, 2)]
+    assert seconds == [0.0, 2.0, 4.0, 0.0, 2.0]
 
 
 PROGRAM = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 from swap_hpc.train.control import Control
 from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.run.watchdog import watching
+
 control = Control()
-with grid(Team.world(), 1) as ranks, watching(control, 1 / 60, Path(sys.argv[1]), ranks):
-    {body}
+
+def hang():
+    control.heartbeat("epoch 3")
+    threading.Thread(target=another_thread, daemon=True).start()
+    time.sleep(30)
+
+def another_thread():
+    time.sleep(30)
+
+def make_steps():
+    for _ in range(25):
+        control.heartbeat("a step")
+        time.sleep(0.1)
+
+def wait_for_other_groups():
+    with control.waiting():
+        time.sleep(2.5)
+
+with grid(Team.world(), 1) as ranks, watching(control, 1 / 60, Path(sys.argv[2]), ranks):
+    globals()[sys.argv[1]]()
 print("ended")
 """
 
 
-@pytest.mark.parametrize(
-    ("body", "code", "says"),
-    [
-        (
-            "control.heartbeat('epoch 3'); time.sleep(30)",
-            3,
-            "swap-hpc: no progress for 1 s after epoch 3: this rank, or one",
-        ),
-        ("[(control.heartbeat('a step'), time.sleep(0.1)) for _ in range(25)]", 0, "ended"),
-        (
-            "wait = control.waiting(); wait.__enter__(); time.sleep(2.5)",
-            0,
-            "ended",
-        ),  # for other groups
-    ],
-    ids=["stands still", "goes on", "waits"],
-)
-def test_a_rank_that_stands_still_ends(body: str, code: int, says: str, tmp_path: object) -> None:
+def watched(what: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a function of the program for longer than its watchdog's limit, one second."""
+    line = [sys.executable, "-c", PROGRAM, what, str(folder)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("what", ["make_steps", "wait_for_other_groups"])
+def test_a_rank_that_makes_steps_or_waits_is_left_alone(what: str, tmp_path: Path) -> None:
+    done = watched(what, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
+def test_a_rank_that_hangs_ends_with_a_line_and_its_stacks(tmp_path: Path) -> None:
     begin = time.monotonic()
-    line = [sys.executable, "-c", PROGRAM.format(body=body), str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and says in done.stdout + done.stderr, done.stderr
+    done = watched("hang", tmp_path)
     assert time.monotonic() - begin < 20
+    assert done.returncode == 3 and done.stdout == ""
+    first, second, *stacks = done.stderr.splitlines()
+    assert first.startswith("swap-hpc: no progress for 1 s after epoch 3: this rank, or one")
+    assert second.startswith("Python stacks of rank 0, process ")
+    for function in ("hang", "another_thread"):
+        assert any(line.endswith(f" in {function}") for line in stacks), done.stderr
+    assert not any(line.startswith("swap-hpc: ") for line in stacks)

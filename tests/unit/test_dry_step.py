@@ -1,7 +1,10 @@
-"""What cannot be trained, saved, loaded or built again ends in one line before phase 1; the rest is warned of."""
+"""Models that cannot be trained, saved, loaded or built again end in one line before phase 1.
+
+State that would be lost without an error is warned of.
+"""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +23,8 @@ from swap_hpc.train.job import Job
 
 
 @pytest.fixture
-def job_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., nn.Module]], Job]]:
-    """A job whose model a function builds, as a recipe would name it."""
+def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    """Return a function that makes a job whose recipe names a builder of models."""
     module = ModuleType("built_here")
     monkeypatch.setitem(sys.modules, "built_here", module)
 
@@ -29,12 +32,17 @@ def job_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., 
         vars(module)["build"] = build
         return tiny.job(model={"name": "built_here:build"}, **overrides)
 
-    yield made
+    return made
 
 
-def tried(job: Job) -> list[str]:
+def tried(job: Job, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Make the dry step of phase 1."""
     key = Key(job.recipe.seed, Phase.LARGE_BATCH)
-    return dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())[1]
+    return dry_step(model, job, job.recipe.large_batch, key, Team.alone())
+
+
+def warnings_of(job: Job) -> list[str]:
+    return tried(job, job.build())[1]
 
 
 class Raising(zoo.Net):
@@ -89,7 +97,7 @@ class Pickled(zoo.Net):
 
 
 class Forgetful(zoo.Net):
-    """Hands out an extra state, and cannot take one."""
+    """A model that returns an extra state and cannot load one."""
 
     def get_extra_state(self) -> Any:
         return 1
@@ -102,7 +110,7 @@ class Wide(zoo.Net):
 
 
 class Growing(zoo.Net):
-    """Makes a layer at its first forward pass."""
+    """A model that makes a layer in its first forward pass."""
 
     def features(self, images: Tensor) -> Tensor:
         x = super().features(images)
@@ -141,30 +149,24 @@ restless.width = 4  # type: ignore[attr-defined]
         (Raising, r"fails in its first step: KeyError: 'features' \(test_dry_step.py, line \d+\)"),
         (Evaluating, r"fails in its first evaluation: AttributeError: .*never_set"),
         (Sparse, r"table.weight .* has a sparse gradient: build its layer with sparse=False"),
-        (Copies, r"hands out a copy of body.0.weight: what is saved would not be what is trained"),
+        (Copies, r"returns a copy of body.0.weight: what is saved would not be what is trained"),
         (LeavesOut, r"leaves out head.weight: what is saved would not be what is trained"),
         (LeavesOutStatistics, r"leaves out body.1.running_mean, which training changes"),
-        (
-            Pickled,
-            r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot be loaded",
-        ),
+        (Pickled, r"get_extra_state of the module .* returns a test_dry_step.Note, which cannot"),
         (Forgetful, r"the weights that the state dict holds do not fit this model: .*_extra_state"),
         (Wide, r"wide of the model .* is complex128, which a .safetensors file cannot hold"),
-        (
-            Growing,
-            r"the weights that the state dict holds after a step do not fit this model: .*late.weight",
-        ),
+        (Growing, r"the state dict holds after a step do not fit this model: .*late.weight"),
         (scripted, r"is TorchScript \(all of it\)"),
         (lazy, r"1.weight .* is lazy, without a shape yet: call the model once"),
         (on_meta, r"body.0.weight .* is on the meta device: dense tensors are needed"),
-        (restless, r"makes another model when it is called again \(1.bias differs\)"),
+        (restless, r"makes a different model when it is called again \(1.bias differs\)"),
     ],
 )
-def test_what_a_run_would_meet_later_is_refused(
+def test_a_model_that_would_fail_later_is_refused(
     build: Callable[..., nn.Module], line: str, job_of: Callable[..., Job]
 ) -> None:
     with pytest.raises(UserError, match=line) as error:
-        tried(job_of(build))
+        warnings_of(job_of(build))
     assert "\n" not in str(error.value)
 
 
@@ -178,7 +180,7 @@ class Counting(zoo.Net):
     def features(self, images: Tensor) -> Tensor:
         self.steps += self.training
         x = super().features(images)
-        self.features_seen = x  # kept for a figure: no state
+        self.features_seen = x  # a result that a user keeps, and no state
         return x + 0.01 * torch.randn(x.shape, generator=self.noise)
 
 
@@ -192,10 +194,10 @@ class CountingInState(Counting):
 
 
 def test_state_outside_the_state_dict_is_warned_of(job_of: Callable[..., Job]) -> None:
-    (warning,) = tried(job_of(Counting))
+    (warning,) = warnings_of(job_of(Counting))
     assert "a step changes steps, noise of the model built_here:build" in warning
     assert "\n" not in warning
-    assert tried(job_of(CountingInState)) == []
+    assert warnings_of(job_of(CountingInState)) == []
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -215,14 +217,13 @@ def test_state_outside_the_state_dict_is_warned_of(job_of: Callable[..., Job]) -
         zoo.densenet,
     ],
 )
-def test_what_can_be_trained_passes_and_a_model_like_it_is_left(
+def test_a_model_that_can_be_trained_passes_and_one_like_it_is_returned(
     build: Callable[..., nn.Module], job_of: Callable[..., Job]
 ) -> None:
     job = job_of(build)
     model = job.build()
     before = tiny.weights(model)
-    key = Key(job.recipe.seed, Phase.LARGE_BATCH)
-    kept, warnings = dry_step(model, job, job.recipe.large_batch, key, Team.alone())
+    kept, warnings = tried(job, model)
     assert not warnings and torch.equal(tiny.weights(kept), before)
     assert all(p.grad is None for p in kept.parameters())
 
@@ -244,7 +245,7 @@ def test_the_copy_has_the_hooks_of_its_builder_on_its_own_parameters(
 
 
 class Sparsely(zoo.Net):
-    """With attributes of which nothing cheap tells whether they changed."""
+    """A model with attributes whose changes nothing cheap can show."""
 
     def __init__(self, classes: int, channels: int):
         super().__init__(classes, channels)
@@ -258,11 +259,11 @@ class Awkward:
 
 
 def test_attributes_of_any_kind_are_passed_over(job_of: Callable[..., Job]) -> None:
-    assert tried(job_of(Sparsely)) == []
+    assert warnings_of(job_of(Sparsely)) == []
 
 
 class Backbone(nn.Module):
-    """A body that its builder hands out in evaluation mode, as pretrained ones come."""
+    """A body that its builder returns in evaluation mode, as pretrained models come."""
 
     def __init__(self, classes: int, channels: int):
         super().__init__()
@@ -273,14 +274,14 @@ class Backbone(nn.Module):
 
 
 def test_a_model_is_built_in_training_mode(job_of: Callable[..., Job]) -> None:
-    """So that what is frozen does not depend on whether a phase was trained in this process."""
+    """What is frozen then does not depend on whether this process trained an earlier phase."""
     assert all(module.training for module in job_of(Backbone).build().modules())
 
 
 def test_the_last_model_of_the_builder_is_the_one_that_is_trained(
     job_of: Callable[..., Job],
 ) -> None:
-    """A loss may refer to it."""
+    """A user's loss may refer to that model."""
     built: list[nn.Module] = []
 
     def build(classes: int, channels: int) -> nn.Module:
@@ -288,6 +289,5 @@ def test_the_last_model_of_the_builder_is_the_one_that_is_trained(
         return built[-1]
 
     job = job_of(build)
-    key = Key(job.recipe.seed, Phase.LARGE_BATCH)
-    kept, _ = dry_step(job.build(), job, job.recipe.large_batch, key, Team.alone())
+    kept, _ = tried(job, job.build())
     assert kept is built[-1]

@@ -19,8 +19,8 @@ from swap_hpc.parallel.devices import Capability, Device, Memory, choose_device,
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run import prepare
-from swap_hpc.run.doctor import crowding
 from swap_hpc.run.journal import Line
+from swap_hpc.run.problems import core_problem
 from swap_hpc.run.result import peak_memory
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.14.1's wheel
@@ -251,14 +251,13 @@ def test_a_gpu_whose_memory_is_full_gets_one_line() -> None:
 def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Device(torch.device("cuda", 0), 1, "one")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    (line,) = crowding(Team.alone(), gpu)
-    assert (
-        line
-        == "rank 0 has a GPU and one core: mpirun --bind-to none, or srun --cpus-per-task, gives it more"
+    assert core_problem(Team.alone(), gpu) == (
+        "rank 0 has a GPU and one core: "
+        "mpirun --bind-to none, or srun --cpus-per-task, gives it more"
     )
-    assert crowding(Team.alone(), Device(torch.device("cpu"), 1)) == []
+    assert core_problem(Team.alone(), Device(torch.device("cpu"), 1)) is None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4})
-    assert crowding(Team.alone(), gpu) == []
+    assert core_problem(Team.alone(), gpu) is None
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""A run's folder has one owner, whoever was killed before."""
+"""A run's folder has one owner; a job that was killed owns nothing."""
 
 import os
 import subprocess
@@ -14,6 +14,16 @@ from swap_hpc.run import lock
 from swap_hpc.run.lock import owning
 
 ALONE = Team.alone()
+
+HOLDER = """
+import fcntl, sys
+
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 7 on there", file=file, flush=True)
+print("has it", flush=True)
+input()  # until it is killed
+"""
 
 
 def test_a_second_job_ends_with_a_line_that_names_the_first(
@@ -40,20 +50,14 @@ def test_jobs_that_refine_a_group_each_share_a_folder(
         with owning(tmp_path, refinement_of(1), ALONE):
             pass
         for part in (None, refinement_of(0), Part(Phase.AVERAGE), PHASE_1):
-            with (
-                pytest.raises(UserError, match=f"process {os.getpid()} "),
-                owning(tmp_path, part, ALONE),
-            ):
+            names_owner = pytest.raises(UserError, match=f"process {os.getpid()} ")
+            with names_owner, owning(tmp_path, part, ALONE):
                 pass
 
 
-def test_what_a_killed_job_left_is_no_obstacle(tmp_path: Path) -> None:
-    code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
-        "print('process 7 on there', file=file, flush=True); print('has it', flush=True); input()"
-    )
+def test_the_files_of_a_killed_job_are_no_obstacle(tmp_path: Path) -> None:
     pipe = subprocess.PIPE
-    line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    line = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     with subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) as job:
         assert job.stdout and job.stdout.readline() == "has it\n"
         job.kill()
@@ -65,7 +69,7 @@ def test_what_a_killed_job_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_job_waits_for_itself_to_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a batch system starts a job again while its old processes are still dying."""
+    """A batch system may start a job again while its old processes are still dying."""
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     old = owning(tmp_path, None, ALONE)
