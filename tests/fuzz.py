@@ -396,7 +396,7 @@ def end_horovod() -> None:
 def patched() -> Iterator[None]:
     """Ranks look at every step whether to stop, and no watchdog outlives a run that was stopped."""
     from swap_hpc.run import run
-    from swap_hpc.train import fit
+    from swap_hpc.train import sync_check
 
     watching = run.watching
 
@@ -411,7 +411,7 @@ def patched() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(run, "watching", ending))
-        stack.enter_context(patch.object(fit, "LOOK_SECONDS", 0.0))
+        stack.enter_context(patch.object(sync_check, "CHECK_SECONDS", 0.0))
         yield
 
 

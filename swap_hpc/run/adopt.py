@@ -14,7 +14,7 @@ from swap_hpc.recipe.loading import differing_fields, load_recipe
 from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.folder import load_result
-from swap_hpc.run.journal import Line
+from swap_hpc.run.lines import Line
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors
 from swap_hpc.train.events import Position, SavePoint
 from swap_hpc.train.job import Job

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.errors import RunError
@@ -11,9 +10,8 @@ from swap_hpc.parallel.atomic import write_text
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.run.board import Board
+from swap_hpc.run.lines import Line
 from swap_hpc.train.events import Epoch, Evaluation
-
-Line = dict[str, Any]
 
 
 def epoch_fields(epoch: Epoch) -> Line:

@@ -15,7 +15,8 @@ from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.board import Board
 from swap_hpc.run.checkpoint import Checkpoints, Saved
 from swap_hpc.run.checks import refines_one_group
-from swap_hpc.run.journal import Journal, Line
+from swap_hpc.run.journal import Journal
+from swap_hpc.run.lines import Line
 from swap_hpc.run.result import result_of
 from swap_hpc.run.stopwatch import Stopwatch
 from swap_hpc.run.weights import save_model, save_snapshot, save_sum

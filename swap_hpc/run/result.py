@@ -9,7 +9,7 @@ from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.run.journal import Line
+from swap_hpc.run.lines import Line
 
 
 def result_of(

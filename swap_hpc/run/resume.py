@@ -9,7 +9,7 @@ from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.checks import check_ranks, needs
-from swap_hpc.run.journal import Line
+from swap_hpc.run.lines import Line
 from swap_hpc.run.record import Recorder, averages_file
 from swap_hpc.train.events import Position, SavePoint
 

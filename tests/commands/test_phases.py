@@ -72,7 +72,7 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
         (("--phase", "large_batch", "--set", "large_batch.epochs=0", "--set", "model.weights=some.safetensors"),
          "--phase large_batch, but large_batch.epochs = 0: begin with --phase refine"),
         (("--phase", "large_batch", "--set", "refine.evaluate_average=1"),
-         "groups refined by jobs of their own cannot meet on the way: --set refine.evaluate_average=0 for all of them"),
+         "groups that are refined by jobs of their own cannot be averaged on the way: --set refine.evaluate_average=0 for all of them"),
     ],
 )  # fmt: skip
 def test_what_is_no_part_gets_one_line(

@@ -19,7 +19,7 @@ from swap_hpc.parallel.devices import Capability, Device, Memory, choose_device,
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run import prepare
-from swap_hpc.run.journal import Line
+from swap_hpc.run.lines import Line
 from swap_hpc.run.problems import core_problem
 from swap_hpc.run.result import peak_memory
 
