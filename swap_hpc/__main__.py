@@ -320,18 +320,20 @@ def study(
     """Run all rows of a table, one after the other; a second call runs what is missing."""
     from swap_hpc.study import study as studies
     from swap_hpc.study import table as study_report
+    from swap_hpc.study.plan import Plan
+    from swap_hpc.study.runner import run_trials
 
     if name is None:
         for known in studies.shipped_studies():
             say(f"{known:<18} {studies.load_study(known).title}")
         return
     folder = out or Path("runs") / Path(name).stem
-    plan = studies.Plan(studies.load_study(name), folder, data, tuple(overrides or ()))
+    plan = Plan(studies.load_study(name), folder, data, tuple(overrides or ()))
     plan.check()
-    for _ in studies.carry_out(plan.trials(), launcher, "search"):
+    for _ in run_trials(plan.trials(), launcher, "search"):
         pass
     # The report is written again after each run, so that a study can be read while it goes on.
-    for _ in studies.carry_out(plan.reported(), launcher, "run"):
+    for _ in run_trials(plan.reported(), launcher, "run"):
         written = study_report.write(plan)
     files = ", ".join(str(written.with_suffix(suffix)) for suffix in (".md", ".json", ".png"))
     say(f"\n{study_report.text(plan)}\nwritten: {files}")

@@ -126,6 +126,7 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
 def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     """Runs the cases of `scaling`, prints a table, and writes it as JSON and as a figure into the folder `out`."""
     from swap_hpc.bench import scaling
+    from swap_hpc.bench.scaling_figure import draw_scaling
     from swap_hpc.bench.traffic import SETTINGS
 
     os.environ.update(SETTINGS)
@@ -139,7 +140,7 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
         cases, host = [*cases, said["case"]], said["machine"]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scaling.json", {"machine": host, "cases": cases})
-    scaling.figure(cases, host["cores"], out / "scaling.png")
+    draw_scaling(cases, host["cores"], out / "scaling.png")
     tell(
         f"\n{scaling.table(cases)}\n\n{host['cores']} cores of {host['cpu']}: with more ranks than cores, several share one"
     )

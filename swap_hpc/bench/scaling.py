@@ -1,7 +1,6 @@
 """`scaling`: seconds, bytes sent and memory of each phase, against the number of ranks, the model's size and the data's."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +11,6 @@ from swap_hpc.parallel.grid import grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.markdown import markdown_table
-from swap_hpc.study.figures import drawn
 from swap_hpc.swap import swap
 from swap_hpc.train import models
 from swap_hpc.train.events import Averaged, Epoch, Refreshed
@@ -93,35 +91,3 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
             ]
         rows.append((*cells, f"{case['peak_memory_mib']:.0f}"))
     return markdown_table(head, rows)
-
-
-def figure(cases: Sequence[dict[str, Any]], cores: int, file: Path) -> None:
-    """Draws seconds, bytes per rank and memory against ranks, and bytes and memory against the sizes of model and data."""
-    views = (
-        ("ranks", ("width", "samples")),
-        ("parameters", ("ranks", "samples")),
-        ("samples", ("ranks", "width")),
-    )
-    title = f"an epoch of each phase, {cores} cores (more ranks share them)"
-    with drawn(file, title, 3, 3, (12, 9), sharex="col") as axes:
-        for column, (across, same) in zip(axes.T, views, strict=True):
-            usual = {"ranks": 2, **{name: CASES[0][name] for name in ("width", "samples")}}
-            mine = sorted(
-                (case for case in cases if all(case[name] == usual[name] for name in same)),
-                key=lambda case: case[across],
-            )
-            x = [case[across] for case in mine]
-            for phase in PHASES:
-                column[0].plot(
-                    x, [case["phases"][phase]["seconds"] for case in mine], "o-", label=phase
-                )
-                column[1].plot(
-                    x, [case["phases"][phase]["bytes"] / 1e6 for case in mine], "o-", label=phase
-                )
-            column[2].plot(x, [case["peak_memory_mib"] for case in mine], "o-", color="black")
-            column[2].set(xlabel=across, ylim=(0, None))
-            column[2].set_xscale("log", base=2)
-        axes[0, 0].set_ylabel("seconds")
-        axes[1, 0].set_ylabel("MB sent by a rank")
-        axes[2, 0].set_ylabel("memory of a rank, MiB")
-        axes[1, 0].legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read without torch or MPI."""
+"""Reading the folder of a run, complete or not. Imports neither torch nor MPI."""
 
 import json
 from pathlib import Path
@@ -6,82 +6,130 @@ from typing import Any
 
 from swap_hpc.errors import Diverged, UserError
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.phase import refinement_of
+from swap_hpc.recipe.schema import Recipe
 
-Lines = list[dict[str, Any]]  # of a metrics file
+Lines = list[dict[str, Any]]  # of a file of metrics
 
 
 def load_result(run: Path) -> dict[str, Any]:
-    """What `result.json` of a run's folder holds. Raises UserError where the folder holds no complete run."""
+    """Return what `result.json` holds.
+
+    Raises:
+        UserError: the folder holds no complete run.
+    """
     try:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        state = (
-            "has not finished yet" if (run / "recipe.toml").is_file() else "is not a run's folder"
-        )
+        begun = (run / "recipe.toml").is_file()
+        state = "has not finished yet" if begun else "is not a run's folder"
         raise UserError(f"{run} {state}: there is no result.json in it") from None
 
 
 def load_run(run: Path) -> dict[str, Any]:
-    """What `result.json` holds; of a run that goes on or broke off, as much of it as there is, and its `state`. Raises UserError."""
+    """Return what `result.json` holds, or as much of it as an incomplete run has.
+
+    An incomplete run has one more key, `state`, which says how far it is, and no seconds.
+
+    Raises:
+        UserError: the folder holds no run, or a damaged one.
+    """
     if (run / "result.json").is_file() or not (run / "recipe.toml").is_file():
         return load_result(run)
     recipe = load_recipe(str(run / "recipe.toml"))
-    world = _lines(run / "metrics" / "world.jsonl")
-    first = [line for line in world if line["phase"] == "large_batch"]
-    finals = {line["model"]: line for line in world if line["phase"] == "evaluation"}
-    ends: list[dict[str, Any]] = []
-    state = f"{len(first)} of at most {recipe.large_batch.epochs} epochs of phase 1"
-    if "large_batch" in finals:
-        groups = [
-            _lines(run / "metrics" / f"group-{group:03d}.jsonl") for group in range(recipe.groups)
-        ]
-        state = "epochs of the groups so far: " + ", ".join(str(len(lines)) for lines in groups)
-        cycles = range(1, recipe.refine.cycles + 1)
-        ends = [
-            next((x for x in reversed(lines) if x["cycle"] == cycle), {})
-            for lines in groups
-            for cycle in cycles
-        ]
-    if (run / Diverged.FILE).is_file():
-        state += f"; {json.loads((run / Diverged.FILE).read_text(encoding='utf-8'))['why']}"
-
-    def figures(name: str) -> dict[str, Any]:
-        values = [line.get(name) for line in ends]
-        found = [value for value in values if value is not None]
-        return {
-            "large_batch": finals.get("large_batch", first[-1] if first else {}).get(name),
-            "groups": values if found else [],
-            "mean_of_groups": sum(found) / len(found)
-            if found and len(found) == len(values)
-            else None,
-            "averaged": finals.get("swap", {}).get(name),
-        }
-
-    facts = run / "environment.json"
+    world = read_lines(run / "metrics" / "world.jsonl")
+    phase_1 = [line for line in world if line["phase"] == "large_batch"]
+    evaluations = {line["model"]: line for line in world if line["phase"] == "evaluation"}
+    # the groups begin only when phase 1 has been evaluated
+    groups = _read_groups(run, recipe) if "large_batch" in evaluations else []
+    ends = _ends_of_cycles(groups, recipe.refine.cycles)
+    phase_1_end = evaluations.get("large_batch", phase_1[-1] if phase_1 else {})
+    averaged = evaluations.get("swap", {})
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "ranks": len(json.loads(facts.read_text(encoding="utf-8"))["ranks"])
-        if facts.is_file()
-        else None,
+        "ranks": _ranks(run),
         "groups": recipe.groups,
         "cycles": recipe.refine.cycles,
         "epochs": {
-            "large_batch": len(first),
+            "large_batch": len(phase_1),
             "refine": recipe.refine.epochs * recipe.refine.cycles,
         },
-        "test_accuracy": figures("test_accuracy"),
-        "test_loss": figures("test_loss"),
+        "test_accuracy": _by_model("test_accuracy", phase_1_end, ends, averaged),
+        "test_loss": _by_model("test_loss", phase_1_end, ends, averaged),
         "seconds": {},
-        "state": state,
+        "state": _state(run, recipe, len(phase_1), groups),
     }
 
 
-def _lines(path: Path) -> Lines:
+def read_lines(path: Path) -> Lines:
+    """Return the lines of a file of metrics; an empty list where there is no file yet.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    # a run may be writing the last line at this moment
+    whole = [line for line in lines if line.endswith("\n")]
     try:
-        return [
-            json.loads(line) for line in lines if line.endswith("\n")
-        ]  # the last one may be being written
+        return [json.loads(line) for line in whole]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): a run that goes on writes it anew") from None
+        raise UserError(
+            f"{path} is damaged ({error}): a run that is started again rewrites it"
+        ) from None
+
+
+def _read_groups(run: Path, recipe: Recipe) -> list[Lines]:
+    names = [refinement_of(group).name for group in range(recipe.groups)]
+    return [read_lines(run / "metrics" / f"{name}.jsonl") for name in names]
+
+
+def _ends_of_cycles(groups: list[Lines], cycles: int) -> Lines:
+    """Return the last line of every group and cycle so far, empty for one that has not begun."""
+    ends = []
+    for lines in groups:
+        last = {line["cycle"]: line for line in lines}
+        ends += [last.get(cycle, {}) for cycle in range(1, cycles + 1)]
+    return ends
+
+
+def _by_model(
+    name: str, phase_1: dict[str, Any], ends: Lines, averaged: dict[str, Any]
+) -> dict[str, Any]:
+    """Return one figure of all models, None for a model that there is not yet.
+
+    Args:
+        name: the figure's key in the metrics.
+        phase_1: the evaluation of the model that phase 1 has reached.
+        ends: one for each group and cycle.
+        averaged: that of the average.
+    """
+    values = [line.get(name) for line in ends]
+    known = [value for value in values if value is not None]
+    complete = bool(known) and len(known) == len(values)
+    return {
+        "large_batch": phase_1.get(name),
+        "groups": values if known else [],
+        "mean_of_groups": sum(known) / len(known) if complete else None,
+        "averaged": averaged.get(name),
+    }
+
+
+def _state(run: Path, recipe: Recipe, epochs: int, groups: list[Lines]) -> str:
+    """Return how far an incomplete run is, and why it ended if its loss diverged."""
+    state = f"{epochs} of at most {recipe.large_batch.epochs} epochs of phase 1"
+    if groups:
+        done = ", ".join(str(len(lines)) for lines in groups)
+        state = f"epochs of the groups so far: {done}"
+    diverged = run / Diverged.FILE
+    if diverged.is_file():
+        state += f"; {json.loads(diverged.read_text(encoding='utf-8'))['why']}"
+    return state
+
+
+def _ranks(run: Path) -> int | None:
+    """Return the number of ranks that the run was started on, where it is recorded."""
+    file = run / "environment.json"
+    if not file.is_file():
+        return None
+    return len(json.loads(file.read_text(encoding="utf-8"))["ranks"])

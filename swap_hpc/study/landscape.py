@@ -1,8 +1,10 @@
-"""Train and test error on planes through the weights of a run, after the paper's figures of the loss landscape."""
+"""Train and test error on planes through the weights of a run.
 
-from collections.abc import Callable, Iterator
+The planes are those of the SWAP paper's figures (section 4), after Garipov et al. 2018.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,24 +17,31 @@ from swap_hpc.errors import UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.teams import Team
 from swap_hpc.run.saved import prepare_saved, recipe_in
-from swap_hpc.study import figures
-from swap_hpc.study.planes import Plane, fill_parameters_, seen_as_tests, shared_out, vector_of
+from swap_hpc.study.figures.landscape import draw_landscape
+from swap_hpc.study.planes import (
+    Plane,
+    fill_parameters_,
+    share_of_rank,
+    vector_of,
+    with_test_samples,
+)
 from swap_hpc.train.evaluation import evaluate_job
 from swap_hpc.train.job import Job
 
-MARGIN = 0.35  # of the span of the three models, around them
+MARGIN = 0.35  # around the models, as a share of the distance that they span
 
-
-SECONDS_BETWEEN = 5.0  # lines that tell how far it is
+SECONDS_BETWEEN = 5.0  # lines about the progress
 
 
 @dataclass(frozen=True)
 class Models:
-    """A plane's three models, and those that are only projected onto it."""
+    """The models of a plane, by the names of their files."""
 
     title: str
     names: tuple[str, str, str]
+    """The three that it goes through."""
     others: tuple[str, ...] = ()
+    """Those that are projected onto it."""
 
 
 def landscape(
@@ -41,14 +50,27 @@ def landscape(
     points: int,
     samples: int,
     world: Team,
-    tell: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> Path:
-    """Evaluates a grid of `points` x `points` models on each plane, and writes `landscape.json` and `landscape.png` into the run's folder.
+    """Evaluate grids of models; write `landscape.json` and `landscape.png` into the run's folder.
 
-    The planes go through the end of phase 1, group 0 and the average; and, where there are three groups, through three of them. At
-    each point batch norm is re-estimated on up to `samples` augmented training images, and the error is that of up to `samples`
-    training and test images, always the same ones. The points are shared out to the ranks. Source: Garipov et al. 2018, and
-    section 4 of the SWAP paper. Returns the figure's path. Raises UserError, on all ranks, for what is no complete run with a refinement.
+    One plane goes through the end of phase 1, group 0 and the average. With three groups or more,
+    a second one goes through three of them. At each point batch norm is re-estimated on at most
+    `samples` augmented training images. The ranks share the points.
+
+    Args:
+        run: the folder of a complete run with a refinement.
+        data: the folder with the data; None: the recipe's.
+        points: models along each side of a grid.
+        samples: at most so many training and test images, always the same ones, for an error.
+        world: all ranks.
+        show: prints a line about the progress.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        UserError: the folder holds no such run; on all ranks.
     """
     recipe = world.agree(lambda: recipe_in(run, data))
     planes = world.agree(lambda: _planes(run, recipe.groups if recipe.refine.epochs else 0))
@@ -58,15 +80,15 @@ def landscape(
         lambda: {name: vector_of(run / f"{name}.safetensors", model) for name in names}
     )
     errors = _Errors(model, _with_less_batchnorm(job, samples), samples)
-    progress = _Progress(len(planes) * (points**2 + 3), world, tell)
+    progress = _Progress(len(planes) * (points**2 + 3), world, show)
     content = {
         "recipe": recipe.name,
         "seed": recipe.seed,
         "samples": samples,
-        "planes": [_surface(plane, vectors, points, errors, world, progress) for plane in planes],
+        "planes": [_measure(plane, vectors, points, errors, world, progress) for plane in planes],
     }
     world.first(lambda: write_json(run / "landscape.json", content))
-    world.first(lambda: figures.landscape(content, run / "landscape.png"))
+    world.first(lambda: draw_landscape(content, run / "landscape.png"))
     return run / "landscape.png"
 
 
@@ -82,52 +104,48 @@ def _planes(run: Path, groups: int) -> list[Models]:
 
 
 def _with_less_batchnorm(job: Job, samples: int) -> Job:
-    """The job, batch norm re-estimated on up to that many samples; at least one batch."""
+    """Return the job with batch norm re-estimated on at most `samples` images, or one batch."""
     batchnorm = job.recipe.batchnorm
     fewer = min(batchnorm.samples or len(job.dataset.train), max(samples, batchnorm.batch_size))
-    return replace(
-        job,
-        recipe=job.recipe.model_copy(
-            update={"batchnorm": batchnorm.model_copy(update={"samples": fewer})}
-        ),
-    )
+    changed = batchnorm.model_copy(update={"samples": fewer})
+    return replace(job, recipe=job.recipe.model_copy(update={"batchnorm": changed}))
 
 
 class _Errors:
-    """The share of training and of test images that a model is wrong about."""
+    """Measures the error rates of models on fixed training and test images."""
 
     def __init__(self, model: nn.Module, job: Job, samples: int):
         self.model, self.job, self.alone = model, job, Team.alone()
-        self.splits = [
-            seen_as_tests(job, split, samples) for split in (job.dataset.train, job.dataset.test)
-        ]
+        splits = (job.dataset.train, job.dataset.test)
+        self.jobs = [with_test_samples(job, split, samples) for split in splits]
 
     def at(self, weights: Tensor) -> tuple[float, float]:
+        """Return train and test error, as fractions, of the model with these parameters (P,)."""
         fill_parameters_(self.model, weights)
         with self.job.autocast():
             refresh_batchnorm_(self.model, self.job.batchnorm_batches(self.alone), self.alone)
-        train, test = (
-            1 - evaluate_job(self.model, split, self.alone).accuracy for split in self.splits
-        )
+        train, test = (1 - evaluate_job(self.model, job, self.alone).accuracy for job in self.jobs)
         return train, test
 
 
 class _Progress:
-    def __init__(self, total: int, world: Team, tell: Callable[[str], None]):
-        self.total, self.world, self.tell, self.done = total, world, tell, 0
-        self.began = self.told = perf_counter()
+    """Counts the points that are done, and shows a line every few seconds."""
+
+    def __init__(self, total: int, world: Team, show: Callable[[str], None]):
+        self.total, self.world, self.show, self.done = total, world, show, 0
+        self.began = self.shown = perf_counter()
 
     def step(self) -> None:
-        """One more of this rank's points; the others' are about as many."""
+        """Count one point of this rank; the other ranks have done about as many."""
         self.done = min(self.total, self.done + self.world.size)
         now = perf_counter()
-        if now - self.told > SECONDS_BETWEEN:
-            self.told = now
+        if now - self.shown > SECONDS_BETWEEN:
+            self.shown = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            self.tell(f"{self.done:>4} of {self.total} points, {left:.0f} s left")
+            self.show(f"{self.done:>4} of {self.total} points, {left:.0f} s left")
 
 
-def _surface(
+def _measure(
     plane: Models,
     vectors: dict[str, Tensor],
     points: int,
@@ -135,50 +153,55 @@ def _surface(
     world: Team,
     progress: _Progress,
 ) -> dict[str, Any]:
+    """Return a plane's grid and models with their errors, as `landscape.json` holds them."""
     through = Plane.through(*(vectors[name] for name in plane.names))
     places = {name: through.place(vectors[name]) for name in (*plane.names, *plane.others)}
     x, y = _axes(np.array(list(places.values())), points)
-    weights: list[Callable[[], Tensor]] = [lambda at=at: through.at(*at) for at in product(x, y)]  # type: ignore[misc]
-    weights += [lambda name=name: vectors[name] for name in plane.names]  # type: ignore[misc]
-    found = np.zeros((len(weights), 2))
-    for point in shared_out(len(weights), world):
-        found[point] = errors.at(weights[point]())
+    grid = [(right, up) for right in x for up in y]
+    found = np.zeros((len(grid) + len(plane.names), 2))
+    for number in share_of_rank(len(found), world):
+        # the models themselves come after the grid; a vector is made only when it is needed
+        if number < len(grid):
+            weights = through.at(*grid[number])
+        else:
+            weights = vectors[plane.names[number - len(grid)]]
+        found[number] = errors.at(weights)
         progress.step()
-    train, test = world.sum_(found).T
-    grid = slice(None, points**2)
+    world.sum_(found)
+    surfaces = found[: len(grid)].reshape(points, points, 2).T  # (2, y, x)
     return {
         "title": plane.title,
         "x": x,
         "y": y,
-        "train_error": train[grid].reshape(points, points).T.tolist(),  # a row for each y
-        "test_error": test[grid].reshape(points, points).T.tolist(),
-        "models": list(_models(places, plane.names, train[points**2 :], test[points**2 :])),
+        "train_error": surfaces[0].tolist(),
+        "test_error": surfaces[1].tolist(),
+        "models": _models(places, plane.names, found[len(grid) :]),
     }
 
 
 def _models(
-    places: dict[str, tuple[float, float]],
-    names: tuple[str, ...],
-    train: np.ndarray,
-    test: np.ndarray,
-) -> Iterator[dict[str, Any]]:
+    places: dict[str, tuple[float, float]], names: Sequence[str], errors: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the models of a plane.
+
+    Args:
+        places: (x, y) of all of them.
+        names: those that lie in the plane. The error of any other model is not that of its
+            projection, and is left out.
+        errors: (3, 2): train and test error of these, as fractions.
+    """
+    known = dict(zip(names, errors.tolist(), strict=True))
+    models = []
     for name, (x, y) in places.items():
-        in_plane = name in names  # the errors of others are not those of their projections
-        errors = (train[names.index(name)], test[names.index(name)]) if in_plane else (None, None)
-        yield {
-            "name": name,
-            "x": x,
-            "y": y,
-            "in_plane": in_plane,
-            "train_error": errors[0],
-            "test_error": errors[1],
-        }
+        train, test = known.get(name, (None, None))
+        model = {"name": name, "x": x, "y": y, "in_plane": name in known}
+        models.append(model | {"train_error": train, "test_error": test})
+    return models
 
 
 def _axes(places: np.ndarray, points: int) -> list[list[float]]:
-    """The grid's x and its y, around models at `places` (models, 2)."""
+    """Return x and y of the grid around models at `places`, (models, 2)."""
     low, high = places.min(0), places.max(0)
     margin = MARGIN * (high - low).max()
-    return [
-        np.linspace(low[axis] - margin, high[axis] + margin, points).tolist() for axis in (0, 1)
-    ]
+    ends = zip(low - margin, high + margin, strict=True)
+    return [np.linspace(start, end, points).tolist() for start, end in ends]

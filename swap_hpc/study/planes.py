@@ -1,4 +1,4 @@
-"""Directions in the space of weights: vectors of a model's parameters, planes through three of them, gradients."""
+"""Geometry in the space of weights: vectors of parameters, planes through them, gradients."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,61 +18,75 @@ from swap_hpc.run.weights import load_weights_
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.objective import as_float32
 
+ORDER_KEY = 0x706C616E  # any constant: the same samples are chosen in every run
+
 
 @dataclass(frozen=True)
 class Plane:
-    """The points `origin + x * right + y * up`; `right` and `up` are orthonormal."""
+    """The points `origin + x * right + y * up`, where `right` and `up` are orthonormal.
 
-    origin: Tensor  # (P,) float64
+    All three are vectors (P,) of float64, in the units of the weights.
+    """
+
+    origin: Tensor
     right: Tensor
     up: Tensor
 
     @classmethod
     def through(cls, a: Tensor, b: Tensor, c: Tensor) -> "Plane":
-        """The plane in which `a` is the origin and `b` lies on the axis of x. Raises UserError for points on one line."""
+        """Return the plane through three points, with `a` as the origin and `b` on the x axis.
+
+        Raises:
+            UserError: the points lie on one line.
+        """
         right = b - a
         up = (c - a) - (c - a) @ right / (right @ right) * right
         if not (right.norm() > 0 and up.norm() > 1e-6 * right.norm()):
             raise UserError(
-                "the three models lie on one line, there is no plane through them: take a run whose groups differ"
+                "the three models lie on one line, there is no plane through them: "
+                "take a run whose groups differ"
             )
         return cls(a, right / right.norm(), up / up.norm())
 
     def place(self, point: Tensor) -> tuple[float, float]:
-        """(x, y) of a point's projection onto the plane, in the units of the weights."""
-        return float((point - self.origin) @ self.right), float((point - self.origin) @ self.up)
+        """Return (x, y) of a point's projection onto the plane."""
+        offset = point - self.origin
+        return float(offset @ self.right), float(offset @ self.up)
 
     def at(self, x: float, y: float) -> Tensor:
-        """(P,) float64."""
+        """Return the point (P,) with these coordinates, in float64."""
         return self.origin + x * self.right + y * self.up
 
 
 def vector(model: nn.Module) -> Tensor:
-    """All parameters, (P,) float64, on the CPU; of complex ones both parts."""
-    return torch.cat(
-        [real(p.detach()).flatten().to("cpu", torch.float64) for p in model.parameters()]
-    )
+    """Return all parameters as one vector (P,) of float64 on the CPU; a complex one gives two."""
+    return _joined([parameter.detach() for parameter in model.parameters()])
 
 
 def vector_of(file: Path, model: nn.Module) -> Tensor:
-    """The parameters in a .safetensors file. Changes `model`. Raises UserError where they do not fit it."""
+    """Load a .safetensors file into `model` and return the parameters as one vector.
+
+    Raises:
+        UserError: the file does not fit the model.
+    """
     load_weights_(model, file)
     return vector(model)
 
 
 @torch.no_grad()
 def fill_parameters_(model: nn.Module, values: Tensor) -> None:
-    """The reverse of `vector`."""
-    parameters = [real(p) for p in model.parameters()]
-    for parameter, part in zip(
-        parameters, values.split([p.numel() for p in parameters]), strict=True
-    ):
+    """Set all parameters to the numbers of a vector, as `vector` orders them."""
+    parameters = [real(parameter) for parameter in model.parameters()]
+    parts = values.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.copy_(part.view(parameter.shape))
 
 
 def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
-    """Of the mean loss over all samples of `batches`, (P,) float64. Batch norm sees each batch's own statistics, as in training; there
-    is no dropout."""
+    """Return the gradient of the mean loss over all samples, a vector (P,) of float64.
+
+    Batch norm uses each batch's own statistics, as in training. There is no dropout.
+    """
     training = training_modules(model)
     model.eval()
     for _, layer in batchnorm_layers(model):
@@ -84,17 +98,26 @@ def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
             outputs = model(images)
         (job.objective.loss(as_float32(outputs), labels) * len(labels)).backward()
         samples += len(labels)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    gradients = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in model.parameters()
+    ]
     model.zero_grad()
-    return torch.cat([real(part).flatten().to("cpu", torch.float64) for part in parts]) / samples
+    return _joined(gradients) / samples
 
 
-def seen_as_tests(job: Job, split: Split, samples: int) -> Job:
-    """The job with up to that many samples of a split, always the same ones, as its test samples."""
-    order = np.random.Generator(np.random.Philox(0x706C616E)).permutation(len(split))
-    return replace(job, dataset=replace(job.dataset, test=split.take(np.sort(order[:samples]))))
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the elements of all tensors, (P,) float64, on the CPU."""
+    return torch.cat([real(each).flatten().to("cpu", torch.float64) for each in tensors])
 
 
-def shared_out(number: int, world: Team) -> Sequence[int]:
-    """Which of that many items are this rank's."""
+def with_test_samples(job: Job, split: Split, samples: int) -> Job:
+    """Return the job with at most `samples` samples of a split, always the same, to test on."""
+    order = np.random.Generator(np.random.Philox(ORDER_KEY)).permutation(len(split))
+    chosen = split.take(np.sort(order[:samples]))
+    return replace(job, dataset=replace(job.dataset, test=chosen))
+
+
+def share_of_rank(number: int, world: Team) -> Sequence[int]:
+    """Return the indices, from 0 to `number` - 1, that this rank works on."""
     return range(world.rank, number, world.size)

@@ -5,6 +5,7 @@ Imports neither torch nor MPI.
 
 import base64
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from markdown_it import MarkdownIt
 from swap_hpc.parallel.atomic import write_text
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.run.folder import load_run
-from swap_hpc.study import figures
+from swap_hpc.study.figures.curves import draw_curves
+from swap_hpc.study.figures.landscape import draw_landscape
+from swap_hpc.study.figures.trajectory import draw_trajectory
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a result as Markdown: the accuracies, then the seconds of each phase of a complete run.
+    """Return a result as Markdown: the accuracies, then the seconds of each phase if complete.
 
     Args:
         result: what `run.folder.load_run` returns.
@@ -27,9 +30,9 @@ def table(result: dict[str, Any]) -> str:
     rows = [("end of phase 1 (large batch)", accuracy["large_batch"], loss["large_batch"])]
     if accuracy["groups"]:
         rows += zip(_names(result), accuracy["groups"], loss["groups"], strict=True)
-        before = ("mean of groups (before averaging)", "mean_of_groups")
-        after = ("**averaged (SWAP)**", "averaged")
-        rows += [(name, accuracy[key], loss[key]) for name, key in (before, after)]
+        before, after = "mean of groups (before averaging)", "**averaged (SWAP)**"
+        rows.append((before, accuracy["mean_of_groups"], loss["mean_of_groups"]))
+        rows.append((after, accuracy["averaged"], loss["averaged"]))
     shown = [(name, _percent(share), _decimal(value)) for name, share, value in rows]
     parts = [_head(result), markdown_table(("model", "test accuracy %", "test loss"), shown)]
     if seconds:
@@ -42,14 +45,21 @@ def table(result: dict[str, Any]) -> str:
 
 def _head(result: dict[str, Any]) -> str:
     epochs = result["epochs"]
+    ranks = _counted(result["ranks"], "rank") if result["ranks"] else "unknown number of ranks"
     return (
-        f"{result['recipe']}, seed {result['seed']}: {result['ranks'] or 'some'} ranks, {result['groups']} groups; "
-        f"{epochs['large_batch']} epochs of large batches, {epochs['refine']} of refinement per group"
+        f"{result['recipe']}, seed {result['seed']}: {ranks}, "
+        f"{_counted(result['groups'], 'group')}; "
+        f"{_counted(epochs['large_batch'], 'epoch')} of large batches, "
+        f"{epochs['refine']} of refinement per group"
     )
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _names(result: dict[str, Any]) -> list[str]:
-    """The names of the rows, one for each group and cycle."""
+    """Return the names of the rows, one for each group and cycle."""
     cycles = range(1, result["cycles"] + 1)
     groups = range(result["groups"])
     if len(cycles) == 1:
@@ -66,7 +76,7 @@ def _decimal(value: float | None) -> str:
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.md`, its figures, and all of it as one page, `report.html`, into a run's folder.
+    """Write `report.md`, its figures, and one page with all of it, `report.html`, into the folder.
 
     The run need not be complete.
 
@@ -77,15 +87,26 @@ def write_report(run: Path) -> Path:
         UserError: the folder holds no run.
     """
     result = load_run(run)
-    drawn = [run / "curves.png", *figures.redraw(run)]
-    figures.curves(run, drawn[0])
-    text = (
-        f"# {run.resolve().name}\n\n{table(result)}\n\n![accuracy and learning rate](curves.png)\n"
-    )
-    text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in drawn[1:])
+    curves = run / "curves.png"
+    draw_curves(run, curves)
+    redrawn = _redraw(run)
+    text = f"# {run.resolve().name}\n\n{table(result)}\n\n"
+    text += f"![accuracy and learning rate]({curves.name})\n"
+    text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in redrawn)
     write_text(run / "report.md", text)
-    write_text(run / "report.html", _page(run, text, drawn))
+    write_text(run / "report.html", _page(run, text, [curves, *redrawn]))
     return run / "report.md"
+
+
+def _redraw(run: Path) -> list[Path]:
+    """Draw the figures whose numbers are in a run's JSON files, and return their paths."""
+    figures = []
+    for name, draw in (("landscape", draw_landscape), ("trajectory", draw_trajectory)):
+        numbers, figure = run / f"{name}.json", run / f"{name}.png"
+        if numbers.is_file():
+            draw(json.loads(numbers.read_text(encoding="utf-8")), figure)
+            figures.append(figure)
+    return figures
 
 
 STYLE = """
@@ -98,10 +119,10 @@ pre { background: #f4f4f4; padding: 1rem; overflow: auto }
 """
 
 
-def _page(run: Path, text: str, drawn: Sequence[Path]) -> str:
+def _page(run: Path, text: str, figures: Sequence[Path]) -> str:
     """Return `report.md` as HTML that needs no other file, with the recipe and the environment."""
     body = MarkdownIt("commonmark").enable("table").render(text)
-    for figure in drawn:
+    for figure in figures:
         image = base64.b64encode(figure.read_bytes()).decode()
         body = body.replace(f'src="{figure.name}"', f'src="data:image/png;base64,{image}"')
     for file in ("recipe.toml", "environment.json"):

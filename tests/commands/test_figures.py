@@ -4,20 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch import swap_hpc
 from safetensors.torch import load_file
 
-QUICK = (
-    "--set",
-    "large_batch.epochs=3",
-    "--set",
-    "refine.epochs=2",
-    "--set",
-    "groups=4",
-    "--set",
-    "checkpoint.snapshots=1",
-)
+FIELDS = ("large_batch.epochs=3", "refine.epochs=2", "groups=4", "checkpoint.snapshots=1")
+QUICK = [part for field in FIELDS for part in ("--set", field)]
+
 TEST_IMAGES = 599  # of digits
 
 
@@ -40,33 +34,23 @@ def test_a_landscape_shows_the_runs_own_models_on_any_number_of_ranks(run: Path)
     first, groups = surfaces[0]["planes"]
     accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
     errors = {model["name"]: model["test_error"] for model in first["models"]}
-    # batch norm is refreshed as after averaging: to the digit. The groups' own was a running mean: about the same
+    # batch norm is refreshed as after averaging, hence to the digit
     assert errors["swap"] == pytest.approx(1 - accuracy["averaged"], abs=1e-9)
+    # the group's own statistics were a running mean, hence about the same
     assert errors["group-000"] == pytest.approx(1 - accuracy["groups"][0], abs=0.05)
     assert [model["in_plane"] for model in groups["models"]] == [True, True, True, False]
     for plane in (first, groups):
-        assert (
-            len(plane["x"])
-            == len(plane["y"])
-            == len(plane["test_error"])
-            == len(plane["train_error"][0])
-            == 4
-        )
-        shares = [error * TEST_IMAGES for row in plane["test_error"] for error in row]
-        assert (
-            shares == pytest.approx([round(share) for share in shares], abs=1e-6)
-            and len(set(shares)) > 4
-        )
-        assert (
-            min(plane["x"])
-            < min(model["x"] for model in plane["models"])
-            < max(model["x"] for model in plane["models"])
-            < max(plane["x"])
-        )
+        assert np.shape(plane["test_error"]) == np.shape(plane["train_error"]) == (4, 4)
+        assert len(plane["x"]) == len(plane["y"]) == 4
+        wrong = TEST_IMAGES * np.ravel(plane["test_error"])
+        assert wrong == pytest.approx(wrong.round(), abs=1e-6)
+        assert len(np.unique(wrong.round())) > 4
+        models = [model["x"] for model in plane["models"]]
+        assert plane["x"][0] < min(models) < max(models) < plane["x"][-1]
 
 
 def apart(one: Path, other: Path) -> float:
-    """The distance between two models' parameters."""
+    """Return the distance between the parameters of two models."""
     mine, its = (load_file(file.with_suffix(".safetensors")) for file in (one, other))
     squares = [
         (mine[name].double() - its[name].double()).square().sum()
@@ -87,36 +71,29 @@ def test_a_trajectory_points_to_the_average_and_report_draws_it_again(run: Path)
     assert len(found) == 3 + 4 * 2 and all(-1 <= each["cosine"] <= 1 for each in found.values())
     assert found["large_batch", 1]["cosine"] > 0.05  # far off, downhill is towards the average
     assert found["large_batch", 1]["distance"] > found["large_batch", 3]["distance"] > 0
-    assert len(paths[0]["between_groups"]) == 2 * 6 and all(
-        each["distance"] > 0 for each in paths[0]["between_groups"]
-    )
-    assert found["large_batch", 1]["distance"] == pytest.approx(
-        apart(run / "snapshots" / "large_batch-00001", run / "swap"), rel=1e-6
-    )
-    for each in paths[0]["between_groups"]:
-        one, other = (
-            run / "snapshots" / f"{group}-{each['epoch']:05d}" for group in each["groups"]
-        )
+    snapshots = run / "snapshots"
+    expected = apart(snapshots / "large_batch-00001", run / "swap")
+    assert found["large_batch", 1]["distance"] == pytest.approx(expected, rel=1e-6)
+    pairs = paths[0]["between_groups"]
+    assert len(pairs) == 2 * 6 and all(each["distance"] > 0 for each in pairs)
+    for each in pairs:
+        one, other = (snapshots / f"{group}-{each['epoch']:05d}" for group in each["groups"])
         assert each["distance"] == pytest.approx(apart(one, other), rel=1e-6)
     (run / "trajectory.png").unlink()
     assert swap_hpc("report", run).code == 0
-    assert (run / "trajectory.png").is_file() and "![trajectory](trajectory.png)" in (
-        run / "report.md"
-    ).read_text()
+    assert (run / "trajectory.png").is_file()
+    assert "![trajectory](trajectory.png)" in (run / "report.md").read_text()
 
 
-def test_what_cannot_be_drawn_is_said(run: Path, tmp_path: Path) -> None:
+NEEDED = {
+    "landscape": "no swap.safetensors in it: a landscape needs a complete run with a refinement",
+    "trajectory": "has no snapshots: train with --set checkpoint.snapshots=1 (epochs between them)",
+}
+
+
+def test_a_run_that_cannot_be_drawn_is_refused(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("snapshots", "swap.safetensors"))
-    for command, message in (
-        (
-            "landscape",
-            "no swap.safetensors in it: a landscape needs a complete run with a refinement",
-        ),
-        (
-            "trajectory",
-            "has no snapshots: train with --set checkpoint.snapshots=1 (epochs between them)",
-        ),
-    ):
+    for command, message in NEEDED.items():
         done = swap_hpc(command, bare, ranks=2)
         assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr

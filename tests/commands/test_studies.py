@@ -1,4 +1,4 @@
-"""A small study of real runs: searched, stopped, gone on with, and not run twice; a run that begins with another's phase 1."""
+"""A small study of real runs: its search, a stop and a second start; a run on another's phase 1."""
 
 import json
 import signal
@@ -25,7 +25,11 @@ set = ["refine.epochs=1", "refine.learning_rate=[[0, {rate}], [1, 0.0]]"]
 rates = [0.05, 0.1]
 [runs.post-local]
 from = "phase-1"
-set = ["refine.epochs=1", "refine.learning_rate=[[0, {rate}], [1, 0.0]]", "refine.average_every_steps=4"]
+set = [
+    "refine.epochs=1",
+    "refine.learning_rate=[[0, {rate}], [1, 0.0]]",
+    "refine.average_every_steps=4",
+]
 rates = [0.1]
 [[rows]]
 method = "groups"
@@ -40,165 +44,98 @@ run = "post-local"
 """
 
 
+def sets(*fields: str) -> list[str]:
+    """Return the arguments that set fields of a recipe."""
+    return [part for field in fields for part in ("--set", field)]
+
+
 def test_a_study_is_stopped_goes_on_and_is_not_run_twice(tmp_path: Path) -> None:
     file, out = tmp_path / "small.toml", tmp_path / "out"
     file.write_text(STUDY)
     process = launch(BIN / "swap-hpc", "study", file, "--out", out)
-    while not (
-        out / "search" / "swap" / "rate-0.1-seed-5" / "recipe.toml"
-    ).is_file():  # the last trial begins
+    last_trial = out / "search" / "swap" / "rate-0.1-seed-5"
+    while not (last_trial / "recipe.toml").is_file():
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)  # as a terminal's Ctrl-C
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert (
-        "search 3 of 3: swap, seed 5, rate 0.1" in stdout
-        and "start it again to go on" in stdout + stderr
-    )
+    assert "search 3 of 3: swap, seed 5, rate 0.1" in stdout
+    assert "start it again to go on" in stdout + stderr
     done = swap_hpc("study", file, "--out", out, timeout=300)
     assert done.code == 0, done.stderr
-    assert (
-        "search 3 of 3" in done.stdout
-        and "search 2 of 3" not in done.stdout
-        and "run 6 of 6: post-local, seed 1" in done.stdout
-    )
+    assert "search 3 of 3" in done.stdout and "search 2 of 3" not in done.stdout
+    assert "run 6 of 6: post-local, seed 1" in done.stdout
     table = (out / "study.md").read_text()
-    assert (
-        "| SWAP - groups |" in table
-        and "over 2 seeds" in table
-        and table in done.stdout.replace("\nwritten:", "")
-    ) or "| SWAP " in done.stdout
+    assert "| SWAP - groups |" in table and "over 2 seeds" in table
+    shown = table.replace("\n![accuracy of every row](study.png)\n", "")
+    assert shown in done.stdout
     assert len(json.loads((out / "study.json").read_text())["rows"]) == 3
     again = swap_hpc("study", file, "--out", out)
     assert again.code == 0 and "run 1 of 6" not in again.stdout and "| SWAP " in again.stdout
 
 
-def test_a_stop_counts_where_the_launcher_says_0(tmp_path: Path) -> None:
-    """As MPICH's mpirun may: the run that was stopped has no result."""
-    says_0 = tmp_path / "launcher"
-    says_0.write_text(
+def test_a_stop_counts_where_the_launcher_returns_0(tmp_path: Path) -> None:
+    """MPICH's mpirun may: the run that was stopped has no result."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(
         '#!/bin/bash\nmpirun "$@" &\ntrap "kill -USR1 $!" USR1\nwait $!; wait $!\nexit 0\n'
     )
-    says_0.chmod(0o755)
-    (tmp_path / "small.toml").write_text(
-        STUDY.replace("large_batch.epochs=2", "large_batch.epochs=10000")
-    )
-    out = tmp_path / "out"
-    process = launch(
-        BIN / "swap-hpc",
-        "study",
-        tmp_path / "small.toml",
-        "--out",
-        out,
-        "--launcher",
-        f"{says_0} -n {{ranks}}",
-    )
+    launcher.chmod(0o755)
+    file, out = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(STUDY.replace("large_batch.epochs=2", "large_batch.epochs=10000"))
+    start = f"{launcher} -n {{ranks}}"
+    process = launch(BIN / "swap-hpc", "study", file, "--out", out, "--launcher", start)
     deadline = time.monotonic() + 120
     while not list(out.glob("search/*/*/metrics/world.jsonl")):  # the first trial trains
-        assert process.poll() is None and time.monotonic() < deadline, (
-            process.stderr and process.stderr.read()
-        )
+        alive = process.poll() is None and time.monotonic() < deadline
+        assert alive, process.stderr and process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
-    assert (
-        process.returncode == 75
-        and "the study was stopped on request, all is saved" in stdout + stderr
-    ), stderr
+    assert process.returncode == 75, stderr
+    assert "the study was stopped on request, all is saved" in stdout + stderr
 
 
 def test_another_runs_phase_1_gives_what_ones_own_gives(tmp_path: Path) -> None:
-    fields = (
-        "--set",
-        "groups=2",
-        "--set",
-        "model.width=2",
-        "--set",
-        "large_batch.epochs=2",
-        "--set",
-        "evaluate.every=0",
-    )
+    fields = sets("groups=2", "model.width=2", "large_batch.epochs=2", "evaluate.every=0")
     first, whole, second = (tmp_path / name for name in ("first", "whole", "second"))
-    assert (
-        swap_hpc(
-            "train", "digits", *fields, "--set", "refine.epochs=0", "--out", first, ranks=2
-        ).code
-        == 0
-    )
-    assert (
-        swap_hpc(
-            "train", "digits", *fields, "--set", "refine.epochs=1", "--out", whole, ranks=2
-        ).code
-        == 0
-    )
-    done = swap_hpc(
-        "train",
-        "digits",
-        *fields,
-        "--set",
-        "refine.epochs=1",
-        "--out",
-        second,
-        "--from",
-        first,
-        ranks=2,
-    )
+    plain, refined = sets("refine.epochs=0"), sets("refine.epochs=1")
+    assert swap_hpc("train", "digits", *fields, *plain, "--out", first, ranks=2).code == 0
+    assert swap_hpc("train", "digits", *fields, *refined, "--out", whole, ranks=2).code == 0
+    further = ("--out", second, "--from", first)
+    done = swap_hpc("train", "digits", *fields, *refined, *further, ranks=2)
     assert done.code == 0 and "large_batch goes on at its end" in done.stdout, done.stderr
-    one, other = (json.loads((out / "result.json").read_text()) for out in (whole, second))
-    assert (
-        one["weights_sha256"] == other["weights_sha256"]
-        and one["test_accuracy"] == other["test_accuracy"]
+    one, own, other = (
+        json.loads((out / "result.json").read_text()) for out in (first, whole, second)
     )
-    assert (
-        other["seconds"]["large_batch"]
-        == json.loads((first / "result.json").read_text())["seconds"]["large_batch"]
-    )
+    assert own["weights_sha256"] == other["weights_sha256"]
+    assert own["test_accuracy"] == other["test_accuracy"]
+    assert other["seconds"]["large_batch"] == one["seconds"]["large_batch"]
 
 
 def test_a_phase_1_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    first = tmp_path / "first"
-    fields = (
-        "--set",
-        "model.width=2",
-        "--set",
-        "large_batch.epochs=1",
-        "--set",
-        "evaluate.every=0",
-    )
-    assert (
-        swap_hpc(
-            "train", "digits", *fields, "--set", "refine.epochs=0", "--out", first, ranks=2
-        ).code
-        == 0
-    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    fields = sets("model.width=2", "large_batch.epochs=1", "evaluate.every=0")
+    plain = sets("refine.epochs=0")
+    assert swap_hpc("train", "digits", *fields, *plain, "--out", first, ranks=2).code == 0
     for changed, start, message in (
         ("seed=1", first, "its phase 1 was another (seed differ)"),
         ("large_batch.epochs=2", first, "its phase 1 was another (large_batch.epochs differ)"),
         ("refine.epochs=1", tmp_path / "nowhere", "is not a run's folder"),
     ):
-        done = swap_hpc(
-            "train",
-            "digits",
-            *fields,
-            "--set",
-            changed,
-            "--out",
-            tmp_path / "second",
-            "--from",
-            start,
-            ranks=2,
-        )
+        changes = sets(changed)
+        further = ("--out", second, "--from", start)
+        done = swap_hpc("train", "digits", *fields, *changes, *further, ranks=2)
         assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr
 
 
-def test_a_launcher_that_does_not_start_is_said(tmp_path: Path) -> None:
-    (tmp_path / "small.toml").write_text(STUDY)
+def test_a_launcher_that_cannot_be_started_is_refused(tmp_path: Path) -> None:
+    file, out = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(STUDY)
     for launcher, message in (
         ("nowhere -n {ranks}", "no nowhere on the PATH"),
         ("mpirun -n {rank}", "write it as 'mpirun -n {ranks}'"),
     ):
-        done = swap_hpc(
-            "study", tmp_path / "small.toml", "--out", tmp_path / "out", "--launcher", launcher
-        )
+        done = swap_hpc("study", file, "--out", out, "--launcher", launcher)
         assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr

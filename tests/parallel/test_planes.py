@@ -1,4 +1,4 @@
-"""Landscape and trajectory against what is computed by hand."""
+"""Planes, vectors and gradients against values that are computed by hand."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,9 @@ def test_a_plane_holds_its_three_points() -> None:
     for point in (a, b, c):
         torch.testing.assert_close(plane.at(*plane.place(point)), point)
     assert plane.place(a) == (0, 0) and abs(plane.place(b)[1]) < 1e-12
-    assert np.hypot(*np.subtract(plane.place(c), plane.place(b))) == pytest.approx(
-        float((c - b).norm())
-    )
+    distance = np.hypot(*np.subtract(plane.place(c), plane.place(b)))
+    assert distance == pytest.approx(float((c - b).norm()))
+    # the projection of a fourth point leaves nothing in the direction of the plane
     assert float((d - plane.at(*plane.place(d))) @ (b - a)) == pytest.approx(0, abs=1e-10)
     with pytest.raises(UserError, match="lie on one line"):
         planes.Plane.through(a, b, a + 0.3 * (b - a))
@@ -39,13 +39,11 @@ def test_a_gradient_is_that_of_the_mean_loss_over_all_samples(world: Team) -> No
     model = tiny.model(job)
     before = planes.vector(model)
     found = planes.gradient(model, job.test_batches(Team.alone()), job)
-    images, labels = (
-        torch.cat(parts) for parts in zip(*job.test_batches(Team.alone()), strict=True)
-    )
+    batches = zip(*job.test_batches(Team.alone()), strict=True)
+    images, labels = (torch.cat(parts) for parts in batches)
     F.cross_entropy(model(images), labels).backward()
-    expected = torch.cat(
-        [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
-    )
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    expected = torch.cat([each.flatten().double() for each in gradients])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     planes.fill_parameters_(model, before + 1)
     torch.testing.assert_close(planes.vector(model), before + 1, rtol=0, atol=1e-6)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.study import study
+from swap_hpc.study import numbers
 from swap_hpc.study import table as study_report
-from swap_hpc.study.study import Plan, load_study, shipped_studies
+from swap_hpc.study.plan import Plan, Trial
+from swap_hpc.study.runner import run_trials
+from swap_hpc.study.study import load_study, shipped_studies
 
 TINY = """
 title = "tiny"
@@ -46,7 +48,7 @@ def plan(tmp_path: Path, text: str = TINY) -> Plan:
 
 
 def complete(
-    trial: study.Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float
+    trial: Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float
 ) -> None:
     trial.folder.mkdir(parents=True)
     (trial.folder / "recipe.toml").write_text(trial.recipe.to_toml())
@@ -74,12 +76,9 @@ def test_the_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     made = Plan(load_study(name), tmp_path, tmp_path)
     made.check()
     text = shipped_studies()[name].read_text()
-    assert (
-        text.startswith("# ")
-        and "Source:" in text
-        and "Here:" in text
-        and f"swap-hpc study {name}" in text
-    )
+    assert text.startswith("# ")
+    for part in ("Source:", "Here:", f"swap-hpc study {name}"):
+        assert part in text
     for trial in made.trials():
         assert trial.recipe.data.validation == 5000 and trial.recipe.seed not in made.study.seeds
 
@@ -91,21 +90,12 @@ def test_the_papers_rows_have_its_epochs_and_batches() -> None:
     small, large, swap = (
         recipe("cifar10-table", run) for run in ("small-batch", "large-batch", "swap")
     )
-    assert (small.recipe.large_batch.batch_size, small.recipe.large_batch.epochs, small.ranks) == (
-        512,
-        100,
-        1,
-    )
-    assert (large.recipe.large_batch.batch_size, large.recipe.large_batch.epochs, large.ranks) == (
-        4096,
-        150,
-        8,
-    )
-    assert (swap.recipe.refine.batch_size, swap.recipe.refine.epochs, swap.recipe.groups) == (
-        512,
-        30,
-        8,
-    )
+    phase = small.recipe.large_batch
+    assert (phase.batch_size, phase.epochs, small.ranks) == (512, 100, 1)
+    phase = large.recipe.large_batch
+    assert (phase.batch_size, phase.epochs, large.ranks) == (4096, 150, 8)
+    phase = swap.recipe.refine
+    assert (phase.batch_size, phase.epochs, swap.recipe.groups) == (512, 30, 8)
     two = recipe("cifar100-swa-table", "swap-2-20").recipe
     assert (two.groups, two.refine.cycles, two.refine.epochs) == (8, 2, 20)
     assert recipe("cifar100-swa-table", "large-batch-swa").recipe.refine.batch_size == 2048
@@ -121,18 +111,22 @@ WRONG = [
     (
         '[search]\nseeds = [5]\nset = ["data.validation=100"]',
         "",
-        r"runs.swap has several rates: a \[search\] chooses one",
+        r"runs.swap has several rates: a \[search\] with other seeds chooses one",
     ),
-    ("seeds = [5]", "seeds = [2]", "search.seeds and seeds have to differ"),
+    ("seeds = [5]", "seeds = [2]", "search.seeds and seeds must not share a seed"),
     ('from = "first"', 'from = "later"', "later: not among first, swap"),
     ("refine.epochs=0", "refine.epoch=0", "unknown field refine.epoch"),
     ('set = ["data.validation=100"]', "", "the search would choose rates on test images"),
     (
         'set = ["refine.epochs=0"]',
         'set = ["large_batch.epochs={rate}"]\nrates = [2]',
-        "first, which may have neither rates nor a from",
+        "swap begins with phase 1 of first, which must have neither rates nor from",
     ),
-    ('from = "first"', 'from = "swap"', "swap, which has to stand before it"),
+    (
+        'from = "first"',
+        'from = "swap"',
+        "swap begins with phase 1 of swap, which must be listed before it",
+    ),
     ("title", "titel", "unknown field titel; valid here: title, recipe, ranks"),
     (
         'model = "large_batch"',
@@ -183,23 +177,18 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
     for trial in made.reported():
         seed = trial.recipe.seed
         complete(trial, *((0.80 + seed / 100, (0.7, 0.8)) if trial.name == "swap" else (None,)))
-    phase_1, before, after = study_report.lines(made)
+    phase_1, before, after = numbers.lines(made)
     assert (phase_1.epochs, after.epochs) == ("7", "7 + 4")
-    assert (
-        phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5}
-        and phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
-    )
+    assert phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5}
+    assert phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
     assert before.accuracy[1] == pytest.approx(0.75) and before.seconds[0] == 140
-    # four groups on two ranks: two in turn, so that with a rank for each the refinement takes half as long
-    assert (
-        after.accuracy[2] == pytest.approx(0.82)
-        and after.seconds[0] == 143
-        and after.parallel_seconds[0] == 123
-    )
-    (gap,) = study_report.differences(made, [phase_1, before, after])
-    assert gap.points == pytest.approx(6) and gap.half_width == pytest.approx(
-        4.303 * 1 / 3**0.5, rel=1e-3
-    )  # Student's t, 2 degrees
+    assert after.accuracy[2] == pytest.approx(0.82) and after.seconds[0] == 143
+    # four groups on two ranks: two in turn, so that with a rank for each phase 2 takes half as long
+    assert after.parallel_seconds[0] == 123
+    (gap,) = numbers.differences(made, [phase_1, before, after])
+    # Student's t with 2 degrees of freedom; the differences are 5, 6 and 7 points
+    assert gap.points == pytest.approx(6)
+    assert gap.half_width == pytest.approx(4.303 * 1 / 3**0.5, rel=1e-3)
     written = study_report.write(made)
     text = written.read_text()
     for cell in (
@@ -211,11 +200,15 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         "over 3 seeds",
     ):
         assert cell in text, text
-    assert json.loads(written.with_suffix(".json").read_text())["rates"] == {
-        "first": None,
-        "swap": 0.1,
-    }
+    content = json.loads(written.with_suffix(".json").read_text())
+    assert content["rates"] == {"first": None, "swap": 0.1}
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_of_equal_differences_has_no_width_and_warns_of_nothing() -> None:
+    assert numbers._half_width([0.8, 0.9, 1.0], [0.7, 0.8, 0.9]) == pytest.approx(0, abs=1e-9)
+    assert numbers._half_width([0.5, 0.5], [0.25, 0.25]) == 0
+    assert numbers._half_width([0.5], [0.25]) is None
 
 
 def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -> None:
@@ -225,7 +218,7 @@ def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -
     complete(slow, 0.6, (0.5,))
     fast.folder.mkdir(parents=True)
     (fast.folder / "diverged.json").write_text("{}")
-    assert [trial.rate for trial in study.carry_out(made.trials(), "false", "search")] == [
+    assert [trial.rate for trial in run_trials(made.trials(), "false", "search")] == [
         None,
         0.05,
         0.1,
@@ -236,7 +229,7 @@ def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -
         made.rate("swap")
     (slow.folder / "diverged.json").rename(slow.folder / "result.json")
     with pytest.raises(RunError, match=r"the study ends at .*first/seed-0 \(exit code 1"):
-        list(study.carry_out(made.reported(), "false", "run"))
+        list(run_trials(made.reported(), "false", "run"))
 
 
 def test_a_run_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) -> None:
@@ -256,24 +249,20 @@ def test_a_first_phase_on_other_ranks_is_not_taken_for_complete(tmp_path: Path) 
     (first.folder / "result.json").write_text(
         json.dumps(result | {"ranks": 1, "refine_ranks": None})
     )
-    with pytest.raises(UserError, match="holds a run on 1 ranks, not 2"):
+    with pytest.raises(UserError, match="holds a run on 1 rank, not 2"):
         _ = first.result
 
 
 def test_a_launcher_that_hides_an_end_ends_the_study(tmp_path: Path) -> None:
-    with pytest.raises(
-        RunError,
-        match=r"the study ends at .*first/.*, which ended without a result: start it again to go on",
-    ):
-        list(study.carry_out(plan(tmp_path).trials(), "true", "search"))
+    message = r"the study ends at .*first/.*, which ended without a result: start it again to go on"
+    with pytest.raises(RunError, match=message):
+        list(run_trials(plan(tmp_path).trials(), "true", "search"))
 
 
 def test_a_row_of_a_model_that_its_run_does_not_make_is_refused(tmp_path: Path) -> None:
     made = plan(tmp_path, TINY.replace('model = "large_batch"', ""))
-    with pytest.raises(
-        UserError,
-        match='the row "phase 1" shows the averaged model of first, which refines none: model = "large_batch"',
-    ):
+    message = 'the row "phase 1" shows the averaged model of first, which has no refinement: write'
+    with pytest.raises(UserError, match=message):
         made.check()
 
 

@@ -1,0 +1,1 @@
+"""Figures of runs and studies, all in one style. Imports neither torch nor MPI."""

@@ -1,0 +1,199 @@
+"""The figure of a run: test accuracy and learning rate against epochs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.schedule import Knots, interpolate
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run.folder import Lines, load_run, read_lines
+from swap_hpc.study.figures.labels import Label, label_right, place_labels
+from swap_hpc.study.figures.style import (
+    GROUPS,
+    LARGE_BATCH,
+    SWAP,
+    count_epochs,
+    figure_in,
+    mark_phases,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = tuple[list[float], list[float]]  # x and y
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the figure shows of a run."""
+
+    recipe: Recipe
+    result: dict[str, Any]
+    large_batch: Lines
+    groups: list[Lines]  # those that have begun
+    averages: Lines  # evaluations of the averaged model during phase 2
+
+    @property
+    def begin(self) -> int:
+        """The epoch at which phase 2 begins."""
+        return int(self.result["epochs"]["large_batch"])
+
+    @property
+    def end(self) -> int:
+        """The epoch at which phase 2 ends."""
+        return self.begin + int(self.result["epochs"]["refine"])
+
+
+def draw_curves(run: Path, file: Path) -> None:
+    """Draw the accuracy of phase 1, of every group and of the average, above the learning rate.
+
+    Phase 2 has a second pair of axes with a scale of its own. The run need not be complete.
+
+    Args:
+        run: the run's folder.
+        file: the figure to write.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    shown = _read(run)
+    result = shown.result
+    title = f"{result['recipe']}, seed {result['seed']}"
+    if result["ranks"]:
+        title += f", {result['ranks']} rank{'s' * (result['ranks'] != 1)}"
+    both = bool(shown.groups and shown.large_batch)
+    with figure_in(file, title, 3.7) as figure:
+        axes = figure.subplots(
+            2, 2 if both else 1, sharex="col", squeeze=False, height_ratios=(2.3, 1)
+        )
+        for top, bottom in axes.T:
+            _draw_accuracy(top, shown)
+            _draw_learning_rate(bottom, shown)
+            count_epochs(bottom)
+        axes[0, 0].set_ylabel("test accuracy (%)")
+        axes[1, 0].set_ylabel("learning rate")
+        if both:
+            mark_phases(axes[0, 0], shown.begin, ("phase 1: large batch", "phase 2"))
+            mark_phases(axes[1, 0], shown.begin)
+            axes[0, 1].set_title("phase 2: refinement", loc="left", pad=5)
+            _limit_to_refinement(axes[0, 1], axes[1, 1], shown)
+        _draw_ends(axes[0, -1], shown)
+
+
+def _read(run: Path) -> _Run:
+    metrics = run / "metrics"
+    result = load_run(run)
+    world = read_lines(metrics / "world.jsonl")
+    groups = [read_lines(path) for path in sorted(metrics.glob("group-*.jsonl"))]
+    return _Run(
+        recipe=load_recipe(str(run / "recipe.toml")),
+        result=result,
+        large_batch=[line for line in world if line["phase"] == "large_batch"],
+        groups=[lines for lines in groups if lines],
+        averages=[line for line in world if line.get("model") == "average"],
+    )
+
+
+def _draw_accuracy(axis: "Axes", run: _Run) -> None:
+    accuracy = run.result["test_accuracy"]
+    axis.plot(*_accuracies(run.large_batch, 0), ".-", color=LARGE_BATCH)
+    fork = _fork(run)
+    for lines in run.groups:
+        axis.plot(*_accuracies(lines, run.begin, fork), ".-", color=GROUPS, lw=1, ms=3)
+    if run.averages:
+        epochs, values = _accuracies(run.averages, run.begin, fork)
+        if accuracy["averaged"] is not None:
+            epochs, values = [*epochs, run.end], [*values, 100 * accuracy["averaged"]]
+        axis.plot(epochs, values, color=SWAP)
+    if accuracy["averaged"] is not None:
+        averaged = 100 * accuracy["averaged"]
+        axis.plot(run.end, averaged, "*", color=SWAP, ms=10, mew=0, clip_on=False, zorder=4)
+
+
+def _fork(run: _Run) -> list[tuple[float, float]]:
+    """Return the point at which the groups part: the end of phase 1, where it was evaluated."""
+    accuracy = run.result["test_accuracy"]["large_batch"]
+    return [] if accuracy is None else [(run.begin, 100 * accuracy)]
+
+
+def _accuracies(lines: Lines, begin: int, before: Sequence[tuple[float, float]] = ()) -> Curve:
+    """Return epochs of the run and percentages, where they were measured.
+
+    Args:
+        lines: a part of the run.
+        begin: the epoch of the run at which this part begins.
+        before: points to begin with.
+    """
+    measured = [line for line in lines if line["test_accuracy"] is not None]
+    points = [(begin + line["epoch"], 100 * line["test_accuracy"]) for line in measured]
+    points = [*before, *points]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _draw_learning_rate(axis: "Axes", run: _Run) -> None:
+    recipe = run.recipe
+    if run.large_batch:
+        phase = recipe.large_batch
+        steps = _steps(run.large_batch, phase.batch_size)
+        epochs = len(run.large_batch)
+        rates = learning_rates(phase.learning_rate, epochs, phase.epochs, steps, 0)
+        axis.plot(*rates, color=LARGE_BATCH)
+    if run.groups:
+        # all groups have one schedule: the one that is furthest shows the most of it
+        furthest = max(run.groups, key=len)
+        steps = _steps(furthest, recipe.refine.batch_size)
+        rates = learning_rates(
+            recipe.refine.learning_rate, len(furthest), recipe.refine.epochs, steps, run.begin
+        )
+        axis.plot(*rates, color=GROUPS)
+    axis.set_ylim(0, None)
+
+
+def _steps(lines: Lines, batch_size: int) -> int:
+    """Return the steps of an epoch."""
+    return max(int(line["images"]) for line in lines) // batch_size
+
+
+def learning_rates(knots: Knots, epochs: int, cycle: int, steps: int, begin: int) -> Curve:
+    """Return the learning rate of every step, and the epoch of the run at which the step begins.
+
+    Args:
+        knots: the schedule, which restarts with each cycle.
+        epochs: the number that was run, over all cycles.
+        cycle: epochs of a cycle.
+        steps: steps of an epoch.
+        begin: the epoch of the run at which the phase begins.
+    """
+    times = [(epoch, step / steps) for epoch in range(epochs) for step in range(steps)]
+    rates = [interpolate(knots, epoch % cycle + part) for epoch, part in times]
+    return [begin + epoch + part for epoch, part in times], rates
+
+
+def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
+    accuracy = run.result["test_accuracy"]
+    values = [y for lines in (*run.groups, run.averages) for y in _accuracies(lines, 0)[1]]
+    ends = (accuracy["large_batch"], accuracy["averaged"])
+    values += [100 * end for end in ends if end is not None]
+    margin = 0.08 * (max(values) - min(values)) + 0.1
+    top.set_xlim(run.begin, run.end)
+    top.set_ylim(min(values) - margin, max(values) + margin)
+    highest = max(rate for _, rate in run.recipe.refine.learning_rate)
+    bottom.set_ylim(0, 1.1 * highest or 1)
+
+
+def _draw_ends(axis: "Axes", run: _Run) -> None:
+    """Draw the ends of phase 1 and of phase 2 as points, with their percentages."""
+    accuracy = run.result["test_accuracy"]
+    ends = []
+    if accuracy["averaged"] is not None:
+        averaged, mean = 100 * accuracy["averaged"], 100 * accuracy["mean_of_groups"]
+        axis.plot(run.end, mean, "o", mfc="white", mec=SWAP, mew=1.2, clip_on=False, zorder=3)
+        ends.append(Label(run.end, averaged, f"average\n{averaged:.2f}", SWAP))
+        ends.append(Label(run.end, mean, f"before averaging\n{mean:.2f}"))
+    fork = _fork(run) if run.groups else []
+    for epoch, value in fork:
+        axis.plot(epoch, value, "o", color=LARGE_BATCH, clip_on=False, zorder=3)
+    label_right(axis, ends)
+    place_labels(axis, [Label(x, y, f"end of phase 1: {y:.2f}", LARGE_BATCH) for x, y in fork])
