@@ -202,7 +202,7 @@ def main(folder: Path, fields: list[str]) -> None:
             tell("stopped", stops.heartbeats)
         again = train(recipe, folder / "again", world, console, Control(), perf_counter())
         assert again is not None
-        tell("went on", again["weights_sha256"])
+        tell("resumed", again["weights_sha256"])
         tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
         swap = folder / "whole" / "swap.safetensors"
         tell("evaluate", saved.evaluate(swap, None, world).weights_sha256)

@@ -71,9 +71,9 @@ def launch(
     )
 
 
-def settings(*fields: str) -> list[str]:
+def settings(*fields: str) -> tuple[str, ...]:
     """Return the options that set recipe fields, each written as `refine.epochs=1`."""
-    return [word for field in fields for word in ("--set", field)]
+    return tuple(word for field in fields for word in ("--set", field))
 
 
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:

@@ -17,7 +17,7 @@ LAUNCHERS = ("srun", "mpirun")
 TIMED = settings("large_batch.epochs=3", "large_batch.stop_accuracy=1.0", "refine.epochs=2")
 
 
-def run_from_checkout(cluster: Cluster, fields: list[str], out: Path) -> None:
+def run_from_checkout(cluster: Cluster, fields: tuple[str, ...], out: Path) -> None:
     """Run digits as a job of this checkout's own script, and wait for its end."""
     options = (*TWO_NODES, f"--output={out}.txt")
     job = submit(cluster, ROOT, "digits", *fields, "--out", out, options=options)
@@ -25,7 +25,7 @@ def run_from_checkout(cluster: Cluster, fields: list[str], out: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Options of a run whose phases last about 14 and 26 seconds on this machine.
 
     That is long enough to be hit by several faults in both.
@@ -49,7 +49,7 @@ def lasting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    cluster: Cluster, lasting: list[str], tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, lasting: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     """The hash of this run's weights where nothing happens to it."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
@@ -92,7 +92,7 @@ def lose(cluster: Cluster, node: str, job: int) -> None:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_job_survives_everything_one_after_the_other(
-    cluster: Cluster, home: Path, lasting: list[str], launcher: str, undisturbed: str
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str, undisturbed: str
 ) -> None:
     """Faults in phase 1: a killed rank, a requeue, a cancelled step, the loss of the second node.
 
@@ -130,13 +130,13 @@ def test_a_job_survives_everything_one_after_the_other(
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_time_limits_signal_saves_and_requeues(
-    cluster: Cluster, home: Path, lasting: list[str], launcher: str, undisturbed: str
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str, undisturbed: str
 ) -> None:
     """The limit is one minute. Slurm sends the signal 32 seconds before it or somewhat earlier."""
     out = home / "out"
     options = (*TWO_NODES, "--time=1", "--signal=B:USR1@32")
     variables = {"SWAP_LAUNCHER": launcher}
-    line = ("digits", *lasting, "--out", out)
+    line = ("digits", *lasting, "--out", str(out))
     job = submit(cluster, home, *line, options=options, variables=variables)
     survives(cluster, job, lambda: None)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
@@ -156,7 +156,7 @@ def test_the_time_limits_signal_saves_and_requeues(
 
 
 def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(
-    cluster: Cluster, home: Path, lasting: list[str], undisturbed: str
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], undisturbed: str
 ) -> None:
     out = home / "out"
     job = submit(cluster, home, "digits", *lasting, "--out", out)
@@ -184,7 +184,7 @@ if os.environ.get("PMIX_RANK", "0") != "0":
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(
-    cluster: Cluster, home: Path, lasting: list[str], launcher: str
+    cluster: Cluster, home: Path, lasting: tuple[str, ...], launcher: str
 ) -> None:
     out = home / "out"
     (home / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
@@ -235,7 +235,8 @@ def test_a_run_that_fails_is_not_tried_for_ever(cluster: Cluster, home: Path) ->
 
     Here it may do so once.
     """
-    line = ("digits", *settings("large_batch.learning_rate=1e30"), "--out", home / "out")
+    diverges = settings("large_batch.learning_rate=1e30")
+    line = ("digits", *diverges, "--out", str(home / "out"))
     job = submit(cluster, home, *line, variables={"SWAP_RETRIES": "1"})
     (ended,) = cluster.wait(job, 180)
     printed = output(ended)
