@@ -1,7 +1,8 @@
-"""A Slurm cluster of two nodes on this host, for tests: real daemons, on ports and in a folder of their own.
+"""A Slurm cluster of two nodes on this host: real daemons with their own ports and folder.
 
-Two slurmd stand for two nodes. Each has its own name, port, spool and temporary folder, and its own host name in a UTS
-namespace: else Open MPI would take them for one host, and share memory between them.
+Two slurmd act as two nodes. Each has its own name, port, spool and temporary folder, and a host
+name in its own UTS namespace. With one host name, Open MPI would take them for one host and share
+memory between them.
 """
 
 import os
@@ -24,8 +25,9 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 NODES = ("swap-n1", "swap-n2")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
-INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge libpmix-dev"  # the last one for srun --mpi=pmix
-MPI_TYPE = "pmi2" if hydra() else "pmix"  # of srun, for this environment's MPI
+# libpmix-dev is for srun --mpi=pmix.
+INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge libpmix-dev"
+MPI_TYPE = "pmi2" if hydra() else "pmix"  # srun's option for this environment's MPI
 ENDED = (
     "COMPLETED",
     "FAILED",
@@ -37,7 +39,8 @@ ENDED = (
     "DEADLINE",
 )
 
-# Nodes as the batch scripts expect them, with 64 CPUs and 8 GPUs: Slurm hands out what it is told, and a "GPU" is a device file.
+# Nodes as the batch scripts expect them, with 64 CPUs and 8 GPUs. Slurm does not check that they
+# exist, and a "GPU" is a device file.
 CONFIGURATION = """
 ClusterName=swap_test
 SlurmctldHost={host}(127.0.0.1)
@@ -71,11 +74,19 @@ SlurmctldTimeout=30
 InactiveLimit=0
 MinJobAge=3600
 """
-NODE = "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=16000 Gres=gpu:8 State=UNKNOWN\n"
+NODE = (
+    "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} "
+    "CPUs=64 RealMemory=16000 Gres=gpu:8 State=UNKNOWN\n"
+)
+PARTITION = "PartitionName=test Nodes={nodes} Default=YES MaxTime=INFINITE State=UP\n"
+# Variables of the shell that started the tests which would change a job.
+FOREIGN = ("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_", "PMI_")
 
 
 @dataclass
 class Cluster:
+    """The daemons of a cluster whose files lie in `folder`."""
+
     folder: Path
     control_port: int = 0
     ports: dict[str, int] = field(default_factory=dict)
@@ -83,70 +94,61 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a user's shell on the cluster's login node."""
-        keep = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("SLURM_", "SBATCH_", "SWAP_", "OMPI_", "PMIX_", "PRTE_", "PMI_"))
-        }
-        ours = {
+        """The variables of a user's shell on the login node."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        return kept | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "PATH": f"{BIN}:{keep['PATH']}:/usr/sbin",
+            "PATH": f"{BIN}:{kept['PATH']}:/usr/sbin",
             "VIRTUAL_ENV": str(BIN.parent),
             "SWAP_MPI": MPI_TYPE,
+            # All ranks of both nodes share this host's cores: one that waits must let others work.
+            "OMPI_MCA_mpi_yield_when_idle": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }
-        # all ranks of both nodes share this host's cores: one that waits must let others work
-        crowded = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
-        return (
-            keep
-            | ours
-            | crowded
-            | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        )
 
     def start(self) -> None:
+        """Start all daemons, and wait until both nodes are idle."""
         self.control_port, *ports = _free_ports(1 + len(NODES))
         self.ports = dict(zip(NODES, ports, strict=True))
         (self.folder / "state").mkdir(parents=True)
-        configuration = CONFIGURATION.format(
-            host=socket.gethostname(), port=self.control_port, folder=self.folder
-        )
-        configuration += "".join(
-            NODE.format(name=name, port=port) for name, port in self.ports.items()
-        )
-        configuration += (
-            f"PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
-        )
-        (self.folder / "slurm.conf").write_text(configuration)
-        (self.folder / "gres.conf").write_text(
-            "Name=gpu File=/dev/tty[0-7]\n" if Path("/dev/tty7").exists() else "Name=gpu Count=8\n"
-        )
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        (self.folder / "munge.key").write_bytes(os.urandom(128))
-        (self.folder / "munge.key").chmod(0o400)
-        munge = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
-        line = [
-            "munged",
-            "--foreground",
-            "--force",
-            "--num-threads=2",
-            f"--key-file={self.folder / 'munge.key'}",
-        ]
-        line += [f"--{option}={munge[name]}" for option, name in
-                 (("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
-        self._begin("munged", line)
-        wait_for(munge["socket"].exists, "munge's socket", 20)
+        self._configure()
+        self._start_munge()
         self._begin("slurmctld", ["slurmctld", "-D", "-c"])
         for node in NODES:
             self.start_node(node)
-        wait_for(
-            lambda: self.node_states() == dict.fromkeys(NODES, "idle"),
-            f"two idle nodes (logs in {self.folder})",
-            60,
-        )
+        idle = dict.fromkeys(NODES, "idle")
+        what = f"two idle nodes (logs in {self.folder})"
+        wait_for(lambda: self.node_states() == idle, what, 60)
+
+    def _configure(self) -> None:
+        """Write Slurm's configuration."""
+        host = socket.gethostname()
+        configuration = CONFIGURATION.format(host=host, port=self.control_port, folder=self.folder)
+        for name, port in self.ports.items():
+            configuration += NODE.format(name=name, port=port)
+        configuration += PARTITION.format(nodes=",".join(NODES))
+        (self.folder / "slurm.conf").write_text(configuration)
+        have_files = Path("/dev/tty7").exists()
+        gpus = "Name=gpu File=/dev/tty[0-7]\n" if have_files else "Name=gpu Count=8\n"
+        (self.folder / "gres.conf").write_text(gpus)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        socket_file = self.folder / "munge.socket"
+        line = ["munged", "--foreground", "--force", "--num-threads=2"]
+        line += [f"--key-file={key}", f"--socket={socket_file}"]
+        for name in ("pid", "log", "seed"):
+            line.append(f"--{name}-file={self.folder}/munge.{name}")
+        self._begin("munged", line)
+        wait_for(socket_file.exists, "munge's socket", 20)
 
     def start_node(self, node: str) -> None:
-        """Boots it: its spool is empty, as on a node that has it in memory. (Killed steps left PMIx sockets there.)"""
+        """Boot a node, with an empty spool: killed steps leave PMIx's sockets there."""
         for name in (f"spool-{node}", f"tmp-{node}"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir()
@@ -154,12 +156,13 @@ class Cluster:
         self._begin(node, ["unshare", "--uts", "sh", "-c", inside])
 
     def kill_node(self, node: str) -> None:
-        """The power fails: its slurmd and everything that runs on it dies at once."""
+        """End a node's slurmd and everything that runs on it at once, like a power failure."""
         for pid in _processes_of(self.daemons[node]):
             _kill(pid)
         self.daemons[node].wait()
 
     def _begin(self, name: str, line: list[str]) -> None:
+        """Start a daemon whose output goes to a file."""
         with open(self.folder / f"{name}.out", "ab") as output:
             self.daemons[name] = subprocess.Popen(
                 line,
@@ -171,19 +174,10 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """Ends all jobs and daemons; nothing is left but the folder."""
-        jobs = [
-            pid
-            for node in NODES
-            if node in self.daemons
-            for pid in _processes_of(self.daemons[node])
-        ]
-        subprocess.run(
-            ["scancel", "--signal=KILL", "--full", "--user=root"],
-            env=self.environment,
-            capture_output=True,
-            check=False,
-        )
+        """End all jobs and daemons. Only the folder stays."""
+        started = [node for node in NODES if node in self.daemons]
+        jobs = [pid for node in started for pid in _processes_of(self.daemons[node])]
+        self._call("scancel", "--signal=KILL", "--full", "--user=root")
         for name in reversed(self.daemons):
             self.daemons[name].terminate()
         for daemon in self.daemons.values():
@@ -194,14 +188,15 @@ class Cluster:
         for pid in jobs:
             _kill(pid)
 
-    # --- a user's commands ----------------------------------------------------------------------------------------------
+    # A user's commands
+
     def run(
         self,
         *line: str | Path,
         variables: Mapping[str, str] = MappingProxyType({}),
         cwd: Path | None = None,
     ) -> str:
-        """A command's output. Fails where it fails."""
+        """Run a command, and return its output. Raises AssertionError if it fails."""
         done = subprocess.run(
             list(map(str, line)),
             env=self.environment | dict(variables),
@@ -215,22 +210,24 @@ class Cluster:
         return done.stdout
 
     def node_states(self) -> dict[str, str]:
+        """Return the state of each node that slurmctld knows."""
+        output = self._call("sinfo", "-hNo", "%N %T")
+        return dict(line.split() for line in output.splitlines())
+
+    def _call(self, *line: str) -> str:
+        """Run a command, and return its output even if it fails."""
         done = subprocess.run(
-            ["sinfo", "-hNo", "%N %T"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            line, env=self.environment, capture_output=True, text=True, check=False
         )
-        return dict(line.split() for line in done.stdout.splitlines())
+        return done.stdout
 
     def jobs(self, job: int) -> list[dict[str, str]]:
-        """A job's state as `scontrol` tells it; of an array, each task's."""
+        """Return a job's state as `scontrol` shows it; for an array, the state of each task."""
         lines = self.run("scontrol", "show", "--oneliner", "job", str(job)).splitlines()
         return [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]
 
     def wait(self, job: int, seconds: float) -> list[dict[str, str]]:
-        """The job's end, or its array's; whatever it was."""
+        """Wait until a job, or each task of its array, has ended; return the states."""
 
         def ended() -> list[dict[str, str]]:
             found = self.jobs(job)
@@ -240,6 +237,7 @@ class Cluster:
 
 
 def wait_for(ready: Callable[[], T], what: str, seconds: float, every: float = 0.2) -> T:
+    """Call `ready` every so many seconds until it returns something true, and return that."""
     deadline = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
@@ -248,21 +246,19 @@ def wait_for(ready: Callable[[], T], what: str, seconds: float, every: float = 0
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, with the command that mends it."""
-    lacking = [
-        program
-        for program in NEEDED
-        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
-    ]
+    """Return why no cluster can be started here, with the command that helps; None if one can."""
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    lacking = [program for program in NEEDED if not shutil.which(program, path=path)]
     if lacking:
         return f"no {', '.join(lacking)}: {INSTALL}"
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode:
-        return "two slurmd on one host need host names of their own (unshare --uts), and that needs root"
+        return "two slurmd on one host need their own host names (unshare --uts), which needs root"
     return None
 
 
 @contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
+    """Start a cluster in a folder, and stop it at the end."""
     cluster = Cluster(folder)
     try:
         cluster.start()
@@ -282,19 +278,19 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _processes_of(daemon: "subprocess.Popen[bytes]") -> list[int]:
-    """All that runs on a daemon's node, which is a UTS namespace; nothing where that is still this host's own."""
+    """Return the processes on a daemon's node, which is a UTS namespace.
+
+    A node that has not come up yet still is in this host's namespace, and has no processes.
+    """
     own, node = _namespace("self"), _namespace(str(daemon.pid))
     if node in (None, own):
         return []
-    return [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _namespace(entry.name) == node
-    ]
+    processes = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [int(process) for process in processes if _namespace(process) == node]
 
 
 def _namespace(process: str) -> str | None:
-    """None for a process that has ended."""
+    """Return the UTS namespace of a process; None for one that has ended."""
     try:
         return os.readlink(f"/proc/{process}/ns/uts")
     except OSError:

@@ -1,19 +1,20 @@
-"""For all tests: one thread per process, so that several ranks fit on two cores, and no GPU but for the tests of GPUs."""
+"""Settings of all tests: one thread per process, and no GPU except for the tests of GPUs."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks have to fit on two cores
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides the GPU from these processes, and those that they start, unless nothing but its own tests runs.
+    """Hide the GPU from this process and its children unless only the tests of GPUs run.
 
-    Losses and times are those of CPUs elsewhere. CUDA looks once, so that one session cannot do both.
+    The other tests expect the losses and times of CPUs. CUDA reads the variable once, so that one
+    session cannot do both.
     """
     chosen = [
         Path(config.invocation_params.dir, argument.partition("::")[0]).resolve()

@@ -1,4 +1,8 @@
-"""Models that fail: on one rank in the middle of training, also for want of memory; everywhere by their output; by leaving; at a pipe."""
+"""Models that fail, for recipes to name.
+
+Some raise on rank 1 in the middle of training, one of them as if its memory were full. Others fail
+on all ranks: by the shape of their output, by `SystemExit`, or at a broken pipe.
+"""
 
 import errno
 import time
@@ -8,6 +12,8 @@ from torch import OutOfMemoryError, Tensor, nn
 
 
 class _Failing(nn.Module):
+    """A linear layer that raises on rank 1 in its third step, and prints when."""
+
     def __init__(self, classes: int):
         super().__init__()
         self.linear = nn.Linear(64, classes)
@@ -22,6 +28,8 @@ class _Failing(nn.Module):
 
 
 class _Full(_Failing):
+    """The same, with the error that torch raises where a GPU's memory is full."""
+
     def forward(self, images: Tensor) -> Tensor:
         try:
             return super().forward(images)
@@ -29,6 +37,17 @@ class _Full(_Failing):
             raise OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ..."
             ) from None
+
+
+class _Piping(nn.Module):
+    """A model that meets a broken pipe, which is not the one of the command's own output."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise BrokenPipeError(errno.EPIPE, "a pipe of the model's own")
 
 
 def raises_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
@@ -47,15 +66,6 @@ def refuses_on_rank_1(classes: int, channels: int, width: int) -> nn.Module:
     if MPI.COMM_WORLD.rank == 1:
         raise ValueError("not on this rank")
     return nn.Linear(64, classes)
-
-
-class _Piping(nn.Module):
-    def __init__(self, classes: int):
-        super().__init__()
-        self.linear = nn.Linear(64, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        raise BrokenPipeError(errno.EPIPE, "a pipe of the model's own")
 
 
 def writes_into_a_broken_pipe(classes: int, channels: int, width: int) -> nn.Module:

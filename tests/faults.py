@@ -1,8 +1,10 @@
-"""`swap-hpc ...` in which one rank meets a fault at one place of the run: a real signal, a real exception, a real standstill.
+r"""`swap-hpc ...` in which one rank meets a fault at one place of the run.
 
-    python faults.py '{"kind": "kill", "place": "refine", "rank": 1, "mark": "fired.json", ...}' train digits ...
+    python faults.py '{"kind": "kill", "place": "refine", "rank": 1, "mark": "fired.json", ...}' \
+        train digits ...
 
-Only the moment is chosen here. It also makes ranks look at each step whether they are to save or to stop.
+The fault is real: a signal, an exception, a process that stands still. This program only chooses
+the moment. It also makes ranks have a sync check at every step.
 """
 
 import json
@@ -25,25 +27,25 @@ from swap_hpc.train import control, sync_check
 
 KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
+PLACES_OF_STEPS = {"l": "large_batch", "r": "refine"}  # by the first letter of `Control.where`
 
 
 @dataclass(frozen=True)
 class Fault:
+    """A fault that happens once, on one rank, at one place."""
+
     kind: str
     place: str
     rank: int
-    mark: str  # a file that tells when it happened
-    step: str = ""  # what `Control.where` ends with, in the places inside an epoch
-    stopped: bool = False  # a hang: the whole process stands still
+    mark: str  # file that is written when the fault happens; holds the time
+    step: str = ""  # inside an epoch: how `Control.where` ends at the step of the fault
+    stopped: bool = False  # a hang: stop the whole process (SIGSTOP), not only its main thread
 
     def at(self, place: str, where: str = "") -> None:
-        """Happens, where it is this rank's turn, and only once."""
-        if (
-            place != self.place
-            or MPI.COMM_WORLD.rank != self.rank
-            or not where.endswith(self.step)
-            or Path(self.mark).exists()
-        ):
+        """Fail if this place, rank and step are the fault's, and it has not happened yet."""
+        is_here = place == self.place and where.endswith(self.step)
+        is_mine = MPI.COMM_WORLD.rank == self.rank
+        if not (is_here and is_mine) or Path(self.mark).exists():
             return
         if self.kind == "kill_in_save":
             self._kill_in_next_save()
@@ -73,15 +75,13 @@ class Fault:
         os.kill(_launcher() if launcher.launched() else os.getpid(), signal.SIGUSR1)
 
     def _siblings(self) -> list[int]:
+        """Return the process ids of the other ranks."""
         if not launcher.launched():
             return []
         children = Path(f"/proc/{os.getppid()}/task").glob("*/children")
         pids = {int(pid) for file in children for pid in file.read_text().split()}
-        return [
-            pid
-            for pid in pids
-            if pid != os.getpid() and b"faults.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        pids -= {os.getpid()}
+        return [pid for pid in pids if b"faults.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def _exception(self) -> None:
         raise ArithmeticError(f"rank {self.rank} cannot go on")
@@ -92,8 +92,10 @@ class Fault:
         time.sleep(10_000)
 
     def _kill_in_next_save(self) -> None:
+        """Make the next save end in the middle of its file."""
+
         def flush(path: Path) -> None:
-            os.truncate(path, max(1, path.stat().st_size // 2))  # as far as it had come
+            os.truncate(path, max(1, path.stat().st_size // 2))
             self._mark()
             self._kill()
 
@@ -101,26 +103,28 @@ class Fault:
 
 
 def _launcher() -> int:
-    """The process that a user started: this one's parent, or, of MPICH, that one's parent."""
+    """Return the process that a user started: the parent, or with MPICH the parent's parent."""
     parent = os.getppid()
-    if Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").startswith("hydra"):
-        return int(
-            Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
-        )
-    return parent
+    process = Path(f"/proc/{parent}")
+    if not (process / "comm").read_text(encoding="utf-8").startswith("hydra"):
+        return parent
+    # The parent's id is the second field after the name, which may hold spaces and parentheses.
+    after_name = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2]
+    return int(after_name.split()[1])
 
 
 def install(fault: Fault) -> None:
+    """Replace functions of the package by versions that meet the fault."""
     sync_check.CHECK_SECONDS = 0.0
-    beat, average, events = control.Control.heartbeat, swap.average_weights_, swap.swap
+    heartbeat, average, events = control.Control.heartbeat, swap.average_weights_, swap.swap
 
-    def watched_beat(self: control.Control, where: str) -> None:
-        beat(self, where)
-        place = {"l": "large_batch", "r": "refine"}.get(where[0]) if ", step " in where else None
-        fault.at(
-            place or ("batchnorm" if where == "the batch-norm refresh" else ""),
-            where if place else "",
-        )
+    def watched_heartbeat(self: control.Control, where: str) -> None:
+        heartbeat(self, where)
+        place = PLACES_OF_STEPS.get(where[0]) if ", step " in where else None
+        if place:
+            fault.at(place, where)
+        elif where == "the batch-norm refresh":
+            fault.at("batchnorm")
 
     def watched_average(*arguments: Any) -> None:
         fault.at("average")
@@ -132,7 +136,7 @@ def install(fault: Fault) -> None:
                 fault.at("between")
             yield event
 
-    control.Control.heartbeat = watched_beat  # type: ignore[method-assign]
+    control.Control.heartbeat = watched_heartbeat  # type: ignore[method-assign]
     swap.average_weights_ = watched_average  # type: ignore[assignment]
     loop.swap = watched_events  # type: ignore[assignment]
 

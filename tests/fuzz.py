@@ -1,10 +1,11 @@
-"""Models of every kind, mixed at random, through whole runs on two ranks: right or refused.
+"""Whole runs of models that mix everything a module may hold: each must be right or refused.
 
     python tests/fuzz.py [--models 300] [--seed 0] [--only INGREDIENT[,INGREDIENT]]
 
-Each model is trained twice in two groups: in one go, and stopped at a few places. Both runs leave
-the same to the bit, and it is what `fuzz_check.py` computes from the groups' files with plain
-torch. Models that cannot be trained right are refused in one line, before any training.
+Each model is trained twice on two ranks, in two groups: without a stop, and with a few stops. Both
+runs must leave the same files bit for bit, equal to what `fuzz_check.py` computes from the groups'
+files with plain torch. Models that cannot be trained right must be refused in one line, before any
+training.
 """
 
 import argparse
@@ -33,17 +34,21 @@ if TYPE_CHECKING:  # the process that starts the ranks needs neither torch nor M
     from swap_hpc.recipe.schema import Recipe
     from swap_hpc.train.control import Control
 
-PER_START = 30  # models: importing torch is what costs, but each start of a run leaks communicators
+# Models for each start of the ranks. Importing torch is what costs, but every run leaks
+# communicators, of which an MPI has only so many.
+PER_START = 30
 SECONDS = 10  # per model, before the ranks count as hung
 PATIENCE = 15  # seconds that a rank with an error waits for the others
-STARTS = 4  # of a stopped run, at most: the last one is not stopped
-BEATS = 40  # in a whole run there are a few more: steps, batches and saves
+STARTS = 4  # starts of a stopped run, at most; the last one is not stopped
+HEARTBEATS = 40  # a whole run has a few more: steps, batches and saves
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """The judgement on a seed's model."""
+
     seed: int
     ingredients: tuple[str, ...]
     word: str  # "right", "refused" or "wrong"
@@ -68,9 +73,9 @@ def summary(verdicts: list[Verdict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the first model; others follow it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first model")
     parser.add_argument("--only", default="", help="ingredients of all models, separated by commas")
-    parser.add_argument("--ranks", type=Path, help="file for verdicts; each rank is started so")
+    parser.add_argument("--ranks", type=Path, help="run as a rank, with this file for verdicts")
     given = parser.parse_args()
     seeds = range(given.seed, given.seed + given.models)
     if given.ranks:
@@ -85,7 +90,7 @@ def main() -> None:
 
 
 def from_ranks(seeds: range, only: str) -> Iterator[Verdict]:
-    """Starts two ranks for some models at a time; anew after a model that ends or hangs them."""
+    """Judge models on two ranks, which are started anew when a model has ended or hung them."""
     while seeds:
         verdicts = start_ranks(seeds[:PER_START], only)
         yield from verdicts
@@ -93,7 +98,10 @@ def from_ranks(seeds: range, only: str) -> Iterator[Verdict]:
 
 
 def start_ranks(seeds: range, only: str) -> list[Verdict]:
-    """The verdicts of one `mpirun`, at least one; the last one may be on how the ranks ended."""
+    """Return the verdicts of one `mpirun`, at least one.
+
+    Where the ranks ended early, the last verdict says how.
+    """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "verdicts.jsonl"
@@ -102,8 +110,8 @@ def start_ranks(seeds: range, only: str) -> list[Verdict]:
         timeout = 60 + SECONDS * len(seeds)
         try:
             done = command(*line, ranks=2, timeout=timeout, variables={"OMP_NUM_THREADS": "1"})
-            said = done.stderr.partition("\n-----")[0].strip("\n\0")  # without mpirun's own words
-            end = f"the ranks ended with {done.code}: {said[-2000:]}"
+            errors = done.stderr.partition("\n-----")[0].strip("\n\0")  # without mpirun's banner
+            end = f"the ranks ended with {done.code}: {errors[-2000:]}"
         except AssertionError as hung:
             end = str(hung)
         lines = file.read_text().splitlines() if file.exists() else []
@@ -124,7 +132,7 @@ def ingredients_of(seed: int, only: str) -> tuple[str, ...]:
 
 
 def judge_all(seeds: range, only: str, file: Path) -> None:
-    """Judges models on all ranks; the first rank writes a line for each verdict."""
+    """Judge models on all ranks; the first rank writes a line for each verdict."""
     from swap_hpc.parallel.teams import Team
 
     world = Team.world()
@@ -139,14 +147,21 @@ def judge_all(seeds: range, only: str, file: Path) -> None:
 
 
 def judge(seed: int, only: str, folder: Path, world: "Team") -> Verdict:
-    """The verdict on a seed's model, alike on all ranks. `folder`: one for all ranks."""
+    """Return the verdict on a seed's model, the same on all ranks.
+
+    Args:
+        seed: chooses the model.
+        only: ingredients of the model, separated by commas, instead of the seed's.
+        folder: one folder for all ranks.
+        world: all ranks.
+    """
     import fuzz_models
 
     begin = time.monotonic()
     names = fuzz_models.ingredients(seed, only)
     run = folder / f"seed-{seed}"
     with patched(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, on what it will drop one day
+        warnings.simplefilter("ignore")  # torch warns of old functions that models still use
         if names[0] in fuzz_models.REFUSED:
             refusal, wrong = refused(recipe(seed, only), names[0], run, world)
         else:
@@ -154,13 +169,19 @@ def judge(seed: int, only: str, folder: Path, world: "Team") -> Verdict:
     world.barrier()
     if world.rank == 0:
         shutil.rmtree(run, ignore_errors=True)
-    word = "wrong" if wrong else "refused" if refusal else "right"
-    why = tuple(wrong) or ((refusal,) if refusal else ())
-    return Verdict(seed, names, word, why, time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    if wrong:
+        return Verdict(seed, names, "wrong", tuple(wrong), seconds)
+    if refusal:
+        return Verdict(seed, names, "refused", (refusal,), seconds)
+    return Verdict(seed, names, "right", (), seconds)
 
 
 def recipe(seed: int, only: str) -> "Recipe":
-    """Two groups, two epochs of 2 steps and two of 3, and one batch to estimate batch norm on."""
+    """Return a recipe of two groups: 2 epochs of 2 steps, then 2 of 3 steps.
+
+    Batch norm is estimated on one batch, so that plain torch can do the same.
+    """
     import fuzz_models
 
     from swap_hpc.recipe.loading import parse
@@ -183,7 +204,7 @@ def recipe(seed: int, only: str) -> "Recipe":
 
 
 def refused(recipe: "Recipe", name: str, run: Path, world: "Team") -> tuple[str, list[str]]:
-    """The line of the refusal, and what is wrong with it."""
+    """Return the line of the refusal, and what is wrong with it."""
     import fuzz_models
 
     done = attempt(lambda: train(recipe, run, world), world)
@@ -200,7 +221,7 @@ def refused(recipe: "Recipe", name: str, run: Path, world: "Team") -> tuple[str,
 
 
 def trained(recipe: "Recipe", seed: int, run: Path, world: "Team") -> list[str]:
-    """What is wrong with the runs of a model that has to be trained right."""
+    """Return what is wrong with the runs of a model that has to be trained right."""
     whole = attempt(lambda: train(recipe, run / "whole", world), world)
     if whole.error:
         return [whole.error]
@@ -222,7 +243,7 @@ def checked(
     result: dict[str, Any],
     world: "Team",
 ) -> list[str]:
-    """What plain torch says of a run's files, on the first rank."""
+    """Return what plain torch, on the first rank, finds wrong in a run's files."""
     import fuzz_check
     import fuzz_models
     import torch
@@ -237,7 +258,7 @@ def checked(
 
 
 def evaluated(out: Path, result: dict[str, Any], world: "Team") -> list[str]:
-    """Where the saved files give another average or accuracy than the run did."""
+    """Return where the saved files give another average or accuracy than the run did."""
     from swap_hpc.run import saved
 
     wrong = []
@@ -247,16 +268,16 @@ def evaluated(out: Path, result: dict[str, Any], world: "Team") -> list[str]:
     elif average.value.weights_sha256 != result["weights_sha256"]:
         wrong.append("average: other weights than the run's")
     again = attempt(lambda: saved.evaluate(out / "swap.safetensors", None, world), world)
-    told = result["test_accuracy"]["averaged"]
+    reported = result["test_accuracy"]["averaged"]
     if again.error or not again.value:
         wrong.append(f"evaluate: {again.error}")
-    elif again.value.test.accuracy != told:
-        wrong.append(f"evaluate: {again.value.test.accuracy}, the run tells {told}")
+    elif again.value.test.accuracy != reported:
+        wrong.append(f"evaluate: {again.value.test.accuracy}, the run reports {reported}")
     return wrong
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """Files and tensors in which two runs differ that should be equal to the bit."""
+    """Return the files and tensors in which two runs differ that should be equal bit for bit."""
     import fuzz_check
     from safetensors.torch import load_file
 
@@ -284,7 +305,7 @@ def train(
     control: "Control | None" = None,
     part: "Part | None" = None,
 ) -> dict[str, Any] | None:
-    """As `swap-hpc train` does, but for what it prints."""
+    """Train as `swap-hpc train` does, without printing anything."""
     from rich.console import Console
 
     from swap_hpc.run import run
@@ -302,34 +323,34 @@ def train_with_stops(
     seed: int,
     places: list[str],
 ) -> dict[str, Any] | None:
-    """Starts a run again and again until it is complete. Adds to `places` where it was stopped."""
+    """Start a run again and again until it is complete; add to `places` where it was stopped."""
     from swap_hpc.errors import Stopped
 
     draw = random.Random(f"stops {seed}")
     for start in range(STARTS):
-        beat = draw.randrange(1, BEATS // (start + 1))
-        # a launcher signals all ranks, a person perhaps one
+        heartbeat = draw.randrange(1, HEARTBEATS // (start + 1))
+        # A launcher signals all ranks, a person perhaps one.
         asked = draw.choice([[0], [1], [0, 1]]) if start < STARTS - 1 else []
-        control = asked_at(beat if world.rank in asked else None)
+        control = asked_at(heartbeat if world.rank in asked else None)
         try:
             return train(recipe, out, world, control)
         except Stopped:
             where = world.allgather(control.asked_in)
-            said = [f"{place} on rank {rank}" for rank, place in enumerate(where) if place]
-            places.append(" and ".join(said))
+            stops = [f"{place} on rank {rank}" for rank, place in enumerate(where) if place]
+            places.append(" and ".join(stops))
     raise AssertionError("the last start was stopped")
 
 
-def asked_at(beat: int | None) -> Any:
-    """A control that is asked to stop at one of its beats, as a signal asks; None: at none."""
+def asked_at(number: int | None) -> Any:
+    """Return a control that is asked to stop at a heartbeat, as by a signal; None: never."""
     from swap_hpc.train.control import Control
 
     class AskedControl(Control):
-        asked_in = ""  # what the rank was doing then
+        asked_in = ""  # what the rank was doing at that heartbeat
 
         def heartbeat(self, where: str) -> None:
             super().heartbeat(where)
-            if beat is not None and self.heartbeats >= beat and not self.stop:
+            if number is not None and self.heartbeats >= number and not self.stop:
                 self.stop, self.asked_in = True, where
 
     return AskedControl()
@@ -345,12 +366,12 @@ class Attempt(Generic[T]):
 
 
 def attempt(function: Callable[[], T], world: "Team") -> Attempt[T]:
-    """Calls a function on all ranks. Where it fails on some of them only, all ranks end."""
+    """Call a function on all ranks. Where it fails only on some of them, all ranks end."""
     value, kind, error = None, "", ""
     try:
         value = function()
     except Exception as raised:
-        kind, error = type(raised).__name__, told(raised)
+        kind, error = type(raised).__name__, described(raised)
     await_others(world, error)
     errors = world.allgather((kind, error))
     if not any(kind for kind, _ in errors):
@@ -361,8 +382,8 @@ def attempt(function: Callable[[], T], world: "Team") -> Attempt[T]:
     return Attempt(None, *errors[0])
 
 
-def told(error: Exception) -> str:
-    """A user's error as it is said; others with their names and places."""
+def described(error: Exception) -> str:
+    """Return a user's error as it is printed; any other with its name and place."""
     if type(error).__name__ == "UserError":
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)[-4:]
@@ -371,7 +392,7 @@ def told(error: Exception) -> str:
 
 
 def await_others(world: "Team", error: str) -> None:
-    """Waits for the other ranks; with an error not for long: they may wait for this one, inside."""
+    """Wait for the other ranks; with an error not for long, since they may wait for this rank."""
     from swap_hpc.parallel.mpi import abort
 
     deadline = time.monotonic() + PATIENCE
@@ -385,7 +406,7 @@ def await_others(world: "Team", error: str) -> None:
 
 
 def end_horovod() -> None:
-    """A failed training leaves Horovod running; a command would end with it."""
+    """Shut down the Horovod that a failed training leaves; a command would end instead."""
     import horovod.torch as hvd
 
     if hvd.is_initialized():
@@ -394,7 +415,7 @@ def end_horovod() -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Ranks look at every step whether to stop, and no watchdog outlives a run that was stopped."""
+    """Have a sync check at every step, and let no watchdog outlive a run that was stopped."""
     from swap_hpc.run import run
     from swap_hpc.train import sync_check
 

@@ -1,11 +1,11 @@
-"""What the files of a SWAP run have to hold, by plain torch: none of the package's code.
+"""Check the files of a SWAP run with plain torch, without the package's code.
 
-from the groups' files to swap.safetensors      which tensors
+how swap.safetensors follows from the groups    which tensors
 the mean, in float64, rounded once              parameters; `running_` buffers of other layers
 estimated anew on the training samples          batch norm that is in training mode in training
 iterated anew on the averaged weights           vectors of power iterations
-the first group's, to the bit                   all other buffers, and extra state
-the builder's, to the bit, in every file        frozen batch norm and parameters, held entries
+the first group's, bit for bit                  all other buffers, and extra state
+the builder's, bit for bit, in every file       frozen batch norm and parameters, held entries
 """
 
 import io
@@ -30,9 +30,12 @@ State: TypeAlias = dict[str, Tensor]  # by name; extra state as the bytes of tor
 
 
 def wrong_in(folder: Path, model: nn.Module, accuracy: float) -> list[str]:
-    """What differs in a run's folder from what it has to hold.
+    """Return what in a run's folder differs from what it has to hold.
 
-    `model`: as the builder made it. `accuracy`: the averaged model's, as the run tells it.
+    Args:
+        folder: the run's folder.
+        model: as the builder made it.
+        accuracy: of the averaged model, as the run reports it.
     """
     initial = {name: tensor.clone() for name, tensor in _tensors(model).items()}
     groups = [load_file(folder / f"group-{group:03d}.safetensors") for group in range(GROUPS)]
@@ -56,7 +59,7 @@ def wrong_in(folder: Path, model: nn.Module, accuracy: float) -> list[str]:
 
 
 def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """How each tensor of the state dict comes about."""
+    """Return how the average of each tensor of the state dict is made."""
     model.train()
     kinds: dict[str, Kind] = dict.fromkeys(_tensors(model), "first")
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -64,7 +67,7 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     for name, module in model.named_modules():
         for buffer, _ in module.named_buffers(recurse=False):
             path = f"{name}.{buffer}".lstrip(".")
-            if path in kinds:  # else it is not persistent
+            if path in kinds:  # a buffer that is not persistent is not
                 kinds[path] = _kind_of_buffer(module, buffer)
     return kinds
 
@@ -112,14 +115,15 @@ def _wrong_extra_state(groups: list[State], swap: State) -> Iterator[str]:
 
 def _wrong_held(model: nn.Module, initial: State, files: list[State]) -> Iterator[str]:
     for path, module in model.named_modules():
-        if isinstance(module, fuzz_models.GradientMask):
-            name = f"{path}.linear.weight"
-            for file in files:
-                if not same(file[name][module.held], initial[name][module.held]):
-                    yield f"{name}: entries moved that a gradient hook holds"
-            trained = module.linear.weight.requires_grad
-            if trained and same(files[0][name], files[1][name]):
-                yield f"{name}: entries did not move that no hook holds"
+        if not isinstance(module, fuzz_models.GradientMask):
+            continue
+        name = f"{path}.linear.weight"
+        for file in files:
+            if not same(file[name][module.held], initial[name][module.held]):
+                yield f"{name}: a gradient hook holds entries that moved"
+        trained = module.linear.weight.requires_grad
+        if trained and same(files[0][name], files[1][name]):
+            yield f"{name}: no hook holds entries that did not move"
 
 
 def _wrong_ties(model: nn.Module, files: list[State]) -> Iterator[str]:
@@ -133,7 +137,7 @@ def _wrong_ties(model: nn.Module, files: list[State]) -> Iterator[str]:
 
 
 def _wrong_norms(model: nn.Module, swap: State) -> Iterator[str]:
-    """A spectral norm, as the model computes it in evaluation, is that of the averaged weight."""
+    """Compare the norms that the model divides by in evaluation with those of the averages."""
     for path, module in model.named_modules():
         for hook in _old_spectral_norms(module):
             names = [f"{path}.{hook.name}_{part}" for part in ("orig", "u", "v")]
@@ -160,7 +164,10 @@ def _wrong_statistics(
     swap: State,
     kinds: dict[str, Kind],
 ) -> Iterator[str]:
-    """Batch norm's, on one batch of all training samples, all other layers in evaluation mode."""
+    """Compare batch norm's statistics with those of one batch of all training samples.
+
+    All other layers are in evaluation mode.
+    """
     averaged = filled(model, swap).eval()
     seen: dict[str, list[Tensor]] = {}
     for path, layer in averaged.named_modules():
@@ -198,14 +205,14 @@ def _wrong_accuracy(model: nn.Module, swap: State, accuracy: float) -> Iterator[
     with torch.no_grad():
         right = (averaged(pixels).argmax(1) == labels).sum().item()
     if right != round(accuracy * len(labels)):
-        yield f"classifies {right} of {len(labels)} test images right, the run tells {accuracy:.4f}"
+        yield f"{right} of {len(labels)} test images are right, the run reports {accuracy:.4f}"
 
 
 @torch.no_grad()
 def filled(model: nn.Module, state: State) -> nn.Module:
-    """`model`, in place, with the values of a file."""
+    """Fill a model, in place, with the values of a file."""
     for name, tensor in _tensors(model).items():
-        if not same(tensor, state[name]):  # an expanded buffer cannot be written
+        if not same(tensor, state[name]):  # an expanded buffer cannot be written to
             tensor.copy_(state[name])
     for path, module in model.named_modules():
         name = f"{path}.{EXTRA}".lstrip(".")
@@ -215,13 +222,14 @@ def filled(model: nn.Module, state: State) -> nn.Module:
 
 
 def mean(tensors: list[Tensor]) -> Tensor:
-    """In double precision, rounded once."""
+    """Return the mean, computed in double precision and rounded once."""
     wide = torch.complex128 if tensors[0].is_complex() else torch.float64
-    return torch.stack([t.to(wide) for t in tensors]).sum(0).div(len(tensors)).to(tensors[0].dtype)
+    total = torch.stack([tensor.to(wide) for tensor in tensors]).sum(0)
+    return total.div(len(tensors)).to(tensors[0].dtype)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """To the bit."""
+    """Return whether two tensors are equal bit for bit, also where they are NaN."""
     return _alike(one, other) and _bytes(one) == _bytes(other)
 
 
@@ -234,13 +242,13 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _place(found: Tensor, first: Tensor, second: Tensor) -> str:
-    """Where a tensor lies that is not where it should be."""
+    """Say which of the known tensors a wrong tensor equals."""
     known = {"the mean": mean([first, second]), "the first's": first, "the second's": second}
     return next((word for word, tensor in known.items() if same(found, tensor)), "none of them")
 
 
 def _tensors(model: nn.Module) -> State:
-    """The state dict without extra state; tensors that share the model's memory."""
+    """Return the state dict without extra state; its tensors share the model's memory."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA)}
 

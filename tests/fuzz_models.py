@@ -1,8 +1,8 @@
 """Models for `fuzz.py`, drawn from a seed: everything a module may hold, mixed at random.
 
 A round of `ROUND` consecutive seeds holds every ingredient at least once, and every kind of model
-that must be refused exactly once. The values follow from torch's generator alone, as those of any
-builder; only the structure follows from the seed.
+that must be refused exactly once. The seed chooses the structure. As with any builder, the values
+come from torch's generator.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from swap_hpc.data.splits import Batches
 
 CLASSES = 3
 WIDTH = 4  # channels of an image inside a model
-FEATURES = 16  # of a sample, behind the images
+FEATURES = 16  # of a sample, after the layers for images
 TRAIN, TEST = 96, 24  # samples
 ROUND = 20  # seeds
 
@@ -36,7 +36,7 @@ Change: TypeAlias = Callable[[nn.Module], nn.Module]
 
 
 def images(train: bool) -> tuple[Tensor, Tensor]:
-    """A split's samples, (n, 1, 8, 8) float32, (n,) int64. A class is a stripe in much noise."""
+    """Return a split's samples, (n, 1, 8, 8) float32, (n,) int64. A class is a stripe in noise."""
     generator = torch.Generator().manual_seed(int(train))
     samples = TRAIN if train else TEST
     labels = torch.randint(0, CLASSES, (samples,), generator=generator)
@@ -46,7 +46,7 @@ def images(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def data(path: Path) -> Dataset:
-    """What `data.name` names. Nothing is augmented, and no pipeline is built."""
+    """Return the data set that `data.name` names, without augmentation or a DALI pipeline."""
 
     def batches(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, labels = images(training)
@@ -100,7 +100,7 @@ def add_convolution_or_linear(model: Mixture, draw: random.Random, change: Chang
 
 
 def wrap_some_layer(model: Mixture, draw: random.Random, wrapper: Change) -> None:
-    """Wraps one of the layers that other ingredients added, or a new one."""
+    """Wrap one of the layers that other ingredients added, or a new one."""
     layers = [(branch, i) for branch in (model.images, model.features) for i in range(len(branch))]
     if not layers:
         model.features.append(linear())
@@ -133,7 +133,7 @@ class BatchNorm3d(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Fine-tuning as it is often done: a pretrained layer keeps its statistics while it trains."""
+    """A pretrained layer that keeps its statistics while it trains, as often in fine-tuning."""
 
     def __init__(self, weights_too: bool) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Symmetric(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A user's own, with a table that nothing changes."""
+    """A parametrization of a user's own, with a table that nothing changes."""
 
     scale: Tensor  # (rows, 1)
 
@@ -253,7 +253,7 @@ class OwnPowerIteration(nn.Module):
             if self.training:
                 self.left.copy_(F.normalize(weight @ right, dim=0))
                 right = F.normalize(weight.T @ self.left, dim=0)
-        # clones: another forward pass may change them before backward needs them
+        # A clone, because another forward pass may change it before the backward pass reads it.
         return weight / torch.dot(self.left.clone(), weight @ right)
 
 
@@ -299,7 +299,7 @@ def pruned(model: Mixture, draw: random.Random) -> None:
 
 
 class FloatTable(nn.Module):
-    """A buffer of 0 to 3 dimensions, constant or drawn along by the images."""
+    """A buffer of 0 to 3 dimensions, constant or following the images."""
 
     table: Tensor
 
@@ -390,7 +390,7 @@ class Expanded(nn.Module):
 
 
 class NonPersistent(nn.Module):
-    """A table that every builder makes anew, and a buffer that is not there."""
+    """A table that every build makes anew, and a buffer that is None."""
 
     grid: Tensor
 
@@ -514,7 +514,7 @@ def transposed(model: Mixture, draw: random.Random) -> None:
 
 
 class GradientMask(nn.Module):
-    """A linear layer; a hook of its weight keeps the entries `held` as they are."""
+    """A linear layer whose weight has a hook that keeps the entries `held` as they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ class GradientMask(nn.Module):
 
 
 class Listening(nn.Module):
-    """A forward hook, a closure over self, brings the output of a layer inside."""
+    """A layer with a forward hook, a closure over self, that stores an inner layer's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -597,7 +597,7 @@ COINS: dict[str, Callable[[], float]] = {
 
 
 class Drop(nn.Module):
-    """Stochastic depth: in training a branch is left out, by a coin of each rank."""
+    """Stochastic depth: in training, each rank leaves out the branch at random."""
 
     def __init__(self, layer: nn.Module, coin: str) -> None:
         super().__init__()
@@ -625,7 +625,7 @@ def dropout(model: Mixture, draw: random.Random) -> None:
 
 
 class Gain(nn.Module):
-    """A parameter without dimensions, or several."""
+    """One or several parameters without dimensions."""
 
     def __init__(self, scalars: int) -> None:
         super().__init__()
@@ -666,7 +666,7 @@ def frozen_parameter(model: Mixture, draw: random.Random) -> None:
 
 
 class Notes(nn.Module):
-    """Extra state as JSON has it, which nothing changes."""
+    """Extra state of JSON's types, which nothing changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -790,11 +790,11 @@ INGREDIENTS: dict[str, Ingredient] = {
 }
 
 
-# What must be refused
+# Models that must be refused
 
 
 class Copies(Mixture):
-    """Hands out copies: what is written into them reaches nobody."""
+    """A model whose state dict holds copies: writing to them does not change the model."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
@@ -802,7 +802,7 @@ class Copies(Mixture):
 
 
 class Opinion:
-    """What no reader knows without running code."""
+    """An object that cannot be loaded without running code."""
 
 
 class Opinionated(Mixture):
@@ -852,7 +852,7 @@ def restless(classes: int, channels: int) -> nn.Module:
 @dataclass(frozen=True)
 class Refusal:
     build: Callable[[int, int], nn.Module]
-    cause: str  # a regular expression that the refusal's line has to match, whatever the case
+    cause: str  # regular expression that the refusal's line has to match; case is ignored
 
 
 REFUSED: dict[str, Refusal] = {
@@ -870,13 +870,13 @@ REFUSED: dict[str, Refusal] = {
 
 
 def ingredients(seed: int, only: str = "") -> tuple[str, ...]:
-    """The names of what a seed's model is made of; `only`: these, separated by commas, instead."""
+    """Return the ingredients of a seed's model, or those in `only`, separated by commas."""
     if only:
         return tuple(only.split(","))
     number, place = divmod(seed, ROUND)
     deck = random.Random(f"deck {number}")
     mixtures = ROUND - len(REFUSED)
-    # hands of a deck that is shuffled for each round, refusals among them
+    # The ingredients are dealt out to the round's models like cards; refusals are hands of one.
     cards = deck.sample(list(INGREDIENTS), len(INGREDIENTS))
     hands = [tuple(cards[i::mixtures]) for i in range(mixtures)] + [(name,) for name in REFUSED]
     deck.shuffle(hands)
@@ -889,7 +889,7 @@ def ingredients(seed: int, only: str = "") -> tuple[str, ...]:
 
 
 def build(classes: int, channels: int, seed: int, only: str = "") -> nn.Module:
-    """A seed's model, with values from torch's generator."""
+    """Build a seed's model, with values from torch's generator."""
     names = ingredients(seed, only)
     if names[0] in REFUSED:
         return REFUSED[names[0]].build(classes, channels)

@@ -1,10 +1,11 @@
-"""A whole run on a stand-in for a GPU: tensors that say they lie on "cuda", hold CPU data, and refuse to meet CPU tensors.
+"""A whole run on a stand-in for a GPU, which shows the lines of the package that mix devices.
 
     python tests/gpu_stand_in.py FOLDER [FIELD=VALUE ...]
 
-It shows which line of the package mixes devices, on a host without a GPU. Everything runs but the autograd engine, which
-wants a driver: a backward pass gives each parameter that took part a gradient made of its own values, and calls its hooks.
-Prints the hashes of what the commands made, one line each.
+The stand-in's tensors report the device "cuda", hold CPU data, and cannot be combined with CPU
+tensors. Everything runs except the autograd engine, which needs a driver. Instead, a backward pass
+gives each parameter that took part a gradient made from its own values, and calls its hooks.
+Prints the hash of what each command made, one line each.
 """
 
 import sys
@@ -21,27 +22,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-CROSSING = {
-    aten.copy_.default,
-    aten._to_copy.default,
-}  # what moves values from one device to the other
-ONE_NUMBER = {
-    aten.add,
-    aten.sub,
-    aten.mul,
-    aten.div,
-    aten.where,
-    aten.eq,
-    aten.ge,
-    aten.lt,
-    aten.gt,
-}  # a CPU scalar may stand beside
+# Operators that move values from one device to the other.
+CROSSING = {aten.copy_.default, aten._to_copy.default}
+# Operators of which one argument may be a CPU tensor without dimensions.
+ARITHMETIC = {aten.add, aten.sub, aten.mul, aten.div}
+COMPARISONS = {aten.eq, aten.ge, aten.lt, aten.gt}
+ONE_NUMBER = ARITHMETIC | COMPARISONS | {aten.where}
 
 
 class OnGpu(Tensor):
-    """A tensor of the stand-in. `held`: its values, on the CPU; views share them."""
+    """A tensor of the stand-in."""
 
-    held: Tensor
+    held: Tensor  # the values, on the CPU; views share them
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnGpu":
@@ -78,7 +70,7 @@ class OnGpu(Tensor):
 
 
 class StandIn(TorchDispatchMode):
-    """Everything inside goes through `dispatch`, also what makes tensors of none."""
+    """A context in which every operator goes through `dispatch`, also those that create tensors."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -87,33 +79,48 @@ class StandIn(TorchDispatchMode):
 
 
 def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operator on the values that tensors hold. Raises RuntimeError where a GPU would, for tensors of two devices."""
+    """Run an operator on the values that tensors hold.
+
+    Raises:
+        RuntimeError: tensors of two devices meet, where a GPU would refuse them.
+    """
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     there = [each for each in tensors if isinstance(each, OnGpu)]
     here = [each for each in tensors if not isinstance(each, OnGpu)]
-    if function not in CROSSING and there and here:
-        scalars = function.overloadpacket in ONE_NUMBER and all(each.ndim == 0 for each in here)
-        if not scalars:
-            shapes = [[tuple(each.shape) for each in side] for side in (there, here)]
-            raise RuntimeError(
-                f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU"
-            )
-    asked = kwargs.get("device")
-    plain = {**kwargs, **({"device": torch.device("cpu")} if asked is not None else {})}
-    if plain.get("pin_memory"):
-        plain["pin_memory"] = False
-    values: Any = lambda each: each.held if isinstance(each, OnGpu) else each  # noqa: E731
-    result = function(*tree_map(values, args), **tree_map(values, plain))
+    if there and here and not may_mix(function, here):
+        shapes = [[tuple(each.shape) for each in side] for side in (there, here)]
+        raise RuntimeError(
+            f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU"
+        )
+    device = kwargs.get("device")
+    on_cpu = dict(kwargs)
+    if device is not None:
+        on_cpu["device"] = torch.device("cpu")
+    if on_cpu.get("pin_memory"):
+        on_cpu["pin_memory"] = False  # pinning needs a driver
+    result = function(*tree_map(held, args), **tree_map(held, on_cpu))
     if function._schema.is_mutable and isinstance(result, Tensor):
         return kwargs.get("out", args[0])
-    on_gpu = torch.device(asked).type == "cuda" if asked is not None else bool(there)
-    return tree_map(
-        lambda each: OnGpu(each) if on_gpu and isinstance(each, Tensor) else each, result
-    )
+    on_gpu = bool(there) if device is None else torch.device(device).type == "cuda"
+    return tree_map(wrapped, result) if on_gpu else result
+
+
+def may_mix(function: Any, here: list[Tensor]) -> bool:
+    """Return whether an operator accepts the CPU tensors `here` beside tensors on the GPU."""
+    scalars = all(each.ndim == 0 for each in here)
+    return function in CROSSING or (function.overloadpacket in ONE_NUMBER and scalars)
+
+
+def held(value: Any) -> Any:
+    return value.held if isinstance(value, OnGpu) else value
+
+
+def wrapped(value: Any) -> Any:
+    return OnGpu(value) if isinstance(value, Tensor) else value
 
 
 def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
-    """Gives the parameters behind `loss` gradients, and calls their hooks, as the engine does."""
+    """Give the parameters behind `loss` gradients, and call their hooks, as the engine does."""
     for parameter in leaves(loss.grad_fn):
         with torch.no_grad():
             step = (parameter.detach() * (1 + loss.detach())).cos() * 0.1
@@ -123,7 +130,7 @@ def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
 
 
 def leaves(root: Any) -> Iterator[Tensor]:
-    """The parameters from which a value was computed, the last ones first."""
+    """Yield the parameters from which a value was computed, the last ones first."""
     seen, waiting = set(), [root]
     while waiting:
         node = waiting.pop(0)
@@ -136,7 +143,7 @@ def leaves(root: Any) -> Iterator[Tensor]:
 
 
 def pretend() -> None:
-    """Makes torch say that there is a GPU, and use the stand-in for it."""
+    """Make torch report a GPU, and use the stand-in for it."""
     properties = SimpleNamespace(name="stand-in", major=9, minor=0, uuid="the only one")
     replaced: dict[str, Callable[..., Any]] = {
         "device_count": lambda: 1,
@@ -151,14 +158,13 @@ def pretend() -> None:
         setattr(torch.cuda, name, function)
     torch._C._ensureCUDADeviceGuardSet()  # views ask for one
     torch.backends.cudnn.enabled = False
-    torch.__future__.set_overwrite_module_params_on_conversion(
-        True
-    )  # a parameter cannot change its kind in place
+    # A parameter cannot change its class in place.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     Tensor.backward = backward  # type: ignore[assignment,method-assign]
 
 
 def main(folder: Path, fields: list[str]) -> None:
-    """A run, the same again, stopped and gone on with; what the commands make of it."""
+    """Do a run, do it again with a stop in the middle, and call the commands on the first one."""
     from rich.console import Console
 
     from swap_hpc.errors import Stopped
@@ -196,15 +202,12 @@ def main(folder: Path, fields: list[str]) -> None:
             tell("stopped", stops.heartbeats)
         again = train(recipe, folder / "again", world, console, Control(), perf_counter())
         assert again is not None
-        tell("went on", again["weights_sha256"])
+        tell("resumed", again["weights_sha256"])
         tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
-        tell(
-            "evaluate",
-            saved.evaluate(folder / "whole" / "swap.safetensors", None, world).weights_sha256,
-        )
-        if (
-            world.size == 1 and not recipe.refine.average_every_steps
-        ):  # else groups lie too close together for a plane
+        swap = folder / "whole" / "swap.safetensors"
+        tell("evaluate", saved.evaluate(swap, None, world).weights_sha256)
+        # Groups that continue from their average lie too close together for a plane.
+        if world.size == 1 and not recipe.refine.average_every_steps:
             landscape(folder / "whole", None, 3, 100, world, lambda text: None)
             tell("landscape", (folder / "whole" / "landscape.png").is_file())
             trajectory(folder / "whole", None, 100, world, lambda text: None)
@@ -212,7 +215,7 @@ def main(folder: Path, fields: list[str]) -> None:
 
 
 class Mixed(torch.nn.Module):
-    """A model whose forward pass forgets that its input may lie on a GPU. As a builder, for a recipe."""
+    """A model whose forward pass makes a CPU tensor; a recipe can name it as a builder."""
 
     def __init__(self, classes: int, channels: int, width: int = 0) -> None:
         super().__init__()
@@ -226,11 +229,11 @@ if __name__ == "__main__":
     from swap_hpc.train.control import Control
 
     class StopsAfter(Control):
-        """Is asked to stop after that many steps."""
+        """A control that is asked to stop at heartbeat number `last`."""
 
-        def __init__(self, beats: int) -> None:
+        def __init__(self, last: int) -> None:
             super().__init__()
-            self.last = beats
+            self.last = last
 
         def heartbeat(self, where: str) -> None:
             super().heartbeat(where)

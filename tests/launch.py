@@ -1,4 +1,4 @@
-"""Real jobs, started as a user does, with a time-out, leaving nothing behind."""
+"""Start commands as a user does, with a time-out, and leave no process behind."""
 
 import os
 import re
@@ -19,6 +19,8 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Finished:
+    """How a command ended. `seconds` is its wall time."""
+
     code: int
     stdout: str
     stderr: str
@@ -27,7 +29,7 @@ class Finished:
     @property
     def ours(self) -> list[str]:
         """The lines on stderr that our program wrote, without mpirun's banner and warnings."""
-        # Open MPI ends its banner with a NUL.
+        # Open MPI ends its banner with a NUL byte.
         lines = [line.strip("\0") for line in self.stderr.splitlines()]
         return [line for line in lines if line.startswith("swap-hpc: ")]
 
@@ -67,6 +69,11 @@ def launch(
     return subprocess.Popen(
         line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
+
+
+def settings(*fields: str) -> tuple[str, ...]:
+    """Return the options that set recipe fields, each written as `refine.epochs=1`."""
+    return tuple(word for field in fields for word in ("--set", field))
 
 
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
@@ -111,7 +118,7 @@ def ranks_of(job: "subprocess.Popen[str]") -> list[int]:
             if pid != job.pid and Path(f"/proc/{pid}/exe").readlink().name.startswith("python"):
                 found.append(pid)
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
     return sorted(found)
 
 
@@ -131,7 +138,7 @@ def codes(cell: str) -> set[int]:
 
 @cache
 def hydra() -> bool:
-    """Tell whether `mpirun` is Hydra, of MPICH and its descendants; its exit codes differ."""
+    """Return whether `mpirun` is Hydra, that of MPICH; its exit codes differ from Open MPI's."""
     line = [_mpirun(), "--version"]
     version = subprocess.run(line, capture_output=True, text=True, env=_environment(), check=False)
     return "HYDRA" in version.stdout
@@ -148,7 +155,7 @@ def _mpirun() -> str:
 def _environment() -> dict[str, str]:
     """Return a fresh shell's variables, with permission to be root and to oversubscribe cores.
 
-    What an MPI library in this process set would confuse the job's own.
+    Variables that an MPI library set in this process would confuse the job's MPI.
     """
     of_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(of_mpi)}

@@ -10,12 +10,12 @@ from typing import Any
 from cluster_of_two import ROOT, Cluster, wait_for
 
 TESTS = Path(__file__).parent
-SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # of a node
+SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # part of a node
 TWO_NODES = ("--nodes=2", *SMALL)
 
 
 def user_folder(folder: Path) -> Path:
-    """To call sbatch in: with the batch scripts as they are shipped, without this checkout's own settings."""
+    """Copy the shipped batch scripts, without this checkout's settings, to call sbatch there."""
     shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.env"))
     return folder
 
@@ -28,67 +28,69 @@ def submit(
     options: tuple[str, ...] = TWO_NODES,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
-    """The number of the job."""
-    return int(
-        cluster.run("sbatch", "--parsable", *options, script, *line, variables=variables, cwd=home)
-    )
+    """Submit a batch script with arguments, and return the job's number."""
+    command = ("sbatch", "--parsable", *options, script, *line)
+    return int(cluster.run(*command, variables=variables, cwd=home))
 
 
 def complete(cluster: Cluster, job: int, out: Path, seconds: float = 300) -> dict[str, Any]:
-    """What a job's run ended with; fails where the job did not end well."""
+    """Wait for a job to end without an error, and return its run's result."""
     (ended,) = cluster.wait(job, seconds)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(ended)
     return json.loads((out / "result.json").read_text())
 
 
 def output(job: dict[str, str]) -> str:
+    """Return what a job printed."""
     return Path(job["StdOut"]).read_text(encoding="utf-8")
 
 
 def lines(file: Path) -> int:
-    """Epochs that a file of metrics tells of."""
+    """Return the number of epochs in a file of metrics."""
     return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
 def read_lines(out: Path, part: str) -> list[dict[str, Any]]:
-    """What a run's metrics tell of a part ("world", "group-000" ...)."""
-    return [
-        json.loads(line) for line in (out / "metrics" / f"{part}.jsonl").read_text().splitlines()
-    ]
+    """Return the metrics of a part of a run ("world", "group-000" ...)."""
+    text = (out / "metrics" / f"{part}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
-    """Waits until a part of a run ("world", "group-000" ...) is that far."""
-    wait_for(
-        lambda: lines(out / "metrics" / f"{part}.jsonl") >= epochs,
-        f"epoch {epochs} of {part} in {out}",
-        seconds,
-        every=0.02,
-    )
+    """Wait until a part of a run ("world", "group-000" ...) has completed so many epochs."""
+    file = out / "metrics" / f"{part}.jsonl"
+    what = f"epoch {epochs} of {part} in {out}"
+    wait_for(lambda: lines(file) >= epochs, what, seconds, every=0.02)
 
 
 def further(out: Path, part: str, epochs: int) -> None:
-    """Waits until a part of a run is that many epochs further than now: a job that is put back may already be far."""
+    """Wait until a part of a run has completed `epochs` more epochs than now.
+
+    A job that was put back into the queue may already have completed many.
+    """
     reached(out, part, lines(out / "metrics" / f"{part}.jsonl") + epochs)
 
 
 def commands(text: str, word: str) -> list[str]:
-    """The lines of a text, or of a script's comment, that are shell commands with `word` in them, as one types them."""
-    typed = [
-        line.removeprefix("#   ").split("  #")[0].strip()
+    """Return the shell commands with `word` in a page, or in the comment of a script.
+
+    In a comment, commands are indented by three spaces. What a command does stands behind "  #".
+    """
+    lines = [
+        line.removeprefix("#   ")
         for line in text.splitlines()
-        if line[:1] != "#" or line.startswith("#   ")
+        if not line.startswith("#") or line.startswith("#   ")
     ]
+    typed = [line.split("  #")[0].strip() for line in lines]
     return [line for line in typed if word in line]
 
 
 def digest(out: Path) -> str:
+    """Return the hash of a run's averaged weights."""
     return str(json.loads((out / "result.json").read_text())["weights_sha256"])
 
 
 def places(out: Path) -> list[tuple[str, int]]:
-    """Host and local rank of each rank."""
-    return [
-        (rank["host"], rank["local_rank"])
-        for rank in json.loads((out / "environment.json").read_text())["ranks"]
-    ]
+    """Return the host and the local rank of each rank."""
+    environment = json.loads((out / "environment.json").read_text())
+    return [(rank["host"], rank["local_rank"]) for rank in environment["ranks"]]

@@ -1,9 +1,10 @@
-"""The fault matrix: runs that are killed, stopped, broken and hung at every place, started again until they are complete.
+"""The fault matrix: runs that are killed, stopped, broken and hung at every place, and restarted.
 
-    python tests/soak.py [--faults 60] [--seed 0] [--table FILE]
+    python tests/soak.py [--faults 60] [--seed 0]
 
-Each chain is one run of a small recipe that meets a fault at every place, one after the other. What it leaves at the end
-must equal what the same run leaves undisturbed: the weights' hash and every logged loss and accuracy, to the bit.
+Each chain is one run of a small recipe that meets a fault at every place, one after the other. At
+the end it must equal the same run left undisturbed, bit for bit: the hash of its weights and every
+logged loss and accuracy.
 """
 
 import argparse
@@ -19,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from faults import KINDS, PLACES
-from launch import BIN, Finished, command, hydra, processes_of
+from launch import BIN, Finished, command, hydra, processes_of, settings
 
 HERE = Path(__file__).parent
-HANG_SECONDS = (
-    10  # watchdog.minutes of these runs: longer than a first step takes on a busy machine
-)
+HANG_SECONDS = 10  # watchdog.minutes, in seconds: longer than a first step on a busy machine
 
 RECIPE = {
     "model.width": 4,
@@ -40,19 +39,21 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Layout:
+    """How a run's groups lie on its ranks."""
+
     ranks: int
     groups: int
-    evaluate_average: int = 0  # the groups meet only at the end, or after every so many epochs
+    evaluate_average: int = 0  # epochs between sync points; 0: one sync point, at the end
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks, {self.groups} groups" + (
-            ", meeting" if self.evaluate_average else ""
-        )
+        sync_points = ", sync points" if self.evaluate_average else ""
+        return f"{self.ranks} ranks, {self.groups} groups{sync_points}"
 
 
 LAYOUTS = (Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2), Layout(2, 4))
 
-# Exit codes: of mpirun, and of a rank that was started alone. A rank killed by a signal has no say.
+# Exit codes of mpirun, and of a rank that was started alone. Where a signal kills a rank, the
+# launcher chooses the code.
 LOST = 9 if hydra() else 137
 CODES = {
     "kill": (LOST, -9),
@@ -63,7 +64,8 @@ CODES = {
     "exception": (3, 3),
     "hang": (3, 3),
 }
-# Seconds from the fault to the end of the job, as slurm/README.md states them; where there are more ranks than cores, twice that.
+# Seconds from the fault to the end of the job, as slurm/README.md states them. They are doubled
+# where there are more ranks than cores.
 LIMITS = {
     "kill": 2.0,
     "kill_all": 2.0,
@@ -77,11 +79,13 @@ LIMITS = {
 
 @dataclass
 class Outcome:
+    """What became of one fault."""
+
     layout: Layout
     kind: str
     place: str
-    seconds: float = 0.0
-    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # from the fault to the end of the job
+    wrong: list[str] = field(default_factory=list)  # empty: the run survived the fault
 
 
 def chain(
@@ -92,45 +96,44 @@ def chain(
     out: Path,
     patience: float = 1.0,
 ) -> list[Outcome]:
-    """One run with a fault at every place, in their order: `kinds`, as many as there are places. `patience`: times the limits."""
-    outcomes = [
-        fault(layout, kind, place, draw, out, patience)
-        for kind, place in zip(kinds, PLACES, strict=True)
-    ]
+    """Run one recipe through a fault at every place, then to its end.
+
+    Args:
+        layout: ranks and groups of the run.
+        kinds: the kind of fault at each place, in the order of `PLACES`.
+        draw: chooses ranks and steps of the faults.
+        expected: the `record` of the undisturbed run.
+        out: the run's folder.
+        patience: a factor for the limits of time.
+    """
+    pairs = zip(kinds, PLACES, strict=True)
+    outcomes = [fault(layout, kind, place, draw, out, patience) for kind, place in pairs]
     done = start(layout, out)
-    wrong = (
-        [] if done.code == 0 else [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
-    )
     if done.code == 0:
-        wrong += differences(expected, record(out))
-        wrong += [
-            f"left: {path.name}"
-            for path in out.rglob("*")
-            if path.name.startswith(".") or path.name == "checkpoints"
-        ]
+        wrong = differences(expected, record(out)) + leftovers(out)
+    else:
+        wrong = [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
     for outcome in outcomes:
         outcome.wrong += wrong
     return outcomes
 
 
+def leftovers(out: Path) -> list[str]:
+    """Return the files that a complete run should have removed."""
+    return [
+        f"left: {path.name}"
+        for path in out.rglob("*")
+        if path.name.startswith(".") or path.name == "checkpoints"
+    ]
+
+
 def fault(
     layout: Layout, kind: str, place: str, draw: random.Random, out: Path, patience: float
 ) -> Outcome:
-    """Starts the run, or starts it again, into one fault."""
+    """Start or restart the run with one fault on its way, and judge how it ended."""
     outcome = Outcome(layout, kind, place)
     mark = out.with_suffix(f".{place}")
-    # where a save is to be met, the rank is one that saves: the first of the world, or of its group
-    rank = draw.randrange(layout.ranks) if kind != "kill_in_save" else 0
-    at = (
-        draw.choice(["epoch 2, step 2", "epoch 2, step 3", "epoch 3, step 1"])
-        if place in ("large_batch", "refine")
-        else ""
-    )
-    what = {"kind": kind, "place": place, "rank": rank, "mark": str(mark), "step": at}
-    what["stopped"] = (
-        layout.ranks > 1 and draw.random() < 0.5
-    )  # a process that stands still alone is nobody's concern
-    done = start(layout, out, what)
+    done = start(layout, out, drawn_fault(layout, kind, place, draw, mark))
     ended = time.time()
     if not mark.exists():
         outcome.wrong.append(
@@ -138,45 +141,73 @@ def fault(
         )
         return outcome
     outcome.seconds = ended - json.loads(mark.read_text())["time"]
-    code = CODES[kind][0 if layout.ranks > 1 else 1]
-    stopped = "swap-hpc: stopped on request, all is saved" in done.stdout
-    if done.code != code and not (
-        hydra() and layout.ranks > 1 and kind == "sigusr1" and (done.code, stopped) == (0, True)
-    ):
-        outcome.wrong.append(
-            f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}"
-        )
-    if outcome.seconds > patience * LIMITS[kind] * (
-        2 if layout.ranks > (os.cpu_count() or 1) else 1
-    ):
+    outcome.wrong += wrong_code(layout, kind, done)
+    cores = os.cpu_count() or 1
+    crowded = 2 if layout.ranks > cores else 1
+    if outcome.seconds > patience * LIMITS[kind] * crowded:
         outcome.wrong.append(f"took {outcome.seconds:.1f} s to end")
     left = processes_of(out, within=3)
     if left:
         outcome.wrong.append(f"left processes {left}")
-    goes_on = any("goes on" in line for line in done.stdout.splitlines())
-    if place != "large_batch" and not goes_on:
-        outcome.wrong.append(f"began anew: {done.stdout[-1000:]}")
+    resumed = any("goes on" in line for line in done.stdout.splitlines())
+    if place != "large_batch" and not resumed:
+        outcome.wrong.append(f"started from scratch: {done.stdout[-1000:]}")
     return outcome
 
 
+def drawn_fault(
+    layout: Layout, kind: str, place: str, draw: random.Random, mark: Path
+) -> dict[str, Any]:
+    """Return the fields of a `faults.Fault` whose rank and step are drawn."""
+    # Only the first rank of the world or of a group saves; rank 0 is both.
+    rank = draw.randrange(layout.ranks) if kind != "kill_in_save" else 0
+    step = ""
+    if place in ("large_batch", "refine"):
+        step = draw.choice(["epoch 2, step 2", "epoch 2, step 3", "epoch 3, step 1"])
+    # Nobody watches a rank that runs alone from outside, so it is never stopped as a whole.
+    stopped = layout.ranks > 1 and draw.random() < 0.5
+    return {
+        "kind": kind,
+        "place": place,
+        "rank": rank,
+        "mark": str(mark),
+        "step": step,
+        "stopped": stopped,
+    }
+
+
+def wrong_code(layout: Layout, kind: str, done: Finished) -> list[str]:
+    """Return a complaint if the job's exit code is not that of `CODES`."""
+    code = CODES[kind][0 if layout.ranks > 1 else 1]
+    saved = "swap-hpc: stopped on request, all is saved" in done.stdout
+    # MPICH's launcher sometimes ends with 0 after a SIGUSR1, although all was saved.
+    zero_by_hydra = hydra() and layout.ranks > 1 and kind == "sigusr1" and done.code == 0
+    if done.code == code or (zero_by_hydra and saved):
+        return []
+    return [f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}"]
+
+
 def start(layout: Layout, out: Path, what: dict[str, Any] | None = None) -> Finished:
-    program: list[str | Path] = (
-        [sys.executable, HERE / "faults.py", json.dumps(what)] if what else [BIN / "swap-hpc"]
-    )
-    ranks = layout.ranks if layout.ranks > 1 else None
+    """Start the run, with the fault `what` if there is one."""
+    program: list[str | Path] = [BIN / "swap-hpc"]
+    if what:
+        program = [sys.executable, HERE / "faults.py", json.dumps(what)]
     fields = {**RECIPE, "groups": layout.groups, "refine.evaluate_average": layout.evaluate_average}
-    settings = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-    line = [*program, "train", "digits", *settings, "--out", out]
+    options = settings(*(f"{name}={value}" for name, value in fields.items()))
+    line = [*program, "train", "digits", *options, "--out", out]
+    ranks = layout.ranks if layout.ranks > 1 else None
     return command(*line, ranks=ranks, timeout=120, variables={"OMP_NUM_THREADS": "1"})
 
 
 def record(out: Path) -> dict[str, Any]:
-    """What must not depend on faults: the result's figures, and every logged line but its times and the memory."""
+    """Return what must not depend on faults.
+
+    These are the result's accuracies, losses and hash, and the logged lines without their times
+    and memory.
+    """
     result = json.loads((out / "result.json").read_text())
-    kept = {
-        key: result[key]
-        for key in ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")
-    }
+    names = ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")
+    kept = {name: result[name] for name in names}
     for path in sorted((out / "metrics").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         kept[path.name] = [
@@ -187,11 +218,15 @@ def record(out: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    return [f"{key} differs: {found.get(key)} is not {expected.get(key)}" for key in sorted(expected.keys() | found.keys())
-            if expected.get(key) != found.get(key)]  # fmt: skip
+    return [
+        f"{key} differs: {found.get(key)} is not {expected.get(key)}"
+        for key in sorted(expected.keys() | found.keys())
+        if expected.get(key) != found.get(key)
+    ]
 
 
 def undisturbed(layout: Layout, folder: Path) -> dict[str, Any]:
+    """Return the `record` of a run without faults."""
     out = folder / f"undisturbed-{layout.ranks}-{layout.groups}-{layout.evaluate_average}"
     done = start(layout, out)
     assert done.code == 0, done.stderr
@@ -199,19 +234,22 @@ def undisturbed(layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def chains(seed: int) -> Iterator[tuple[Layout, list[str]]]:
-    """Every kind at every place in every layout, once, in an order that the seed draws: a square per layout."""
+    """Yield layouts and the kinds of fault at each place, in an order that the seed draws.
+
+    Over all chains, every kind happens at every place in every layout once: the chains of a layout
+    are the rows of a Latin rectangle.
+    """
     draw = random.Random(seed)
     every = [(layout, first) for layout in LAYOUTS for first in range(len(KINDS))]
     kinds = {layout: draw.sample(KINDS, len(KINDS)) for layout in LAYOUTS}
     draw.shuffle(every)
     for layout, first in every:
-        yield (
-            replace(layout, evaluate_average=first % 2),
-            [kinds[layout][(first + place) % len(KINDS)] for place in range(len(PLACES))],
-        )
+        row = [kinds[layout][(first + place) % len(KINDS)] for place in range(len(PLACES))]
+        yield replace(layout, evaluate_average=first % 2), row
 
 
 def soak(faults: int, seed: int, folder: Path) -> list[Outcome]:
+    """Run chains until there are at least `faults` outcomes, and print each outcome."""
     draw = random.Random(seed)
     expected: dict[Layout, dict[str, Any]] = {}
     outcomes: list[Outcome] = []
@@ -220,34 +258,42 @@ def soak(faults: int, seed: int, folder: Path) -> list[Outcome]:
             break
         if layout not in expected:
             expected[layout] = undisturbed(layout, folder)
-        outcomes += chain(layout, kinds, draw, expected[layout], folder / f"chain-{number:03d}")
-        for outcome in outcomes[-len(PLACES) :]:
-            print(f"{len(outcomes):>4}  {outcome.layout}  {outcome.place:<12} {outcome.kind:<13} {outcome.seconds:5.1f} s  "
-                  f"{'; '.join(outcome.wrong) or 'survived'}", flush=True)  # fmt: skip
+        new = chain(layout, kinds, draw, expected[layout], folder / f"chain-{number:03d}")
+        outcomes += new
+        for outcome in new:
+            print(f"{len(outcomes):>4}  {line_of(outcome)}", flush=True)
     return outcomes
 
 
+def line_of(outcome: Outcome) -> str:
+    judgement = "; ".join(outcome.wrong) or "survived"
+    fault = f"{outcome.place:<12} {outcome.kind:<13}"
+    return f"{outcome.layout}  {fault} {outcome.seconds:5.1f} s  {judgement}"
+
+
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown: for each kind and place survived / tried, and the seconds to the end of the job."""
+    """Return a Markdown table: survived / tried of each kind and place, and seconds to exit."""
     head = ["fault", *PLACES, "tried", "survived", "lost", "seconds to exit: median, most"]
     rows = []
     for kind in KINDS:
-        of_kind = [o for o in outcomes if o.kind == kind]
-        if not of_kind:
-            continue
-        cells = []
-        for place in PLACES:
-            here = [o for o in of_kind if o.place == place]
-            cells.append(f"{sum(not o.wrong for o in here)}/{len(here)}")
-        seconds = sorted(o.seconds for o in of_kind)
-        lost = sum(bool(o.wrong) for o in of_kind)
-        spread = f"{seconds[len(seconds) // 2]:.1f}, {seconds[-1]:.1f}"
-        rows.append([kind, *cells, str(len(of_kind)), str(len(of_kind) - lost), str(lost), spread])
-    lost = sum(bool(o.wrong) for o in outcomes)
-    rows.append(
-        ["all", *[""] * len(PLACES), str(len(outcomes)), str(len(outcomes) - lost), str(lost), ""]
-    )
+        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+        if of_kind:
+            cells = [survived([o for o in of_kind if o.place == place]) for place in PLACES]
+            seconds = sorted(outcome.seconds for outcome in of_kind)
+            spread = f"{seconds[len(seconds) // 2]:.1f}, {seconds[-1]:.1f}"
+            rows.append([kind, *cells, *counts(of_kind), spread])
+    rows.append(["all", *[""] * len(PLACES), *counts(outcomes), ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def survived(outcomes: list[Outcome]) -> str:
+    return f"{sum(not outcome.wrong for outcome in outcomes)}/{len(outcomes)}"
+
+
+def counts(outcomes: list[Outcome]) -> list[str]:
+    """Return how many faults were tried, survived and lost."""
+    lost = sum(bool(outcome.wrong) for outcome in outcomes)
+    return [str(len(outcomes)), str(len(outcomes) - lost), str(lost)]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ CPU = Device(torch.device("cpu"), threads=1)
 
 
 def recipe(**overrides: Any) -> Recipe:
-    """A recipe for `dataset()`; `large_batch={"epochs": 3}` overrides one field of a section."""
+    """Return a recipe for `dataset()`; `large_batch={"epochs": 3}` overrides one field."""
     fields: dict[str, Any] = {
         "groups": 1,
         "model": {"name": "tiny:plain"},
@@ -32,21 +32,22 @@ def recipe(**overrides: Any) -> Recipe:
         "checkpoint": {"min_seconds": 0},
     }
     for section, value in overrides.items():
-        fields[section] = (
-            fields[section] | value if isinstance(value, dict) and section in fields else value
-        )
+        is_section = isinstance(value, dict) and section in fields
+        fields[section] = fields[section] | value if is_section else value
     return parse(fields)
 
 
 def dataset(train: int = 101, test: int = 37, size: int = 8, classes: int = 3) -> Dataset:
-    """Random images, (size, size, 3), whose brightness tells their class; odd numbers of them."""
+    """Return random images, (size, size, 3), whose brightness shows their class.
+
+    Their numbers are odd, so that batches and ranks do not divide them evenly.
+    """
     generator = np.random.Generator(np.random.Philox(7))
 
     def split(samples: int) -> Arrays:
         labels = generator.integers(0, classes, samples)
-        images = (
-            generator.integers(0, 120, (samples, size, size, 3)) + 60 * labels[:, None, None, None]
-        )
+        noise = generator.integers(0, 120, (samples, size, size, 3))
+        images = noise + 60 * labels[:, None, None, None]
         return Arrays(images.astype(np.uint8), labels.astype(np.int64))
 
     return with_statistics(split(train), split(test), tuple("abcdefghij"[:classes]))
@@ -61,7 +62,7 @@ def model(job: Job) -> nn.Module:
 
 
 def plain(classes: int, channels: int) -> nn.Module:
-    """Without batch norm: what N ranks compute is then what one computes."""
+    """Return a model without batch norm: N ranks then compute what one rank computes."""
     return nn.Sequential(
         nn.Conv2d(channels, 8, 3, padding=1),
         nn.ReLU(),
@@ -72,7 +73,7 @@ def plain(classes: int, channels: int) -> nn.Module:
 
 
 def batch_normed(classes: int, channels: int) -> nn.Module:
-    """With batch norm, and nothing random."""
+    """Return a model with batch norm and nothing random."""
     return nn.Sequential(
         nn.Conv2d(channels, 6, 3),
         nn.BatchNorm2d(6),
@@ -85,13 +86,24 @@ def batch_normed(classes: int, channels: int) -> nn.Module:
 
 
 def normed(classes: int, channels: int) -> nn.Module:
-    """With batch norm twice, the second one after the first, and dropout, which batch-norm refresh must not see."""
+    """Return a model with two batch norms in a row and dropout.
+
+    A refresh of batch norm must be without dropout; the second layer sees the first one's output.
+    """
     return nn.Sequential(
-        nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
-    )  # fmt: skip
+        nn.Conv2d(channels, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
+    )
 
 
 def weights(model: nn.Module) -> Tensor:
-    """All of the state dict in one float64 vector, of complex tensors both parts."""
+    """Return the state dict as one float64 vector; a complex number gives two elements."""
     return torch.cat([real(t.detach()).flatten().double() for t in model.state_dict().values()])

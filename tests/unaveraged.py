@@ -1,6 +1,6 @@
-"""Horovod that averages nothing: each rank keeps its own gradients, and no error is said.
+"""A Horovod that averages nothing: each rank keeps its own gradients, without an error.
 
-`build` is the builder of a model, so that a recipe can name it; calling it switches the averaging off.
+`build` builds a model, so that a recipe can name it. Calling it also turns the averaging off.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Small models of kinds that people bring: (n, channels, H, W) -> (n, classes)."""
+"""Small models of the kinds that users have: (n, channels, H, W) -> (n, classes)."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def data(path: Path) -> tuple[Split, Split]:
-    """Images (8, 8, 3) of three classes, which their brightness tells."""
+    """Return images (8, 8, 3) of three classes, which differ in brightness."""
     generator = np.random.Generator(np.random.Philox(7))
 
     def split(samples: int) -> Split:
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def swin_v2(classes: int, channels: int) -> nn.Module:
-    """torchvision's, with its tables of positions as buffers of three dimensions, and stochastic depth."""
+    """Return torchvision's Swin v2: stochastic depth, and tables of positions as 3-d buffers."""
     from torchvision.models.swin_transformer import (
         PatchMergingV2,
         SwinTransformer,
@@ -64,7 +64,7 @@ def swin_v2(classes: int, channels: int) -> nn.Module:
 
 
 def densenet(classes: int, channels: int) -> nn.Module:
-    """torchvision's, with memory-efficient checkpointing."""
+    """Return torchvision's DenseNet with memory-efficient checkpointing."""
     from torchvision.models import DenseNet
 
     return DenseNet(4, (2, 2), 8, num_classes=classes, memory_efficient=True)
@@ -83,7 +83,7 @@ def pruned(classes: int, channels: int) -> nn.Module:
 
 
 class Frozen(Net):
-    """Batch norm that keeps its statistics, as in fine-tuning."""
+    """A network whose batch norm keeps its statistics, as in fine-tuning."""
 
     def train(self, mode: bool = True) -> "Frozen":
         super().train(mode)
@@ -99,7 +99,7 @@ def frozen_batch_norm(classes: int, channels: int) -> nn.Module:
 
 
 def gradient_mask(classes: int, channels: int) -> nn.Module:
-    """Half of the classifier's inputs keep the weights that the builder gave them."""
+    """Return a network of whose classifier half the weights keep their initial values."""
     net = Net(classes, channels)
     mask = torch.ones_like(net.head.weight)
     mask[:, :48] = 0
@@ -108,7 +108,7 @@ def gradient_mask(classes: int, channels: int) -> nn.Module:
 
 
 class Dropping(Net):
-    """Whole layers are left out by a coin that each rank throws."""
+    """A network that leaves out whole layers at random, on each rank for itself."""
 
     def __init__(self, classes: int, channels: int, coin: str):
         super().__init__(classes, channels)
@@ -130,7 +130,7 @@ def dropping(classes: int, channels: int, coin: str = "torch") -> nn.Module:
 
 
 class Complex(Net):
-    """A filter of complex numbers in Fourier space."""
+    """A network with a complex parameter: a filter in Fourier space."""
 
     def __init__(self, classes: int, channels: int):
         super().__init__(classes, channels)
@@ -141,7 +141,7 @@ class Complex(Net):
 
 
 class Seeing(Net):
-    """Counts something that differs between ranks, and hands it out as extra state."""
+    """A network whose extra state is a sum that differs between ranks."""
 
     def __init__(self, classes: int, channels: int):
         super().__init__(classes, channels)
@@ -160,7 +160,7 @@ class Seeing(Net):
 
 
 class Spectral(Net):
-    """Spectral norm of either style."""
+    """A network with spectral norm: torch's parametrization, or the old hooks."""
 
     def __init__(self, classes: int, channels: int, old: bool = False):
         super().__init__(classes, channels)
@@ -175,7 +175,7 @@ class Spectral(Net):
 
 
 class Rechecked(Net):
-    """One layer used twice under reentrant activation checkpointing: its gradient comes in two parts."""
+    """A layer used twice under reentrant checkpointing: its gradient arrives in two parts."""
 
     def __init__(self, classes: int, channels: int):
         super().__init__(classes, channels)
@@ -189,7 +189,7 @@ class Rechecked(Net):
 
 
 def mixing_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with the labels of two samples, weighted by numpy's and Python's generators."""
+    """Return the cross-entropy of mixed labels; numpy and Python draw the shares."""
     share = np.random.beta(0.4, 0.4) * random.random()
     mixed = F.cross_entropy(outputs, targets.roll(1))
     return (1 - share) * F.cross_entropy(outputs, targets) + share * mixed

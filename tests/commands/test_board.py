@@ -1,16 +1,16 @@
-"""TensorBoard's files hold what the JSON lines do, also after a run went on where it stopped."""
+"""TensorBoard's files hold the same as the JSON lines, also after a run has been resumed."""
 
 import json
 from pathlib import Path
 
 import tiny
-from launch import swap_hpc
+from launch import settings, swap_hpc
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swap_hpc.run.board import Board
 
-# phase 1 may have nine epochs, and ends with its first
-FIELDS = (
+# Phase 1 may take nine epochs, and ends after its first.
+FIELDS = settings(
     "tensorboard=true",
     "groups=2",
     "model.width=4",
@@ -21,28 +21,24 @@ FIELDS = (
 
 
 def shown(folder: Path, tag: str) -> dict[int, float]:
-    """Epoch -> value of one of TensorBoard's runs; two values for one epoch fail."""
+    """Return the value of each epoch of a TensorBoard run; assert one value per epoch."""
     events = EventAccumulator(str(folder)).Reload().Scalars(tag)
     assert len({event.step for event in events}) == len(events)
     return {event.step: event.value for event in events}
 
 
-def test_every_group_is_a_run_of_its_own(tmp_path: Path) -> None:
-    fields = [word for field in FIELDS for word in ("--set", field)]
-    for part in (
-        ("--phase", "large_batch"),
-        (),
-    ):  # the second start goes on from the first one's checkpoints
-        done = swap_hpc("train", "digits", "--out", tmp_path, *fields, *part, ranks=2)
+def test_every_group_is_a_separate_run(tmp_path: Path) -> None:
+    line = ("train", "digits", "--out", str(tmp_path), *FIELDS)
+    # The second start resumes from the first one's checkpoints.
+    for part in (("--phase", "large_batch"), ()):
+        done = swap_hpc(*line, *part, ranks=2)
         assert done.code == 0, done.stderr
     board = tmp_path / "tensorboard"
     assert {path.name for path in board.iterdir()} == {"world", "group-000", "group-001", "average"}
     for group in (0, 1):
         name = f"group-{group:03d}"
-        lines = [
-            json.loads(line)
-            for line in (tmp_path / "metrics" / f"{name}.jsonl").read_text().splitlines()
-        ]
+        text = (tmp_path / "metrics" / f"{name}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
         for tag in ("train_loss", "test_accuracy", "learning_rate"):
             found = shown(board / name, tag)
             assert found.keys() == {2, 3}
@@ -54,7 +50,7 @@ def test_every_group_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert shown(board / "world", "test_accuracy").keys() == {1}
 
 
-def test_what_is_begun_anew_holds_no_averages_of_before(tmp_path: Path) -> None:
+def test_what_begins_anew_holds_no_earlier_averages(tmp_path: Path) -> None:
     board = Board(tmp_path, tiny.recipe())
     lines = [
         {"phase": "evaluation", "model": "average", "epoch": epoch, "test_accuracy": 0.5}

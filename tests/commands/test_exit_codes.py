@@ -1,4 +1,4 @@
-"""The table of exit codes: each row of it, made to happen under this environment's mpirun."""
+"""Each row of the table of exit codes, under this environment's mpirun."""
 
 import os
 import signal
@@ -8,16 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import BIN, codes, exit_codes, hydra, launch, processes_of, ranks_of
+from launch import BIN, codes, exit_codes, hydra, launch, processes_of, ranks_of, settings
 
-ENDLESS = (
-    "--set",
-    "large_batch.epochs=2",
-    "--set",
-    "refine.epochs=10000",
-    "--set",
-    "model.width=4",
-)
+ENDLESS = settings("large_batch.epochs=2", "refine.epochs=10000", "model.width=4")
 
 LAUNCHER = f"{'MPICH' if hydra() else 'Open MPI'}'s `mpirun`"
 
@@ -38,15 +31,19 @@ def to_mpirun(number: int, job: "subprocess.Popen[str]") -> None:
 
 
 Sending = Callable[[int, "subprocess.Popen[str]"], None]
+TO_ALL_RANKS = "SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to all ranks"
 CASES: list[tuple[str, Sending, int]] = [
-    *(("SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to all ranks", to_the_ranks, number) for number in
-      (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)),
+    (TO_ALL_RANKS, to_the_ranks, signal.SIGTERM),
+    (TO_ALL_RANKS, to_the_ranks, signal.SIGINT),
+    (TO_ALL_RANKS, to_the_ranks, signal.SIGUSR1),
+    (TO_ALL_RANKS, to_the_ranks, signal.SIGUSR2),
     ("SIGUSR1 to the launcher", to_mpirun, signal.SIGUSR1),
     ("SIGUSR2 to the launcher", to_mpirun, signal.SIGUSR2),
-    *(("SIGTERM or SIGINT to the launcher", to_mpirun, number) for number in (signal.SIGTERM, signal.SIGINT)),
+    ("SIGTERM or SIGINT to the launcher", to_mpirun, signal.SIGTERM),
+    ("SIGTERM or SIGINT to the launcher", to_mpirun, signal.SIGINT),
     ("a rank is killed", to_a_rank, signal.SIGKILL),
     ("the launcher is killed", to_mpirun, signal.SIGKILL),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -57,40 +54,28 @@ def test_the_launchers_code_is_that_of_the_table(
 ) -> None:
     out, state = tmp_path / "out", tmp_path / "state"
     cell = exit_codes(LAUNCHER)[row]
-    job = launch(
-        BIN / "swap-hpc",
-        "train",
-        "digits",
-        *ENDLESS,
-        "--out",
-        out,
-        ranks=2,
-        variables={"SWAP_HPC_STATE": str(state)},
-    )
+    line = ("train", "digits", *ENDLESS, "--out", str(out))
+    job = launch(BIN / "swap-hpc", *line, ranks=2, variables={"SWAP_HPC_STATE": str(state)})
     try:
-        _wait(
-            lambda: (
-                len({path.name[:9] for path in (out / "checkpoints").glob("group-*.safetensors")})
-                == 2
-            )
-        )
+        _wait(lambda: len({path.name[:9] for path in checkpoints(out)}) == 2)  # "group-000"
         send(number, job)
         output, errors = job.communicate(timeout=60)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    code = job.returncode if job.returncode >= 0 else 128 - job.returncode  # as a shell tells it
+    code = job.returncode if job.returncode >= 0 else 128 - job.returncode  # as a shell shows it
     assert code in codes(cell), errors
     assert processes_of(out, within=10) == []
-    # what tells the truth where the code does not
-    assert not (out / "result.json").exists() and list(
-        (out / "checkpoints").glob("group-*.safetensors")
-    )
+    # The folder and the state file are right even where the launcher's code is not.
+    assert not (out / "result.json").exists() and checkpoints(out)
     if "all is saved" in cell:
-        assert (
-            state.read_text() == "stopped"
-            and f"swap-hpc: stopped on request, all is saved in {out}" in output
-        )
+        assert state.read_text() == "stopped"
+        assert f"swap-hpc: stopped on request, all is saved in {out}" in output
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the checkpoints of the groups."""
+    return list((out / "checkpoints").glob("group-*.safetensors"))
 
 
 def test_the_table_is_read() -> None:

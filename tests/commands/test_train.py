@@ -1,4 +1,4 @@
-"""The main job as a user starts it, and the commands around it."""
+"""The main job and the commands around it, as a user starts them."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import BIN, command, swap_hpc
+from launch import BIN, command, settings, swap_hpc
 from safetensors.torch import load_file
 
 from swap_hpc import __version__
@@ -17,18 +17,34 @@ from swap_hpc.recipe.loading import load_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+# The keys of result.json, and those of the objects in it.
 KEYS = {
-    "recipe": None, "seed": None, "ranks": None, "refine_ranks": None, "groups": None, "cycles": None, "weights_sha256": None,
+    "recipe": None,
+    "seed": None,
+    "ranks": None,
+    "refine_ranks": None,
+    "groups": None,
+    "cycles": None,
+    "weights_sha256": None,
     "epochs": {"large_batch", "refine"},
     "train_accuracy": {"large_batch"},
     "test_accuracy": {"large_batch", "groups", "mean_of_groups", "averaged"},
     "test_loss": {"large_batch", "groups", "mean_of_groups", "averaged"},
-    "seconds": {"setup", "large_batch", "refine", "average", "batchnorm", "evaluate", "save", "total"},
+    "seconds": {
+        "setup",
+        "large_batch",
+        "refine",
+        "average",
+        "batchnorm",
+        "evaluate",
+        "save",
+        "total",
+    },
     "images_per_second": {"large_batch", "refine"},
     "peak_memory_mib": {"host", "gpu_allocated", "gpu_reserved"},
-}  # fmt: skip
+}
 # A small and quick variant of digits
-QUICK = ("--set", "large_batch.epochs=2", "--set", "refine.epochs=1", "--set", "model.width=2")
+QUICK = settings("large_batch.epochs=2", "refine.epochs=1", "model.width=2")
 
 
 @pytest.fixture(scope="session")
@@ -44,57 +60,49 @@ def result_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
 
-def test_the_main_job_leaves_what_the_design_says(digits: tuple[Path, str]) -> None:
+def lines(out: Path, part: str) -> list[dict[str, Any]]:
+    """Return the metrics of a part of a run ("world", "group-000" ...)."""
+    text = (out / "metrics" / f"{part}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_main_job_leaves_the_documented_files(digits: tuple[Path, str]) -> None:
     out, _ = digits
     result = result_of(out)
-    assert {k: set(v) if isinstance(v, dict) else None for k, v in result.items()} == KEYS
-    groups = [f"group-{g:03d}" for g in range(4)]
-    files = {
-        "recipe.toml",
-        "environment.json",
-        "result.json",
-        "metrics",
-        "large_batch.safetensors",
-        "swap.safetensors",
-    }
-    assert {p.name for p in out.iterdir()} == files | {f"{g}.safetensors" for g in groups}
-    assert {p.name for p in (out / "metrics").iterdir()} == {"world.jsonl"} | {
-        f"{g}.jsonl" for g in groups
-    }
+    found = {key: set(value) if isinstance(value, dict) else None for key, value in result.items()}
+    assert found == KEYS
+    groups = [f"group-{group:03d}" for group in range(4)]
+    files = {"recipe.toml", "environment.json", "result.json", "metrics"}
+    models = {f"{name}.safetensors" for name in ("large_batch", "swap", *groups)}
+    assert {path.name for path in out.iterdir()} == files | models
+    metrics = {f"{name}.jsonl" for name in ("world", *groups)}
+    assert {path.name for path in (out / "metrics").iterdir()} == metrics
     assert load_recipe(str(out / "recipe.toml")) == load_recipe("digits")
     environment = json.loads((out / "environment.json").read_text())
-    assert [r["rank"] for r in environment["ranks"]] == [0, 1, 2, 3] and environment["versions"][
-        "horovod"
-    ] == "0.28.1"
+    assert [each["rank"] for each in environment["ranks"]] == [0, 1, 2, 3]
+    assert environment["versions"]["horovod"] == "0.28.1"
 
 
 def test_the_main_job_learns(digits: tuple[Path, str]) -> None:
     result = result_of(digits[0])
     accuracy, loss = result["test_accuracy"], result["test_loss"]
-    # of 599 images one is 0.17 points, and which side of it an accuracy falls depends on a processor's rounding; the loss is finer
+    # One of 599 images is worth 0.17 points, and a processor's rounding may decide it. The loss is
+    # finer, so the average is compared with its groups by their losses.
     assert accuracy["averaged"] >= 0.975 and loss["averaged"] < loss["mean_of_groups"]
-    assert len(accuracy["groups"]) == 4 and accuracy["mean_of_groups"] == pytest.approx(
-        sum(accuracy["groups"]) / 4
-    )
-    assert (
-        0 < result["seconds"]["refine"] < result["seconds"]["total"]
-        and result["images_per_second"]["refine"] > 0
-    )
+    assert len(accuracy["groups"]) == 4
+    assert accuracy["mean_of_groups"] == pytest.approx(sum(accuracy["groups"]) / 4)
+    assert 0 < result["seconds"]["refine"] < result["seconds"]["total"]
+    assert result["images_per_second"]["refine"] > 0
 
 
 def test_the_main_job_ends_with_its_table(digits: tuple[Path, str]) -> None:
     out, output = digits
     accuracy = result_of(out)["test_accuracy"]
-    assert (
-        "**averaged (SWAP)**" in output
-        and f"{100 * accuracy['averaged']:.2f}" in output
-        and "batchnorm" in output
-    )
-    assert (
-        "large_batch  epoch   1/" in output
-        and "group 0      epoch   1/" in output
-        and "group 1      epoch" not in output
-    )
+    assert "**averaged (SWAP)**" in output and "batchnorm" in output
+    assert f"{100 * accuracy['averaged']:.2f}" in output
+    assert "large_batch  epoch   1/" in output
+    # The first rank prints its own group's epochs.
+    assert "group 0      epoch   1/" in output and "group 1      epoch" not in output
 
 
 def test_the_files_hold_the_models_of_the_result(digits: tuple[Path, str]) -> None:
@@ -112,36 +120,25 @@ def test_the_files_hold_the_models_of_the_result(digits: tuple[Path, str]) -> No
     out, _ = digits
     swap = load_file(out / "swap.safetensors")
     assert weights_sha256(Held(swap)) == result_of(out)["weights_sha256"]
-    groups = [load_file(out / f"group-{g:03d}.safetensors") for g in range(4)]
-    weight = "linear.weight"
-    assert torch.equal(
-        swap[weight], torch.stack([g[weight].double() for g in groups]).mean(0).float()
-    )
+    groups = [load_file(out / f"group-{group:03d}.safetensors") for group in range(4)]
+    name = "linear.weight"
+    mean = torch.stack([group[name].double() for group in groups]).mean(0).float()
+    assert torch.equal(swap[name], mean)
 
 
 def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
     out, _ = digits
     result = result_of(out)
-    world = [
-        json.loads(line) for line in (out / "metrics" / "world.jsonl").read_text().splitlines()
-    ]
-    assert [line["epoch"] for line in world if line["phase"] == "large_batch"] == list(
-        range(1, result["epochs"]["large_batch"] + 1)
-    )
-    assert [line["model"] for line in world if line["phase"] == "evaluation"] == [
-        "large_batch",
-        "swap",
-    ]
-    for g in range(4):
-        lines = [
-            json.loads(line)
-            for line in (out / "metrics" / f"group-{g:03d}.jsonl").read_text().splitlines()
-        ]
-        assert (
-            len(lines) == result["epochs"]["refine"]
-            and lines[-1]["test_accuracy"] == result["test_accuracy"]["groups"][g]
-        )
-        assert lines[-1]["learning_rate"] == 0
+    world = lines(out, "world")
+    epochs = [line["epoch"] for line in world if line["phase"] == "large_batch"]
+    assert epochs == list(range(1, result["epochs"]["large_batch"] + 1))
+    evaluated = [line["model"] for line in world if line["phase"] == "evaluation"]
+    assert evaluated == ["large_batch", "swap"]
+    for group, accuracy in enumerate(result["test_accuracy"]["groups"]):
+        refined = lines(out, f"group-{group:03d}")
+        assert len(refined) == result["epochs"]["refine"]
+        assert refined[-1]["test_accuracy"] == accuracy
+        assert refined[-1]["learning_rate"] == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +149,7 @@ def test_every_epoch_has_its_line(digits: tuple[Path, str]) -> None:
     ],
 )
 def test_the_pages_commands(line: str, page: str, tmp_path: Path) -> None:
-    """For a laptop and one machine; tests/cluster and tests/image run those for clusters and containers."""
+    """Commands for one machine. tests/cluster and tests/image run those of clusters and images."""
     typed = [line.split("  #")[0].rstrip() for line in (ROOT / page).read_text().splitlines()]
     assert line in typed
     done = command(*line.split(), cwd=tmp_path)
@@ -163,7 +160,7 @@ def test_the_pages_commands(line: str, page: str, tmp_path: Path) -> None:
 
 
 def assert_is_what_the_readme_shows(output: str) -> None:
-    """The lines that the README quotes of `make run`, but for their numbers."""
+    """Compare the output with the lines that the README shows for `make run`, without numbers."""
     (block,) = re.findall(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     printed = {without_numbers(line) for line in output.splitlines()}
     assert [line for line in block.splitlines() if without_numbers(line) not in printed] == []
@@ -177,11 +174,8 @@ def test_a_finished_run_says_so_and_is_left_alone(digits: tuple[Path, str]) -> N
     out, _ = digits
     before = (out / "result.json").stat().st_mtime_ns
     done = swap_hpc("train", "digits", "--out", out, ranks=2)
-    assert (
-        done.code == 0
-        and f"{out} holds this run, complete: nothing to do" in done.stdout
-        and "**averaged (SWAP)**" in done.stdout
-    )
+    assert done.code == 0 and "**averaged (SWAP)**" in done.stdout
+    assert f"{out} holds this run, complete: nothing to do" in done.stdout
     assert (out / "result.json").stat().st_mtime_ns == before
 
 
@@ -189,21 +183,19 @@ def test_report_writes_a_table_and_a_figure(digits: tuple[Path, str]) -> None:
     out, _ = digits
     done = swap_hpc("report", out)
     assert done.code == 0 and "**averaged (SWAP)**" in (out / "report.md").read_text()
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
-        out / "curves.png"
-    ).stat().st_size > 20_000
+    figure = (out / "curves.png").read_bytes()
+    assert figure.startswith(b"\x89PNG") and len(figure) > 20_000
     for path in (out / "report.md", out / "curves.png"):
         path.unlink()
 
 
 def test_report_of_what_is_no_run(tmp_path: Path) -> None:
     done = swap_hpc("report", tmp_path)
-    assert done.code == 2 and done.ours == [
-        f"swap-hpc: {tmp_path} is not a run's folder: there is no result.json in it"
-    ]
+    message = f"{tmp_path} is not a run's folder: there is no result.json in it"
+    assert done.code == 2 and done.ours == [f"swap-hpc: {message}"]
 
 
-def test_alone_it_refines_every_group_and_repeats_to_the_bit(tmp_path: Path) -> None:
+def test_alone_it_refines_every_group_and_repeats_bit_for_bit(tmp_path: Path) -> None:
     results = []
     for out in (tmp_path / "one", tmp_path / "two"):
         done = swap_hpc("train", "digits", *QUICK, "--out", out)
@@ -213,73 +205,45 @@ def test_alone_it_refines_every_group_and_repeats_to_the_bit(tmp_path: Path) -> 
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
 
 
-def test_three_ranks_repeat_to_the_bit(tmp_path: Path) -> None:
-    """From three ranks on a sum has several orders; the order is fixed."""
+def test_three_ranks_repeat_bit_for_bit(tmp_path: Path) -> None:
+    """A sum over three or more ranks has several orders; ours has a fixed one."""
+    fields = (*QUICK, *settings("groups=3", "large_batch.batch_size=240"))
     hashes = set()
     for out in (tmp_path / "one", tmp_path / "two"):
-        done = swap_hpc(
-            "train",
-            "digits",
-            *QUICK,
-            "--set",
-            "groups=3",
-            "--set",
-            "large_batch.batch_size=240",
-            "--out",
-            out,
-            ranks=3,
-        )
+        done = swap_hpc("train", "digits", *fields, "--out", out, ranks=3)
         assert done.code == 0, done.stderr
         hashes.add(result_of(out)["weights_sha256"])
     assert len(hashes) == 1
 
 
 def test_no_refinement_is_plain_sgd_and_its_model_can_be_refined(tmp_path: Path) -> None:
-    done = swap_hpc(
-        "train", "digits", *QUICK, "--set", "refine.epochs=0", "--out", tmp_path / "sgd", ranks=2
-    )
+    sgd, swap = tmp_path / "sgd", tmp_path / "swap"
+    plain = settings("refine.epochs=0")
+    done = swap_hpc("train", "digits", *QUICK, *plain, "--out", sgd, ranks=2)
     assert done.code == 0, done.stderr
-    first = result_of(tmp_path / "sgd")
+    first = result_of(sgd)
     assert first["test_accuracy"]["averaged"] is None and first["test_accuracy"]["groups"] == []
-    assert not (tmp_path / "sgd" / "swap.safetensors").exists()
-    start = (
-        "--set",
-        "large_batch.epochs=0",
-        "--set",
-        f"model.weights={tmp_path}/sgd/large_batch.safetensors",
-    )
-    done = swap_hpc("train", "digits", *QUICK, *start, "--out", tmp_path / "swap", ranks=2)
+    assert not (sgd / "swap.safetensors").exists()
+    start = settings("large_batch.epochs=0", f"model.weights={sgd}/large_batch.safetensors")
+    done = swap_hpc("train", "digits", *QUICK, *start, "--out", swap, ranks=2)
     assert done.code == 0, done.stderr
-    second = result_of(tmp_path / "swap")
+    second = result_of(swap)
     assert second["test_accuracy"]["large_batch"] == first["test_accuracy"]["large_batch"]
-    assert (
-        second["epochs"] == {"large_batch": 0, "refine": 1}
-        and second["train_accuracy"]["large_batch"] is None
-    )
+    assert second["epochs"] == {"large_batch": 0, "refine": 1}
+    assert second["train_accuracy"]["large_batch"] is None
 
 
 def test_phase_2_makes_no_mpi_call(tmp_path: Path) -> None:
-    """Counted by MPI's profiling interface, over the whole program, Horovod's thread included."""
+    """MPI's profiling interface counts all calls of the program, Horovod's thread included."""
     library = tmp_path / "mpi_calls.so"
     subprocess.run([_mpicc(), "-shared", "-fPIC", "-o", library, HERE / "mpi_calls.c"], check=True)
-    line = (
-        sys.executable,
-        HERE / "count_calls.py",
-        "train",
-        "digits",
-        *QUICK,
-        "--out",
-        tmp_path / "out",
-    )
-    done = command(*line, ranks=2, variables={"LD_PRELOAD": str(library)})
+    program = (sys.executable, HERE / "count_calls.py")
+    line = ("train", "digits", *QUICK, "--out", str(tmp_path / "out"))
+    done = command(*program, *line, ranks=2, variables={"LD_PRELOAD": str(library)})
     assert done.code == 0, done.stderr
-    large_batch = [
-        int(line.split()[2])
-        for line in done.stdout.splitlines()
-        if line.startswith("large_batch calls")
-    ]
+    large_batch = re.findall(r"^large_batch calls (\d+)", done.stdout, flags=re.MULTILINE)
     refine = [line for line in done.stdout.splitlines() if line.startswith("refine calls")]
-    assert len(large_batch) == 2 and min(large_batch) > 50  # the counter does count
+    assert len(large_batch) == 2 and min(map(int, large_batch)) > 50  # the counter does count
     assert refine == ["refine calls 0 Horovod False"] * 2
 
 
@@ -292,21 +256,19 @@ def _mpicc() -> str:
 
 def test_recipes_are_listed_and_shown() -> None:
     done = swap_hpc("recipes")
-    assert done.code == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(
-        shipped_recipes()
-    )
+    listed = [line.split()[0] for line in done.stdout.splitlines()]
+    assert done.code == 0 and listed == list(shipped_recipes())
     shown = swap_hpc("recipes", "digits")
     assert shown.stdout.strip() == shipped_recipes()["digits"].read_text().strip()
-    assert swap_hpc("recipes", "digit").ours == [
-        f"swap-hpc: no recipe 'digit'; choose one of {', '.join(shipped_recipes())}"
-    ]
+    message = f"no recipe 'digit'; choose one of {', '.join(shipped_recipes())}"
+    assert swap_hpc("recipes", "digit").ours == [f"swap-hpc: {message}"]
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     assert swap_hpc("--version").stdout == f"swap_hpc {__version__}\n"
 
 
-def test_doctor_tells_what_a_person_asks_first() -> None:
+def test_doctor_answers_the_first_questions_of_a_user() -> None:
     done = swap_hpc("doctor", "--groups", "2", ranks=4)
     assert done.code == 0, done.stderr
     for expected in (
@@ -324,39 +286,33 @@ def test_doctor_tells_what_a_person_asks_first() -> None:
 
 
 def test_a_launcher_that_mpi_does_not_know_is_named(tmp_path: Path) -> None:
-    """As an mpirun of another MPI leaves it: it says 4 ranks, each process is a world of one."""
+    """The mpirun of another MPI sets variables of 4 ranks, but each process is a world of one."""
     variables = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
     done = swap_hpc("doctor", variables=variables)
-    assert (
-        "PROBLEM: Open MPI's mpirun started 4 ranks, but MPI sees a world of 1: launcher and MPI library do not match"
-        in done.stdout
-    )
+    mismatch = "launcher and MPI library do not match"
+    worlds = "Open MPI's mpirun started 4 ranks, but MPI sees a world of 1"
+    assert f"PROBLEM: {worlds}: {mismatch}" in done.stdout
     refused = swap_hpc("train", "digits", "--out", tmp_path, variables=variables)
-    assert refused.code == 2 and "launcher and MPI library do not match" in refused.ours[0]
-    silent = swap_hpc(
-        "train", "digits", "--out", tmp_path, variables=variables | {"OMPI_COMM_WORLD_RANK": "1"}
-    )
+    assert refused.code == 2 and mismatch in refused.ours[0]
+    variables["OMPI_COMM_WORLD_RANK"] = "1"
+    silent = swap_hpc("train", "digits", "--out", tmp_path, variables=variables)
     assert silent.code == 2 and silent.ours == []
 
 
 LOADED = """
 import sys
 from swap_hpc import __main__ as cli
+heavy = ("torch._dynamo", "sklearn", "scipy", "matplotlib", "torchvision")
 try:
     cli.main()
 except SystemExit:
-    print([name for name in ("torch._dynamo", "sklearn", "scipy", "matplotlib", "torchvision") if name in sys.modules])
+    print([name for name in heavy if name in sys.modules])
 """
 
 
 def test_a_run_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path) -> None:
-    small = [
-        word
-        for field in ("groups=2", "model.width=4", "large_batch.epochs=1", "refine.epochs=1")
-        for word in ("--set", field)
-    ]
-    done = command(
-        sys.executable, "-c", LOADED, "train", "digits", "--out", tmp_path / "run", *small, ranks=2
-    )
+    small = settings("groups=2", "model.width=4", "large_batch.epochs=1", "refine.epochs=1")
+    line = ("train", "digits", "--out", str(tmp_path / "run"), *small)
+    done = command(sys.executable, "-c", LOADED, *line, ranks=2)
     assert done.code == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[]", "[]"]

@@ -1,4 +1,4 @@
-"""A wheel, built as `python -m build` does, installed away from the checkout: nothing that a command needs was left behind."""
+"""A wheel built with `python -m build` has everything that the commands need."""
 
 import shutil
 import sys
@@ -17,22 +17,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(
-        ROOT / "swap_hpc", source / "swap_hpc", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "swap_hpc", source / "swap_hpc", ignore=compiled)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    done = command(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        out,
-        source,
-        timeout=300,
-    )
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source)
+    done = command(*build, timeout=300)
     assert done.code == 0, done.stderr
     return next(out.glob("*.whl"))
 
@@ -49,29 +39,23 @@ def test_the_wheel_holds_all_files_of_the_package(wheel: Path) -> None:
 
 
 def test_it_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:
-    """In an environment that has its dependencies, the built Horovod among them, from this one, but not this checkout."""
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
-    done = command(
-        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel
-    )
+    """The environment has this one's dependencies and the built Horovod, but not this checkout."""
+    env, work = tmp_path / "env", tmp_path / "work"
+    work.mkdir()
+    venv.create(env, with_pip=False)
+    python = env / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    done = command(*pip, "install", "--no-deps", "--quiet", wheel)
     assert done.code == 0, done.stderr
-    (site / "dependencies.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
-    )
-    (tmp_path / "work").mkdir()
-    found = command(
-        python, "-c", "import swap_hpc; print(swap_hpc.__file__)", cwd=tmp_path / "work"
-    )
+    site = next((env / "lib").glob("python*/site-packages"))
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    found = command(python, "-c", "import swap_hpc; print(swap_hpc.__file__)", cwd=work)
     assert found.stdout.startswith(str(site)), found.stdout + found.stderr
-    program = tmp_path / "env" / "bin" / "swap-hpc"
-    assert (
-        command(program, "--version", cwd=tmp_path / "work").stdout
-        == f"swap_hpc {swap_hpc.__version__}\n"
-    )
-    assert "cifar10-cpu-table" in command(program, "study", cwd=tmp_path / "work").stdout
-    done = command(program, "train", "digits", ranks=2, cwd=tmp_path / "work", timeout=180)
-    assert done.code == 0 and (tmp_path / "work" / "runs" / "digits" / "result.json").is_file(), (
-        done.stderr
-    )
+    program = env / "bin" / "swap-hpc"
+    version = command(program, "--version", cwd=work).stdout
+    assert version == f"swap_hpc {swap_hpc.__version__}\n"
+    assert "cifar10-cpu-table" in command(program, "study", cwd=work).stdout
+    done = command(program, "train", "digits", ranks=2, cwd=work, timeout=180)
+    assert done.code == 0, done.stderr
+    assert (work / "runs" / "digits" / "result.json").is_file()

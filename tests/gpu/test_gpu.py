@@ -1,4 +1,4 @@
-"""What needs a GPU: the same code there gives what it gives on the CPU."""
+"""Tests that need a GPU: the package gives the same results there as on the CPU."""
 
 import json
 from collections import OrderedDict
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from launch import swap_hpc
+from launch import settings, swap_hpc
 from nvidia.dali import fn
 from PIL import Image
 from torch import nn
@@ -33,11 +33,10 @@ from swap_hpc.run.prepare import choose_algorithms
 from swap_hpc.train.fit import fit
 from swap_hpc.train.optimizers import Sgd
 
+NO_GPU = "no GPU is visible: run make test-gpu on a host with one"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu on a host with one"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU),
 ]
 
 GPU = Device(torch.device("cuda", 0), threads=1, uuid="the only one", capability=(9, 0))
@@ -65,7 +64,7 @@ def test_a_fingerprint_is_the_cpus() -> None:
 
 
 def test_power_iterations_settle_in_float32() -> None:
-    """Also where a refresh of batch norm runs under autocast, which takes their products to bfloat16 on a GPU."""
+    """A refresh of batch norm may run under autocast, whose products are bfloat16 on a GPU."""
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(30, 20)).cuda().train()
     with torch.autocast("cuda", torch.bfloat16):
         iterate_power_methods_(layer, set(layer.modules()), Team.alone())
@@ -73,14 +72,14 @@ def test_power_iterations_settle_in_float32() -> None:
     assert abs(torch.linalg.matrix_norm(layer.weight, 2).item() - 1) < 1e-4
 
 
-def test_extra_states_do_not_tell_their_device() -> None:
+def test_extra_states_do_not_depend_on_their_device() -> None:
     state = OrderedDict(scale=torch.arange(3.0), more=[torch.ones(2), "text"])
     there = OrderedDict(scale=torch.arange(3.0).cuda(), more=[torch.ones(2).cuda(), "text"])
     assert torch.equal(encoded(there), encoded(state))
 
 
-def test_a_graphs_output_on_the_cpu_comes_whole() -> None:
-    """The GPU lags behind while DALI fills its buffers again."""
+def test_a_graphs_output_on_the_cpu_arrives_whole() -> None:
+    """DALI fills its buffers again while the GPU still has other work to do first."""
 
     def graph(picks: Iterator[Picks], training: bool) -> tuple[Any, Any]:
         def batch(pick: Picks) -> tuple[np.ndarray, np.ndarray]:
@@ -94,17 +93,20 @@ def test_a_graphs_output_on_the_cpu_comes_whole() -> None:
     seen = []
     picks = training_picks(KEY, 64, 16, 0, 1, range(10))
     for inputs, targets in loader.batches(data, split, picks, loader.View(Augment()), 16, GPU):
-        busy = busy @ busy / 64  # what comes next is queued behind it
+        busy = busy @ busy / 64  # the copies below are queued behind it
         seen.append((inputs.clone(), targets.clone()))
-    assert len(seen) == 40 and all(
-        torch.equal(inputs, targets[:, None].float().expand_as(inputs)) for inputs, targets in seen
-    )
+    assert len(seen) == 40
+    for inputs, targets in seen:
+        assert torch.equal(inputs, targets[:, None].float().expand_as(inputs))
 
 
 def test_horovods_kernels_and_nccl_average_as_the_plain_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One rank that poses as two: buckets, fusion and scaling kernels and NCCL run. Twice, as in phases 1 and 2."""
+    """One rank that poses as two makes buckets, fusion and scaling kernels and NCCL run.
+
+    Twice, since Horovod is started for phase 1 and again for phase 2.
+    """
     if not gradients.load_horovod().nccl_built():
         pytest.skip("this Horovod was built without NCCL")
     job = replace(tiny.job(model={"name": "tiny:batch_normed"}), device=GPU)
@@ -113,12 +115,9 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(
     weights = []
     for team in (together, together, Team.alone()):
         model = tiny.model(job).cuda()
-        with (
-            use_deterministic_cudnn(),
-            gradients.averaged_gradients(
-                model, Sgd(model.parameters(), lr=0.1), team, GPU
-            ) as optimizer,
-        ):
+        sgd = Sgd(model.parameters(), lr=0.1)
+        averaged = gradients.averaged_gradients(model, sgd, team, GPU)
+        with use_deterministic_cudnn(), averaged as optimizer:
             for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
@@ -135,16 +134,10 @@ def use_deterministic_cudnn() -> Iterator[None]:
 
 def test_deterministic_runs_repeat(tmp_path: Path) -> None:
     hashes = []
+    quick = settings("large_batch.epochs=2", "refine.epochs=1")
+    on_gpu = settings("deterministic=true", "device=cuda")
     for out in (tmp_path / "one", tmp_path / "two"):
-        quick = (
-            "--set",
-            "large_batch.epochs=2",
-            "--set",
-            "refine.epochs=1",
-            "--set",
-            "deterministic=true",
-        )
-        done = swap_hpc("train", "digits", "--set", "device=cuda", *quick, "--out", out, ranks=1)
+        done = swap_hpc("train", "digits", *quick, *on_gpu, "--out", out, ranks=1)
         assert done.code == 0, done.stderr
         hashes.append(json.loads((out / "result.json").read_text())["weights_sha256"])
     assert hashes[0] == hashes[1]
@@ -153,7 +146,7 @@ def test_deterministic_runs_repeat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields", [{"channels_last": True}, {"cudnn_benchmark": True}, {"optimizer": {"fused": True}}]
 )
-def test_faster_ways_round_differently_and_no_more(
+def test_faster_settings_only_round_differently(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -170,9 +163,8 @@ def test_faster_ways_round_differently_and_no_more(
 def test_doctor_finds_no_problem_on_ranks_that_share_the_gpu() -> None:
     done = swap_hpc("doctor", ranks=2)
     assert done.code == 0, done.stderr
-    assert (
-        "a step's gradients, averaged by Horovod over world: right on all ranks" in done.stdout
-    ), done.stdout
+    line = "a step's gradients, averaged by Horovod over world: right on all ranks"
+    assert line in done.stdout, done.stdout
 
 
 def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +176,7 @@ def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(tiny.weights(there.cpu()), tiny.weights(here), rtol=1e-2, atol=1e-3)
 
 
-def test_the_average_is_the_cpus_to_the_bit() -> None:
+def test_the_average_is_the_cpus_bit_for_bit() -> None:
     models = [tiny.model(tiny.job(seed=seed)) for seed in range(3)]
     results = []
     for device in ("cpu", "cuda"):
@@ -199,39 +191,40 @@ def test_the_average_is_the_cpus_to_the_bit() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_digits_with_ranks_that_share_the_gpu(ranks: int, tmp_path: Path) -> None:
-    done = swap_hpc(
-        "train",
-        "digits",
-        "--set",
-        "device=cuda",
-        "--out",
-        tmp_path / "out",
-        ranks=ranks,
-        timeout=300,
-    )
+    line = ("train", "digits", *settings("device=cuda"), "--out", str(tmp_path / "out"))
+    done = swap_hpc(*line, ranks=ranks, timeout=300)
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test_accuracy"]["averaged"] >= 0.975
     memory = result["peak_memory_mib"]
     assert 1 < memory["gpu_allocated"] <= memory["gpu_reserved"] < 20_000
-    assert ("ranks share a GPU: gradients go through host memory" in done.stdout) == (
-        ranks > torch.cuda.device_count()
-    )
+    shared = "ranks share a GPU: gradients go through host memory" in done.stdout
+    assert shared == (ranks > torch.cuda.device_count())
 
 
 def test_batches_that_run_ahead_keep_their_pixels() -> None:
-    """Batches dropped while the GPU still reads them: DALI must not use their memory before."""
     job = replace(tiny.job(large_batch={"epochs": 40}), device=GPU)
-    waited = [
-        images.double().sum().item()
-        for images, _ in job.training_batches(job.recipe.large_batch, KEY, Team.alone())
-    ]
+    phase = job.recipe.large_batch
+    in_time = sums_in_time(job.training_batches(phase, KEY, Team.alone()))
+    assert sums_behind(job.training_batches(phase, KEY, Team.alone())) == in_time
+
+
+def sums_in_time(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Return the sum of each batch, computed before the next one is asked for."""
+    return [images.double().sum().item() for images, _ in batches]
+
+
+def sums_behind(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Return the sum of each batch, computed while later batches are made.
+
+    A batch is dropped while the GPU still reads it: DALI must not use its memory before.
+    """
     busy = torch.randn(4096, 4096, device="cuda")
     sums = []
-    for images, _ in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
+    for images, _ in batches:
         busy = busy @ busy / 64  # the sum below is queued behind it
         sums.append(images.double().sum())
-    assert [s.item() for s in sums] == waited
+    return [each.item() for each in sums]
 
 
 def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
@@ -245,26 +238,23 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
         (None, Picks(np.arange(12), None)),
         (Augment(flip=True), epoch_picks(KEY, 0, 12)),
     ):
-        ((images, labels),) = loader.batches(
-            data, split, iter([pick]), loader.View(augment), 12, GPU
-        )
+        view = loader.View(augment)
+        ((images, labels),) = loader.batches(data, split, iter([pick]), view, 12, GPU)
         assert images.shape == (12, 3, 32, 32) and labels.tolist() == pick.indices.tolist()
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)
 
 
 def coloured(folder: Path, number: int) -> Dataset:
-    """JPEG files of coarse colours, whose channels are stored at half the resolution."""
+    """Return JPEG files of coarse colours, which are stored at half the resolution."""
     generator, paths = np.random.default_rng(0), []
     for i in range(number):
         coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        image = coarse.resize((64, 48), Image.Resampling.BICUBIC)
         paths.append(str(folder / f"{i}.jpg"))
-        coarse.resize((64, 48), Image.Resampling.BICUBIC).save(
-            paths[-1], quality=95, subsampling="4:2:0"
-        )
+        image.save(paths[-1], quality=95, subsampling="4:2:0")
     split = Files(tuple(paths), np.arange(number))
-    return Dataset(
-        split, split, tuple(map(str, range(number))), (42, 42), 3, (0.0,) * 3, (1.0,) * 3
-    )
+    classes = tuple(map(str, range(number)))
+    return Dataset(split, split, classes, (42, 42), 3, (0.0,) * 3, (1.0,) * 3)
 
 
 def test_streamed_colours_are_nearly_the_cpus(tmp_path: Path) -> None:
@@ -272,20 +262,13 @@ def test_streamed_colours_are_nearly_the_cpus(tmp_path: Path) -> None:
     picks = [Picks(np.arange(8), None)]
     ((here, _),) = loader.batches(data, data.test, iter(picks), loader.View(None), 8, tiny.CPU)
     ((there, _),) = loader.batches(data, data.test, iter(picks), loader.View(None), 8, GPU)
-    off = (there.cpu() - here).abs()
-    assert off.mean() < 1 and off.max() < 12, (off.mean(), off.max())  # of 255
+    off = (there.cpu() - here).abs()  # of 255 levels
+    assert off.mean() < 1 and off.max() < 12, (off.mean(), off.max())
 
 
 def test_streamed_batches_that_run_ahead_keep_their_pixels(tmp_path: Path) -> None:
-    """Batches dropped while the GPU still reads them: DALI must not use their memory before."""
     data = coloured(tmp_path, 8)
     picks = [Picks(np.arange(i, i + 4), None) for i in range(5)] * 20
-    waited = [
-        i.double().sum().item()
-        for i, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU)
-    ]
-    busy, sums = torch.randn(4096, 4096, device="cuda"), []
-    for images, _ in loader.batches(data, data.test, iter(picks), loader.View(None), 4, GPU):
-        busy = busy @ busy / 64  # the sum below is queued behind it
-        sums.append(images.double().sum())
-    assert [s.item() for s in sums] == waited
+    view = loader.View(None)
+    in_time = sums_in_time(loader.batches(data, data.test, iter(picks), view, 4, GPU))
+    assert sums_behind(loader.batches(data, data.test, iter(picks), view, 4, GPU)) == in_time

@@ -1,4 +1,4 @@
-"""A round of the models of `make fuzz`: every ingredient, and every kind that must be refused."""
+"""A round of the models of `make fuzz`: all ingredients, and all kinds that must be refused."""
 
 from pathlib import Path
 

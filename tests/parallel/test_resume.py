@@ -1,4 +1,4 @@
-"""A run that is stopped at any step boundary and goes on from its checkpoints ends as if it had not been."""
+"""A run that is stopped at any step boundary and resumed ends like one that was not stopped."""
 
 import math
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ NORMED: dict[str, Any] = {
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks look at every step whether a save is due."""
+    """Have a sync check at every step, which tells whether a save is due."""
     monkeypatch.setattr(sync_check, "CHECK_SECONDS", 0.0)
 
 
@@ -52,17 +52,17 @@ def folder(world: Team, tmp_path: Path) -> Path | None:
 
 
 def eager(job: Job) -> Job:
-    """Always due to save."""
+    """Return the job with a save due at every sync check."""
     return replace(job, control=Control(save_seconds=0.0))
 
 
 @dataclass
 class Record:
-    """What a run reports and leaves; equal records are equal to the bit, but for the times."""
+    """What a run reports and leaves, without times; records are compared bit for bit."""
 
     epochs: dict[tuple[Part, int], tuple[Any, ...]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
-    synced: int = field(default=0, compare=False)  # sync points on the way that are over
+    synced: int = field(default=0, compare=False)  # sync points that the run has passed
 
     def add(self, event: Event) -> None:
         match event:
@@ -144,7 +144,10 @@ def test_stopped_at_any_step_it_ends_the_same_to_the_bit(
 def test_stopped_again_and_again_it_ends_the_same(
     world: Team, folder: Path, every_step: None
 ) -> None:
-    """Every start does three steps; groups of several ranks where the number of ranks allows it; a rank with two groups; meetings."""
+    """Every start does three steps, with sync points on the way.
+
+    Groups have two ranks where the number of ranks is even; otherwise a rank has two groups.
+    """
     layout = 2 if world.size % 2 == 0 else 2 * world.size
     job = eager(
         tiny.job(
@@ -166,7 +169,7 @@ def test_stopped_again_and_again_it_ends_the_same(
 def test_groups_that_go_on_from_their_average_come_back_to_one_step(
     world: Team, folder: Path
 ) -> None:
-    """Stopped again and again, also between the saves of a rank's two groups, it ends the same to the bit."""
+    """The end is the same bit for bit, also with stops between the saves of a rank's two groups."""
     layout = 2 if world.size % 2 == 0 else 2 * world.size
     job = eager(
         tiny.job(
@@ -188,7 +191,7 @@ def test_groups_that_go_on_from_their_average_come_back_to_one_step(
 def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(
     world: Team, folder: Path, every_step: None
 ) -> None:
-    """Saved by all ranks inside an epoch of each phase, it goes on on one rank alone."""
+    """All ranks save inside an epoch of each phase; one rank alone continues."""
     job = eager(tiny.job(groups=1, refine={"epochs": 1, "batch_size": 24}))
     for stop_at in (2, 6, 10):  # of 8 steps in phase 1 and 4 in phase 2
         with grid(world, 1) as ranks, grid(Team.alone(), 1) as one:
@@ -249,7 +252,7 @@ def test_one_rank_that_is_asked_stops_all_at_the_same_step(world: Team, every_st
     assert world.allgather(points) == [points] * world.size
 
 
-def test_looking_more_often_changes_nothing(
+def test_more_sync_checks_change_nothing(
     world: Team, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, records = tiny.job(**NORMED), []
@@ -262,7 +265,7 @@ def test_looking_more_often_changes_nothing(
 
 
 def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: Path) -> None:
-    """But what is asked for: the mean of the groups' weights as they are then, and of their cycles' ends."""
+    """It only adds averages of the groups' weights at that time and of the ends of their cycles."""
     jobs = [
         tiny.job(
             groups=2 * world.size, refine={"epochs": 2, "cycles": 2, "evaluate_average": every}
@@ -288,7 +291,7 @@ def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: 
     assert len(averages) == 4
     everyones = [
         torch.stack(copies)[k : k + 2] for k in range(0, 8, 2)
-    ]  # per meeting, this rank's two groups
+    ]  # per sync point, this rank's two groups
     here = [torch.stack([w for part in world.allgather(each) for w in part]) for each in everyones]
     expected: list[Tensor] = [
         here[0].mean(0),
@@ -311,6 +314,7 @@ def test_weights_that_are_not_finite_are_never_saved(world: Team, every_step: No
     job.control.heartbeat = lambda where: model.get_parameter("0.weight").data.fill_(math.inf)  # type: ignore[method-assign, assignment]
     with pytest.raises(
         RunError,
-        match=r"a weight is not finite after large_batch, epoch 1, step 2, at a learning rate of 0.0",
+        match=r"a weight is not finite after large_batch, epoch 1, step 2, "
+        r"at a learning rate of 0.0",
     ):
         next(events)

@@ -1,4 +1,4 @@
-"""Properties of the whole: groups, their average, and how little the number of ranks matters."""
+"""Properties of whole runs: groups, their average, and equal results on any number of ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ REFINE_ONLY: dict[str, Any] = {
 
 
 def run(job: Job, ranks: Ranks) -> dict[str, Tensor]:
-    """Every model of a run by name, as this rank holds it."""
+    """Return every model of a run by name, as this rank holds it."""
     found = {}
     for event in swap(tiny.model(job), job, ranks):
         match event:
@@ -41,7 +41,7 @@ def run(job: Job, ranks: Ranks) -> dict[str, Tensor]:
 
 @contextmanager
 def alone(groups: int) -> Iterator[Ranks]:
-    """One rank that refines all groups, one after the other."""
+    """Yield the grid of one rank that refines all groups, one after the other."""
     with grid(Team.alone(), groups) as ranks:
         yield ranks
 
@@ -131,7 +131,10 @@ def test_four_groups_of_two(world: Team) -> None:
 
 
 def test_cycles_enter_the_average_one_by_one(world: Team) -> None:
-    """G groups of C cycles: the mean of all G x C weights, each cycle going on from the last one's end."""
+    """G groups of C cycles give the mean of all G x C weights.
+
+    Each cycle continues from the end of the one before.
+    """
     ends: list[Tensor] = []
     for cycles in (1, 2, 3):  # a run of c cycles ends where cycle c of a longer one ends
         job = tiny.job(

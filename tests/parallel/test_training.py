@@ -1,4 +1,4 @@
-"""Several ranks train as one does."""
+"""Several ranks train as one rank does."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
 
 @pytest.mark.ranks(1, 2)
 def test_a_training_that_was_left_does_not_end_the_next_ones_horovod(world: Team) -> None:
-    """An error keeps a generator suspended until its traceback is freed, at any time, on any rank."""
+    """A failed generator stays suspended until its traceback is freed, at any time, on any rank."""
     job = tiny.job()
     alone, model = tiny.model(job), tiny.model(job)
     list(fit(alone, job, PHASE_1, world))
@@ -130,7 +130,7 @@ def test_groups_that_wait_for_each_other_have_saved() -> None:
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("busy", [True, False])
 def test_saves_of_short_epochs_are_apart(busy: bool, world: Team) -> None:
-    """Where one rank finds that enough time has passed, all save; a phase's end is always saved."""
+    """All ranks save when one finds that it is time; the end of a phase is always saved."""
     job = tiny.job(large_batch={"epochs": 3})
     rests = 1e6 if busy or world.rank else 0.0
     job = replace(job, control=Control(min_seconds=rests))
@@ -161,7 +161,7 @@ def test_faster_ways_round_differently_and_no_more(fields: dict[str, Any], world
 def test_the_next_batch_is_fetched_while_gradients_are_averaged(
     world: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not an epoch's first one: an evaluation comes before, and the images may have another size then."""
+    """The first batch of an epoch is not: an evaluation comes before, and its size may differ."""
     done: list[str] = []
     plain_batches, plain_step = Job.training_batches, Sgd.step
 
@@ -189,7 +189,8 @@ def test_ranks_give_one_ranks_weights(world: Team) -> None:
     epochs = only_epochs(fit(together, job, PHASE_1, world))
     reference = only_epochs(fit(alone, job, PHASE_1, Team.alone()))
     torch.testing.assert_close(tiny.weights(together), tiny.weights(alone), rtol=1e-4, atol=1e-6)
-    assert (tiny.weights(alone) - tiny.weights(tiny.model(job))).abs().max() > 1e-2  # it did train
+    # Training changed the weights.
+    assert (tiny.weights(alone) - tiny.weights(tiny.model(job))).abs().max() > 1e-2
     for ours, theirs in zip(epochs, reference, strict=True):
         assert ours.train.accuracy == pytest.approx(theirs.train.accuracy, abs=0.02)
         assert ours.train.loss == pytest.approx(theirs.train.loss, rel=1e-4)
@@ -209,7 +210,7 @@ def test_a_compiled_step_trains_as_a_plain_one_does(world: Team) -> None:
 
 @pytest.mark.ranks(1)
 def test_what_was_compiled_before_does_not_matter(world: Team) -> None:
-    """A process that goes on in phase 2 compiles no other step than one that has seen phase 1's batches."""
+    """A process that resumes in phase 2 compiles the same step as one that trained phase 1."""
     job = tiny.job(model={"name": "tiny:batch_normed"}, compile=True)
     fresh, later = tiny.model(job), tiny.model(job)
     for model, before in ((fresh, False), (later, True)):
@@ -244,7 +245,7 @@ def test_an_evaluation_leaves_the_modes_as_they_were(world: Team) -> None:
 
 @pytest.mark.ranks(1)
 def test_an_evaluations_measures_are_computed_in_float32(world: Team) -> None:
-    """As those of training: autocast is for the model's forward pass, and on GPUs forbids some losses."""
+    """Autocast is for the model's forward pass only; on GPUs it forbids some losses."""
     seen = []
 
     def measured(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -285,6 +286,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(world: Team) -> None:
     job = tiny.job(large_batch={"learning_rate": 1e30})
     with pytest.raises(
         RunError,
-        match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], at a learning rate of 1e\+30",
+        match=r"the loss is (nan|inf) in large_batch, epoch 1, step [1-4], "
+        r"at a learning rate of 1e\+30",
     ):
         list(fit(tiny.model(job), job, PHASE_1, world))
