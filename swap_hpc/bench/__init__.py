@@ -115,12 +115,12 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     for name in names:
         bench = BENCHES[name]
         for ranks in bench.ranks:
-            tell(f"{name}, {_counted(ranks, 'rank')}: {bench.what}")
+            tell(f"{name}, {counted(ranks, 'rank')}: {bench.what}")
             result = _launched(name, ranks, launcher)
             rows += result["comparisons"]
             host = result["machine"]
     comparisons = from_json(rows)
-    cores = f"{_counted(host['cores'], 'core')} of {host['cpu']}, {host['gpu'] or 'no GPU'}"
+    cores = f"{counted(host['cores'], 'core')} of {host['cpu']}, {host['gpu'] or 'no GPU'}"
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +130,9 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     return not missed
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str) -> str:
+    """Return "1 rank", "2 ranks", "4,096 ranks"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     write_json(out / "scaling.json", {"machine": host, "cases": cases})
     scaling.figure(cases, host["cores"], out / "scaling.png")
     tell(
-        f"\n{scaling.table(cases)}\n\n{_counted(host['cores'], 'core')} of {host['cpu']}: "
+        f"\n{scaling.table(cases)}\n\n{counted(host['cores'], 'core')} of {host['cpu']}: "
         "with more ranks than cores, several share one"
     )
 

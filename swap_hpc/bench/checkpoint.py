@@ -10,6 +10,7 @@ from time import perf_counter
 
 from torch import nn
 
+from swap_hpc.bench import counted
 from swap_hpc.parallel.grid import Ranks, grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.markdown import markdown_table
@@ -64,8 +65,8 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
         if recipe.refine.epochs:
             costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, checkpoints)
         checkpoints.remove(world)
-    title = f"{recipe.name} on {world.size} rank{'s' * (world.size != 1)}"
-    return f"{title}, {SAVES} saves into {folder}\n\n{_table(costs)}"
+    title = f"{recipe.name} on {counted(world.size, 'rank')}, {SAVES} saves into {folder}"
+    return f"{title}\n\n{_table(costs)}"
 
 
 def _table(costs: dict[str, Cost]) -> str:

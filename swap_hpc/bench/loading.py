@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Comparison, alternately, images_per_second, wait_for_gpu
 from swap_hpc.data import load, loader
 from swap_hpc.data.dataset import Dataset, with_statistics
@@ -65,7 +66,7 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
     best = _best(transforms)
     against_loader = alternately(ours, transforms(best))
     against_torch = alternately(ours, vectorised)
-    what = f"DALI in memory, {device.threads} threads"
+    what = f"DALI in memory, {counted(device.threads, 'thread')}"
     comparisons = []
     if device.torch.type == "cuda":
         what = "crops in a GPU's memory"
@@ -74,7 +75,7 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
         comparisons.append(
             Comparison("loader", what, consumer, "images/s", *against_model, bar=2.0)
         )
-    loader_name = f"DataLoader with v2 transforms, its best: {best} workers"
+    loader_name = f"DataLoader with v2 transforms, its best: {counted(best, 'worker')}"
     return [
         *comparisons,
         Comparison("loader", what, loader_name, "images/s", *against_loader, bar=4.0),
@@ -126,8 +127,8 @@ def from_files(world: Team, peers: ModuleType) -> list[Comparison]:
 
         best = _best(folder)
         against_folder = alternately(ours, folder(best))
-    what = f"DALI from files, {device.threads} threads"
-    folder_name = f"ImageFolder and DataLoader, its best: {best} workers"
+    what = f"DALI from files, {counted(device.threads, 'thread')}"
+    folder_name = f"ImageFolder and DataLoader, its best: {counted(best, 'worker')}"
     return [Comparison("decode", what, folder_name, "images/s", *against_folder, bar=1.5)]
 
 

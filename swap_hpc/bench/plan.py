@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from swap_hpc.bench import counted
 from swap_hpc.bench.calibration import parse_cost, read_calibration
 from swap_hpc.bench.cost_model import (
     Costs,
@@ -82,7 +83,7 @@ def text(
     return "\n".join(
         [
             f"{recipe.name}: {shape.samples:,} samples, {parameters / 1e6:.2f} million parameters, "
-            f"{_counted(recipe.groups, 'group')}. Predictions, not measurements:",
+            f"{counted(recipe.groups, 'group')}. Predictions, not measurements:",
             "",
             table(work, costs, ranks),
             "",
@@ -91,10 +92,6 @@ def text(
             f"costs in seconds, and bytes per second, {source}: {values}",
         ]
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _shape(data: Data, samples: int | None) -> Shape:
@@ -149,7 +146,7 @@ def _costs(operations: int, calibration: Path, overrides: Sequence[str]) -> tupl
 def _traffic(work: Work, ranks: int) -> str:
     sent = bytes_per_image(work, ranks)
     return (
-        f"{_counted(ranks, 'rank')}: a rank sends {sent['large_batch']:,.0f} bytes per image "
+        f"{counted(ranks, 'rank')}: a rank sends {sent['large_batch']:,.0f} bytes per image "
         f"in phase 1, {sent['refine']:,.0f} in phase 2"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.launcher import CROWDED
@@ -54,7 +55,7 @@ def start(world: Team, peers: ModuleType) -> list[Comparison]:
     return [
         Comparison(
             bench="start",
-            what=f"swap-hpc train to its first step, {RANKS} ranks on {cores} cores",
+            what=f"swap-hpc train to its first step, {RANKS} ranks on {counted(cores, 'core')}",
             peer="import torch",
             unit="s",
             ours=ours_seconds,

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
 from swap_hpc.data.sampling import Key
@@ -190,24 +192,20 @@ def _compare_refinement(
     def ours() -> float:
         return _fitted(job, deepcopy(model), refinement_of(world.rank))
 
-    def ours_of_group_0() -> float:
-        return _fitted(job, deepcopy(model), refinement_of(0))
-
     def bare() -> float:
         return _bare(job, model, job.recipe.refine, Key(0, Phase.REFINE, world.rank), peers)
 
-    def mean_of_all(measure: Callable[[], float]) -> float:
+    def together(measure: Callable[[], float]) -> float:
         world.barrier()
         return world.sums(measure())[0] / world.size
 
-    pairs = alternately(
-        lambda: mean_of_all(ours), lambda: world.first_while_others_sleep(ours_of_group_0)
-    )
-    bare_pairs = alternately(
-        lambda: mean_of_all(bare), lambda: world.first_while_others_sleep(bare), 3
-    )
+    def alone(measure: Callable[[], float]) -> float:
+        return world.first_while_others_sleep(measure)
+
+    pairs = alternately(partial(together, ours), partial(alone, ours))
+    bare_pairs = alternately(partial(together, bare), partial(alone, bare), 3)
     unit = "images/s per rank"
-    what = f"{world.size} ranks refining, {precision}, {job.device.threads} thread each"
+    what = f"{world.size} ranks refining, {precision}, {counted(job.device.threads, 'thread')} each"
     ceiling = f"its ceiling: {world.size} bare loops that know nothing of each other"
     return [
         Comparison("refine", what, "one rank alone", unit, *pairs, bar=bar),
