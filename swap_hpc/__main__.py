@@ -362,11 +362,10 @@ def plan(
 ) -> None:
     """Predict seconds per phase on any number of ranks, and those of small- and large-batch SGD."""
     from swap_hpc.bench import plan as plans
-    from swap_hpc.train import models
 
     parsed = load_recipe(recipe, overrides or ())
     numbers = _numbers("--ranks", ranks)
-    say(plans.text(parsed, numbers, samples, calibration, costs or (), models.size))
+    say(plans.text(parsed, numbers, samples, calibration, costs or ()))
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""What the parts cost, each beside what a user would pick instead, in one run. Peers stand in `tests/bench/peers`, in a checkout."""
+"""What parts of the program cost, each beside what one would use instead.
+
+The alternatives are in `tests/bench/peers.py`, so that benches run in a checkout of the source.
+"""
 
 import importlib.util
 import json
@@ -17,162 +20,209 @@ from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.launcher import CROWDED
 
+# Modules that import torch or MPI are imported inside the functions that need them: the command
+# line lists the benches without.
+
 PEERS = Path("tests/bench/peers.py")
 
 
 @dataclass(frozen=True)
 class Bench:
+    """A bench and how it is started."""
+
     where: str  # module and function
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # numbers of ranks, each in its own launch
     what: str
 
 
 BENCHES = {
     "loader": Bench(
-        "loading:in_memory",
-        (1,),
-        "CIFAR's augmentation in memory: DALI beside a DataLoader, and plain torch",
+        where="loading:in_memory",
+        ranks=(1,),
+        what="CIFAR's augmentation in memory: DALI beside a DataLoader, and plain torch",
     ),
     "decode": Bench(
-        "loading:from_files",
-        (1,),
-        "JPEG files, random resized crops: DALI beside ImageFolder and DataLoader",
+        where="loading:from_files",
+        ranks=(1,),
+        what="JPEG files, random resized crops: DALI beside ImageFolder and DataLoader",
     ),
     "step": Bench(
-        "training:step", (2,), "a step of phase 1: Horovod beside DistributedDataParallel"
+        where="training:step",
+        ranks=(2,),
+        what="a step of phase 1: Horovod beside DistributedDataParallel",
     ),
     "overhead": Bench(
-        "overhead:overhead",
-        (1,),
-        "what a step costs on the host beside the model's own work, in microseconds",
+        where="overhead:overhead",
+        ranks=(1,),
+        what="the host's microseconds per step of fit(), beside those of a bare loop",
     ),
-    "loop": Bench("training:loop", (1,), "fit() beside a bare loop"),
+    "loop": Bench(
+        where="training:loop",
+        ranks=(1,),
+        what="fit() beside a bare loop",
+    ),
     "refine": Bench(
-        "training:refine", (2,), "a rank that refines among others beside a rank alone"
+        where="training:refine",
+        ranks=(2,),
+        what="a rank that refines among others beside a rank alone",
     ),
-    "average": Bench("averages:average", (2, 4), "averaged weights beside a bare allreduce"),
+    "average": Bench(
+        where="averages:average",
+        ranks=(2, 4),
+        what="averaged weights beside a bare allreduce",
+    ),
     "batchnorm": Bench(
-        "averages:batchnorm", (2,), "the batch-norm refresh beside torch's update_bn"
+        where="averages:batchnorm",
+        ranks=(2,),
+        what="the batch-norm refresh beside torch's update_bn",
     ),
-    "start": Bench("starting:start", (1,), "launch to first step beside import torch"),
+    "start": Bench(
+        where="starting:start",
+        ranks=(1,),
+        what="launch to first step beside import torch",
+    ),
 }
 
 NAMES = {
     **{name: bench.what for name, bench in BENCHES.items()},
     "scaling": "seconds, bytes sent and memory of each phase against ranks, model and data",
-    "checkpoint": "what saving costs: seconds, and the share of a run of a recipe, on the ranks that you start",
+    "checkpoint": "seconds of saving, and their share of a recipe's run, on the ranks you start",
 }
 
 
 def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[str], None]) -> bool:
-    """Runs benches, each under a launch of its own, prints one table, and writes its JSON into `out`. Returns whether all bars are met."""
-    from swap_hpc.bench.measure import Comparison, table
+    """Run benches, print one table of all their comparisons, and write them as JSON.
+
+    Args:
+        names: keys of `BENCHES`.
+        launcher: the command that starts ranks; `{ranks}` in it stands for their number.
+        out: the JSON file to write; None for none.
+        tell: prints a line.
+
+    Returns:
+        True if all bars are met.
+
+    Raises:
+        UserError: the alternatives are not here, or the launcher is not on the PATH.
+        RunError: a bench failed.
+    """
+    from swap_hpc.bench.measure import from_json, table
 
     if not PEERS.is_file():
-        raise UserError(
-            f"no {PEERS} here: the benches run in a checkout of the source, beside their peers"
-        )
+        raise UserError(f"no {PEERS} here: run benches at the top of a checkout of the source")
     rows: list[dict[str, Any]] = []
     host: dict[str, Any] = {}
     for name in names:
-        for ranks in BENCHES[name].ranks:
-            tell(f"{name}, {ranks} rank{'s' * (ranks > 1)}: {BENCHES[name].what}")
-            said = _launched(name, ranks, launcher)
-            rows, host = rows + said["comparisons"], said["machine"]
-    kept = Comparison.__dataclass_fields__
-    comparisons = [
-        Comparison(**{key: value for key, value in row.items() if key in kept}) for row in rows
-    ]
-    cores = f"{host['cores']} cores of {host['cpu']}, {host['gpu'] or 'GPU: not measured: no GPU'}"
+        bench = BENCHES[name]
+        for ranks in bench.ranks:
+            tell(f"{name}, {counted(ranks, 'rank')}: {bench.what}")
+            result = _launched(name, ranks, launcher)
+            rows += result["comparisons"]
+            host = result["machine"]
+    comparisons = from_json(rows)
+    cores = f"{counted(host['cores'], 'core')} of {host['cpu']}, {host['gpu'] or 'no GPU'}"
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {"machine": host, "comparisons": rows})
-    missed = [each for each in comparisons if each.met is False]
-    tell(
-        "all bars are met"
-        if not missed
-        else f"missed: {', '.join(sorted({each.bench for each in missed}))}"
-    )
+    missed = sorted({each.bench for each in comparisons if each.met is False})
+    tell(f"missed: {', '.join(missed)}" if missed else "all bars are met")
     return not missed
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 rank", "2 ranks", "4,096 ranks"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
+    """Run `work` on new ranks, and return the result that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said.json"
+        result = Path(folder) / "result.json"
         line = [
             *(part.format(ranks=ranks) for part in shlex.split(launcher)),
             sys.executable,
             "-m",
             "swap_hpc.bench",
             name,
-            str(said),
+            str(result),
         ]
+        # The user's own settings come after CROWDED, which lets ranks outnumber cores.
+        variables = CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher}
         try:
-            code = subprocess.run(
-                line,
-                env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher},
-                check=False,
-            ).returncode
+            code = subprocess.run(line, env=variables, check=False).returncode
         except FileNotFoundError:
             raise UserError(
-                f"no {line[0]} on the PATH: activate the environment, or say --launcher"
+                f"no {line[0]} on the PATH: activate the environment, or give --launcher"
             ) from None
-        if code or not said.is_file():
-            raise RunError(f"bench {name} ended with {code}: {' '.join(line)}")
-        return json.loads(said.read_text(encoding="utf-8"))
+        if code or not result.is_file():
+            raise RunError(f"bench {name} ended with exit code {code}: {' '.join(line)}")
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
-    """Runs the cases of `scaling`, prints a table, and writes it as JSON and as a figure into the folder `out`."""
+    """Measure the cases of `scaling`, print their table, and write it as JSON and as a figure.
+
+    Args:
+        launcher: the command that starts ranks; `{ranks}` in it stands for their number.
+        out: the folder for `scaling.json` and `scaling.png`.
+        tell: prints a line.
+    """
     from swap_hpc.bench import scaling
     from swap_hpc.bench.scaling_figure import draw_scaling
     from swap_hpc.bench.traffic import SETTINGS
 
     os.environ.update(SETTINGS)
-    # the same on any number of ranks, for the cases to be comparable
+    # One thread on any number of ranks, unless the user chose another, keeps the cases comparable.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
     cases: list[dict[str, Any]] = []
     host: dict[str, Any] = {}
     for case in scaling.CASES:
-        tell("scaling: " + ", ".join(f"{value:,} {name}" for name, value in case.items()))
-        said = _launched(f"scaling:{json.dumps(case)}", case["ranks"], launcher)
-        cases, host = [*cases, said["case"]], said["machine"]
+        tell("scaling: " + ", ".join(f"{name} {value:,}" for name, value in case.items()))
+        result = _launched(f"scaling:{json.dumps(case)}", case["ranks"], launcher)
+        cases.append(result["case"])
+        host = result["machine"]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scaling.json", {"machine": host, "cases": cases})
     draw_scaling(cases, host["cores"], out / "scaling.png")
     tell(
-        f"\n{scaling.table(cases)}\n\n{host['cores']} cores of {host['cpu']}: with more ranks than cores, several share one"
+        f"\n{scaling.table(cases)}\n\n{counted(host['cores'], 'core')} of {host['cpu']}: "
+        "with more ranks than cores, several share one"
     )
 
 
-def work(name: str, said: Path) -> None:
-    """One bench, on one of its ranks."""
+def work(name: str, result: Path) -> None:
+    """Run one bench on this rank; the first rank writes what it found.
+
+    Args:
+        name: a key of `BENCHES`, or "scaling:" and a case as JSON.
+        result: the JSON file to write.
+    """
     from swap_hpc.bench.measure import as_json, machine
     from swap_hpc.parallel.teams import Team
 
     world = Team.world()
+    found: dict[str, Any]
     if name.startswith("scaling:"):
         from swap_hpc.bench import scaling
 
-        case = scaling.measure(world, json.loads(name.removeprefix("scaling:")))
-        world.first(
-            lambda: said.write_text(
-                json.dumps({"machine": machine(), "case": case}), encoding="utf-8"
-            )
-        )
-        return
-    module, _, function = BENCHES[name].where.partition(":")
-    compare = getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)
-    comparisons = compare(world, _peers())
-    found = json.dumps({"machine": machine(), "comparisons": as_json(comparisons)})
-    world.first(lambda: said.write_text(found, encoding="utf-8"))
+        case = json.loads(name.removeprefix("scaling:"))
+        found = {"case": scaling.measure(world, case)}
+    else:
+        module, _, function = BENCHES[name].where.partition(":")
+        compare = getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)
+        found = {"comparisons": as_json(compare(world, _peers()))}
+    world.first(
+        lambda: result.write_text(json.dumps({"machine": machine()} | found), encoding="utf-8")
+    )
 
 
 def _peers() -> ModuleType:
+    """Import the alternatives from the file, which is in no package."""
     spec = importlib.util.spec_from_file_location("peers", PEERS)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module  # a DataLoader's workers find it there
+    # The workers of a DataLoader import their data set's class by the module's name.
+    sys.modules["peers"] = module
     spec.loader.exec_module(module)
     return module

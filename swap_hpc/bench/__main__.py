@@ -1,4 +1,4 @@
-"""`python -m swap_hpc.bench NAME FILE`, as `swap-hpc bench` starts it on every rank."""
+"""One rank of a bench: `python -m swap_hpc.bench NAME FILE`, started by `swap-hpc bench`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`loader` and `decode`: our DALI pipelines beside a `DataLoader` with torchvision's transforms."""
+"""`loader` and `decode`: DALI pipelines beside a `DataLoader` with torchvision's transforms."""
 
 import os
 import tempfile
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Comparison, alternately, images_per_second, wait_for_gpu
 from swap_hpc.data import load, loader
 from swap_hpc.data.dataset import Dataset, with_statistics
@@ -25,90 +26,72 @@ from swap_hpc.train import models
 from swap_hpc.train.optimizers import build_optimizer
 
 IMAGES, BATCH = 15_360, 512  # of 32x32 pixels
-FILES, FILE_BATCH = 1440, 32  # JPEG of 500x375; enough for what is loaded ahead not to count
+# JPEG of 500x375 pixels; so many files that what is loaded ahead of the clock does not count
+FILES, FILE_BATCH = 1440, 32
 AUGMENT = Augment(pad=4, flip=True, cutout=8)
-WORKERS = (0, 1, 2, 4)
+WORKERS = (0, 1, 2, 4)  # that are tried for a DataLoader
 
 
 def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
-    """CIFAR's augmentation of images in memory."""
+    """Compare CIFAR's augmentation of images in memory with a DataLoader and with plain torch.
+
+    On a GPU, also with what a model consumes.
+    """
     generator = np.random.default_rng(0)
-    images, labels = (
-        generator.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
-        generator.integers(0, 10, IMAGES),
-    )
-    dataset = with_statistics(
-        Arrays(images, labels), Arrays(images[:1], labels[:1]), tuple(map(str, range(10)))
-    )
+    images = generator.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8)
+    labels = generator.integers(0, 10, IMAGES)
+    classes = tuple(map(str, range(10)))
+    test = Arrays(images[:1], labels[:1])
+    dataset = with_statistics(Arrays(images, labels), test, classes)
+    mean, std = dataset.mean, dataset.std
     device = use_device(world, world, "auto")
 
     def ours() -> float:
-        return images_per_second(
-            _training(dataset, AUGMENT, BATCH, device, 2), warm_up=20
-        )  # crops on a GPU come ten batches at once
+        # On a GPU, crops are made for ten batches at once: warm up beyond the first ten.
+        return images_per_second(_training(dataset, AUGMENT, BATCH, device, 2), warm_up=20)
 
     def transforms(workers: int) -> Callable[[], float]:
-        return lambda: images_per_second(
-            peers.cifar_loader(images, labels, dataset.mean, dataset.std, AUGMENT, BATCH, workers)
-        )
+        def measure() -> float:
+            return images_per_second(
+                peers.cifar_loader(images, labels, mean, std, AUGMENT, BATCH, workers)
+            )
+
+        return measure
 
     def vectorised() -> float:
         return images_per_second(
-            peers.cifar_batches(
-                images, labels, dataset.mean, dataset.std, AUGMENT, BATCH, 2, device.torch
-            )
+            peers.cifar_batches(images, labels, mean, std, AUGMENT, BATCH, 2, device.torch)
         )
 
     best = _best(transforms)
-    one, other = alternately(ours, transforms(best))
-    two, another = alternately(ours, vectorised)
-    what = (
-        "crops in a GPU's memory"
-        if device.torch.type == "cuda"
-        else f"DALI in memory, {device.threads} threads"
-    )
-    consumed = []
+    against_loader = alternately(ours, transforms(best))
+    against_torch = alternately(ours, vectorised)
+    what = f"DALI in memory, {counted(device.threads, 'thread')}"
+    comparisons = []
     if device.torch.type == "cuda":
-        three, eaten = alternately(ours, lambda: _consumed(device))
-        consumed = [
-            Comparison(
-                "loader",
-                what,
-                "what ResNet-9 of width 64 consumes, bf16",
-                "images/s",
-                three,
-                eaten,
-                2.0,
-            )
-        ]
+        what = "crops in a GPU's memory"
+        consumer = "what ResNet-9 of width 64 consumes, bf16"
+        against_model = alternately(ours, lambda: _consumed(device))
+        comparisons.append(
+            Comparison("loader", what, consumer, "images/s", *against_model, bar=2.0)
+        )
+    loader_name = f"DataLoader with v2 transforms, its best: {counted(best, 'worker')}"
     return [
-        *consumed,
-        Comparison(
-            "loader",
-            what,
-            f"DataLoader with v2 transforms, its best: {best} workers",
-            "images/s",
-            one,
-            other,
-            4.0,
-        ),
-        Comparison("loader", what, "vectorised plain torch", "images/s", two, another, 1.0),
+        *comparisons,
+        Comparison("loader", what, loader_name, "images/s", *against_loader, bar=4.0),
+        Comparison("loader", what, "vectorised plain torch", "images/s", *against_torch, bar=1.0),
     ]
 
 
 def _consumed(device: Device, steps: int = 50) -> float:
-    """Images per second that a model trains on, of one batch again and again."""
-    model = (
-        models.build(Model(name="resnet9"), 10, 3, 0)
-        .to(memory_format=torch.channels_last)
-        .to(device.torch)
-    )
-    images = torch.randn(BATCH, 3, 32, 32, device=device.torch).to(
-        memory_format=torch.channels_last
-    )
+    """Return the images per second that ResNet-9 trains on, of one batch again and again."""
+    model = models.build(Model(name="resnet9"), 10, 3, 0)
+    model = model.to(memory_format=torch.channels_last).to(device.torch)
+    images = torch.randn(BATCH, 3, 32, 32, device=device.torch)
+    images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(10, (BATCH,), device=device.torch)
     optimizer = build_optimizer(model, Optimizer())
-    for step in range(-5, steps):
+    for step in range(-5, steps):  # five steps to warm up
         if step == 0:
             wait_for_gpu()
             begin = time.perf_counter()
@@ -122,52 +105,48 @@ def _consumed(device: Device, steps: int = 50) -> float:
 
 
 def from_files(world: Team, peers: ModuleType) -> list[Comparison]:
-    """Random resized crops of JPEG files."""
+    """Compare random resized crops of JPEG files with `ImageFolder` and a DataLoader."""
     device = use_device(world, world, "auto")
     with tempfile.TemporaryDirectory() as name:
         root = peers.jpeg_folder(Path(name), FILES)
-        dataset = load(
-            Data(name="folder", path=root, image_size=((0, 224),), memory_gib=0),
-            world,
-            device.threads,
-        )
+        # memory_gib=0: every epoch decodes the files again.
+        data = Data(name="folder", path=root, image_size=((0, 224),), memory_gib=0)
+        dataset = load(data, world, device.threads)
+        mean, std = dataset.mean, dataset.std
 
         def ours() -> float:
             return images_per_second(_training(dataset, Augment(flip=True), FILE_BATCH, device, 1))
 
         def folder(workers: int) -> Callable[[], float]:
-            return lambda: images_per_second(
-                peers.folder_loader(root / "train", dataset.mean, dataset.std, FILE_BATCH, workers)
-            )
+            def measure() -> float:
+                return images_per_second(
+                    peers.folder_loader(root / "train", mean, std, FILE_BATCH, workers)
+                )
+
+            return measure
 
         best = _best(folder)
-        one, other = alternately(ours, folder(best))
-    peer = f"ImageFolder and DataLoader, its best: {best} workers"
-    return [
-        Comparison(
-            "decode",
-            f"DALI from files, {device.threads} threads",
-            peer,
-            "images/s",
-            one,
-            other,
-            1.5,
-        )
-    ]
+        against_folder = alternately(ours, folder(best))
+    what = f"DALI from files, {counted(device.threads, 'thread')}"
+    folder_name = f"ImageFolder and DataLoader, its best: {counted(best, 'worker')}"
+    return [Comparison("decode", what, folder_name, "images/s", *against_folder, bar=1.5)]
 
 
 def _training(
     dataset: Dataset, augment: Augment, batch: int, device: Device, epochs: int
 ) -> Iterator[Any]:
-    picks = training_picks(
-        Key(0, Phase.LARGE_BATCH), len(dataset.train), batch, 0, 1, range(epochs)
-    )
+    """Make the batches of phase 1 that a single rank takes."""
+    key = Key(0, Phase.LARGE_BATCH)
+    picks = training_picks(key, len(dataset.train), batch, 0, 1, range(epochs))
     return loader.batches(dataset, dataset.train, picks, loader.View(augment), batch, device)
 
 
 def _best(loader_with: Callable[[int], Callable[[], float]]) -> int:
-    """The number of workers with which a loader is fastest."""
-    return max(
-        (workers for workers in WORKERS if workers <= 2 * (os.cpu_count() or 1)),
-        key=lambda workers: loader_with(workers)(),
-    )
+    """Return the number of workers with which a DataLoader is fastest.
+
+    Args:
+        loader_with: gives for a number of workers what measures images per second with them.
+    """
+    most = 2 * (os.cpu_count() or 1)
+    sensible = (workers for workers in WORKERS if workers <= most)
+    return max(sensible, key=lambda workers: loader_with(workers)())

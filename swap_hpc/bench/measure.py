@@ -1,4 +1,8 @@
-"""Two things measured in turn, in one run: A B A B ... A speed alone means little on a shared machine, the ratio of neighbours does."""
+"""The measurement of two things in turn, A B A B ..., and the table of the results.
+
+On a shared machine a speed alone means little. The ratio of two measurements that follow each other
+does, because what else the machine does slows both.
+"""
 
 import os
 import platform
@@ -16,47 +20,49 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours beside a peer's: figures in `unit`, repeat by repeat."""
+    """Measurements of ours and of the alternative, one per repeat; a row of the table."""
 
     bench: str
-    what: str
-    peer: str
+    what: str  # ours
+    peer: str  # the alternative
     unit: str
     ours: list[float]
     peers: list[float]
-    bar: float | None = None  # of the median ratio; None: reported only
-    at_most: bool = False  # the ratio has to be no more than the bar; else no less
-    difference: bool = False  # ours less the peer's counts, in `unit`, not the ratio
+    bar: float | None = None  # target of the median ratio; None: reported only
+    at_most: bool = False  # the bar is an upper limit; else a lower one
+    difference: bool = False  # the bar is one of differences, in `unit`, not of ratios
     note: str = ""
 
     @property
     def ratios(self) -> list[float]:
-        """Or differences; ascending."""
-        return sorted(
-            a - b if self.difference else a / b for a, b in zip(self.ours, self.peers, strict=True)
-        )
+        """The ratio, or the difference, of ours to the alternative in each repeat; ascending."""
+        pairs = zip(self.ours, self.peers, strict=True)
+        if self.difference:
+            return sorted(ours - peer for ours, peer in pairs)
+        return sorted(ours / peer for ours, peer in pairs)
 
     @property
     def met(self) -> bool | None:
+        """True if the median ratio meets the bar; None without a bar."""
         if self.bar is None:
             return None
         middle = median(self.ratios)
         return middle <= self.bar if self.at_most else middle >= self.bar
 
     def row(self) -> tuple[str, ...]:
+        """Return the cells of the table's row."""
         ratios = self.ratios
-        sign = "at most" if self.at_most else "at least"
-        verdict = {None: "reported", True: "met", False: "**missed**"}[self.met]
-        bar = f"{sign} {self.bar:g}" if self.bar is not None else "-"
-        middles = (f"{median(self.ours):,.4g}", f"{median(self.peers):,.4g}", self.unit)
+        limit = "at most" if self.at_most else "at least"
         return (
             self.bench,
             self.what,
             self.peer,
-            *middles,
+            f"{median(self.ours):,.4g}",
+            f"{median(self.peers):,.4g}",
+            self.unit,
             f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
-            bar,
-            verdict,
+            "-" if self.bar is None else f"{limit} {self.bar:g}",
+            {None: "reported", True: "met", False: "**missed**"}[self.met],
         )
 
 
@@ -74,22 +80,25 @@ HEAD = (
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
+    """Return a Markdown table of the comparisons, and their notes below it."""
+    rows = markdown_table(HEAD, [each.row() for each in comparisons])
     notes = [f"- {each.bench}, {each.what}: {each.note}" for each in comparisons if each.note]
-    return "\n".join(
-        [
-            markdown_table(HEAD, [each.row() for each in comparisons]),
-            *([""] if notes else []),
-            *notes,
-        ]
-    )
+    return "\n".join([rows, "", *notes]) if notes else rows
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return the comparisons' fields, their ratios, and which of them meet their bars."""
     return [asdict(each) | {"ratios": each.ratios, "met": each.met} for each in comparisons]
 
 
+def from_json(rows: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Return the comparisons that `as_json` turned into `rows`."""
+    names = Comparison.__dataclass_fields__
+    return [Comparison(**{name: row[name] for name in names if name in row}) for row in rows]
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the hardware and the versions that this process measures."""
     import torch
 
     cpu = next(
@@ -118,14 +127,18 @@ def _lines(file: str) -> list[str]:
 def alternately(
     ours: Callable[[], float], peer: Callable[[], float], repeats: int = REPEATS
 ) -> tuple[list[float], list[float]]:
-    """What each returns, in turn, after one run of each that does not count."""
-    ours(), peer()
+    """Call two measurements in turn, and return the results of each.
+
+    One first call of each is not counted: it warms up caches and memory pools.
+    """
+    ours()
+    peer()
     pairs = [(ours(), peer()) for _ in range(repeats)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def wait_for_gpu() -> None:
-    """For the work that was given to it."""
+    """Wait until the GPU, if this process uses one, has done all work given to it."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -134,23 +147,25 @@ def wait_for_gpu() -> None:
 
 @dataclass
 class Clock:
-    """Seconds of the slowest rank between two moments at which all ranks meet."""
+    """A stopwatch for work that all ranks do together: the slowest rank counts."""
 
     world: Team
     began: float = field(default=0.0)
 
     def start(self) -> None:
+        """Start on all ranks at once. Collective over `world`."""
         wait_for_gpu()
         self.world.barrier()
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
+        """Return the slowest rank's seconds since the start. Collective over `world`."""
         wait_for_gpu()
         return self.world.maximum(time.perf_counter() - self.began)[0]
 
 
 def images_per_second(batches: Iterator[Any], warm_up: int = 5) -> float:
-    """Of a stream of (images, labels), after its first batches."""
+    """Consume batches of (images, labels), and return the speed after the first `warm_up`."""
     for _ in range(warm_up):
         next(batches)
     wait_for_gpu()

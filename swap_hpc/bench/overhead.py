@@ -1,7 +1,7 @@
-"""`overhead`: what a step costs on the host beside the model's own work, in microseconds.
+"""`overhead`: the host's share of a step beside the model's own work, in microseconds.
 
-A GPU takes a few milliseconds for a step of ResNet-9, and is idle where the host is slower. Here the model does nothing, and
-the images have one pixel, so that what is left is the host's work.
+A GPU takes a few milliseconds for a step of ResNet-9, and is idle when the host is slower. Here the
+model does nothing and the images have one pixel, so that what is left is the host's work.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,17 @@ from swap_hpc.train.optimizers import build_optimizer
 
 BATCH, STEPS, EPOCHS = 512, 32, 4
 FIELDS = (
-    f"large_batch.batch_size={BATCH}", f"large_batch.epochs={EPOCHS}", "large_batch.learning_rate=0.1", "refine.epochs=0",
-    "augment.pad=0", "augment.cutout=1", "evaluate.every=0", "checkpoint.epochs=0", "precision=bf16", "device=cpu",
-)  # fmt: skip
+    f"large_batch.batch_size={BATCH}",
+    f"large_batch.epochs={EPOCHS}",
+    "large_batch.learning_rate=0.1",
+    "refine.epochs=0",
+    "augment.pad=0",
+    "augment.cutout=1",
+    "evaluate.every=0",
+    "checkpoint.epochs=0",
+    "precision=bf16",
+    "device=cpu",
+)
 KEY = Key(0, Phase.LARGE_BATCH)
 MOST = 400.0  # microseconds
 
@@ -51,70 +59,68 @@ class Nothing(nn.Module):
 
 
 class AsOnGpu(Job):
-    """A job on the CPU whose batches are made as on a GPU, by torch's operators instead of DALI's."""
+    """A job on the CPU whose batches are made as on a GPU: by torch's operators, not by DALI's."""
 
     def training_batches(
         self, phase: LargeBatch | Refine, key: Key, team: Team, epoch: int = 0, step: int = 0
     ) -> Iterator[Batch]:
-        assert isinstance(self.dataset.train, Arrays)
-        span = range(epoch, phase.epochs * phase.cycles)
+        train = self.dataset.train
+        assert isinstance(train, Arrays)
+        epochs = range(epoch, phase.epochs * phase.cycles)
         picks = training_picks(
-            key, len(self.dataset.train), phase.batch_size, team.rank, team.size, span, step
+            key, len(train), phase.batch_size, team.rank, team.size, epochs, step
         )
-        return cropped(
-            self.dataset, self.dataset.train, picks, self.recipe.augment, self.device.torch
-        )
+        return cropped(self.dataset, train, picks, self.recipe.augment, self.device.torch)
 
 
 def overhead(world: Team, peers: ModuleType) -> list[Comparison]:
-    """A step of `fit()` beside the same model's forward pass, backward pass and step in a bare loop on one batch."""
+    """Compare a step of `fit()` with a bare loop's on one batch: forward, backward and step."""
     device = replace(choose_device(world, "cpu"), threads=1)
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
-    images, labels = (
-        generator.integers(0, 256, (BATCH * STEPS, 1, 1, 3), dtype=np.uint8),
-        generator.integers(0, 10, BATCH * STEPS),
-    )
-    dataset = with_statistics(
-        Arrays(images, labels), Arrays(images[:10], labels[:10]), tuple("0123456789")
-    )
+    images = generator.integers(0, 256, (BATCH * STEPS, 1, 1, 3), dtype=np.uint8)
+    labels = generator.integers(0, 10, BATCH * STEPS)
+    test = Arrays(images[:10], labels[:10])
+    dataset = with_statistics(Arrays(images, labels), test, tuple("0123456789"))
     recipe = load_recipe("cifar10", FIELDS)
-    cases = {
-        "crops as on a GPU": AsOnGpu(recipe, dataset, device),
-        "crops by DALI, its work on the pixels too": Job(recipe, dataset, device),
-    }
-    comparisons = []
-    for (name, job), bar in zip(cases.items(), (MOST, None), strict=True):
-        one, other = alternately(lambda job=job: _fitted(job), lambda job=job: _bare(job, peers))  # type: ignore[misc]
-        parts = {"the next batch": _batches(job), "seeding": _seeding(), "the steps' end": 0.0}
-        parts["the steps' end"] = max(0.0, median(one) - median(other) - sum(parts.values()))
-        note = ", ".join(f"{part} {microseconds:.0f}" for part, microseconds in parts.items())
-        comparisons.append(
-            Comparison(
-                "overhead",
-                f"fit(), a step of {BATCH}, {name}",
-                "a bare loop on one batch",
-                "us",
-                one,
-                other,
-                bar,
-                True,
-                True,
-                note,
-            )
-        )
-    return comparisons
+    cases: list[tuple[str, Job, float | None]] = [
+        ("crops as on a GPU", AsOnGpu(recipe, dataset, device), MOST),
+        # DALI works on the pixels in the same threads, so that this row has no bar.
+        ("crops by DALI, its work on the pixels too", Job(recipe, dataset, device), None),
+    ]
+    return [
+        _compare(job, f"fit(), a step of {BATCH}, {name}", bar, peers) for name, job, bar in cases
+    ]
+
+
+def _compare(job: Job, what: str, bar: float | None, peers: ModuleType) -> Comparison:
+    fitted, bare = alternately(lambda: _fitted(job), lambda: _bare(job, peers))
+    next_batch, seeding = _batches(job), _seeding()
+    rest = median(fitted) - median(bare) - (next_batch + seeding)
+    parts = {"the next batch": next_batch, "seeding": seeding, "the steps' end": max(0.0, rest)}
+    return Comparison(
+        bench="overhead",
+        what=what,
+        peer="a bare loop on one batch",
+        unit="us",
+        ours=fitted,
+        peers=bare,
+        bar=bar,
+        at_most=True,
+        difference=True,
+        note=", ".join(f"{part} {microseconds:.0f}" for part, microseconds in parts.items()),
+    )
 
 
 def _fitted(job: Job) -> float:
-    """Microseconds of a step, the median of the epochs."""
-    epochs = [
-        event for event in fit(Nothing(), job, PHASE_1, Team.alone()) if isinstance(event, Epoch)
-    ]
-    return 1e6 * median(epoch.train_seconds for epoch in epochs) / STEPS
+    """Return the microseconds of a step of `fit()`, the median of its epochs."""
+    events = fit(Nothing(), job, PHASE_1, Team.alone())
+    seconds = [event.train_seconds for event in events if isinstance(event, Epoch)]
+    return 1e6 * median(seconds) / STEPS
 
 
 def _bare(job: Job, peers: ModuleType) -> float:
+    """Return the microseconds of a step of the bare loop."""
     model = Nothing()
     optimizer = build_optimizer(model, job.recipe.optimizer)
     batch = next(job.training_batches(job.recipe.large_batch, KEY, Team.alone()))
@@ -124,13 +130,17 @@ def _bare(job: Job, peers: ModuleType) -> float:
 
 
 def _batches(job: Job) -> float:
+    """Return the microseconds in which the next batch is made."""
     stream = job.training_batches(job.recipe.large_batch, KEY, Team.alone())
+    # The first epoch warms up; five times half an epoch, which are measured, fit into the others.
     for _ in range(STEPS):
         next(stream)
     return _microseconds(lambda: [next(stream) for _ in range(STEPS // 2)], STEPS // 2)
 
 
 def _seeding() -> float:
+    """Return the microseconds in which the generators are seeded for a step."""
+
     def seed() -> None:
         for step in range(STEPS):
             seed_all(KEY.torch_seed(step, 0))
@@ -139,7 +149,7 @@ def _seeding() -> float:
 
 
 def _microseconds(function: Callable[[], object], times: int) -> float:
-    """Of one of `times` that `function` does: the median of five calls."""
+    """Return the microseconds of one of the `times` steps of a call; the median of five calls."""
     seconds = []
     for _ in range(5):
         begin = perf_counter()

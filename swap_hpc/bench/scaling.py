@@ -1,8 +1,10 @@
-"""`scaling`: seconds, bytes sent and memory of each phase, against the number of ranks, the model's size and the data's."""
+"""`scaling`: seconds, bytes sent and memory of each phase against ranks, model and data."""
 
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
+
+from torch import nn
 
 from swap_hpc.bench.traffic import Traffic
 from swap_hpc.data import load
@@ -18,7 +20,7 @@ from swap_hpc.train.job import Job
 
 Case = dict[str, int]
 
-# width: of the ResNet-9; samples: training images
+# The width of a ResNet-9 and the number of training images; one of the three varies at a time.
 CASES: list[Case] = [
     *({"ranks": ranks, "width": 8, "samples": 4096} for ranks in (1, 2, 4, 8)),
     *({"ranks": 2, "width": width, "samples": 4096} for width in (16, 32)),
@@ -26,68 +28,89 @@ CASES: list[Case] = [
 ]
 PHASES = ("large_batch", "refine", "average", "batchnorm")
 FIELDS = (
-    "data.name=synthetic", "evaluate.every=0", "large_batch.epochs=2", "large_batch.batch_size=1024", "refine.epochs=1", "precision=fp32",
-    "batchnorm.samples=2048", "batchnorm.batch_size=128",
-)  # fmt: skip
+    "data.name=synthetic",
+    "evaluate.every=0",
+    "large_batch.epochs=2",
+    "large_batch.batch_size=1024",
+    "refine.epochs=1",
+    "precision=fp32",
+    "batchnorm.samples=2048",
+    "batchnorm.batch_size=128",
+)
 
 
 def measure(world: Team, case: Case) -> dict[str, Any]:
-    """One case, a group for each rank: two epochs of phase 1 (the second counts), one of phase 2, the average. The largest rank's."""
+    """Measure one case, with a group per rank.
+
+    It trains two epochs of phase 1, of which the second counts, and one of phase 2, and averages.
+
+    Returns:
+        The case with the seconds and bytes of each phase, and the peak memory in MiB; the largest
+        rank's each.
+
+    Raises:
+        UserError: the MPI library does not count what it sends.
+    """
     traffic = Traffic(world)
     with node_of(world) as node:
         device = use_device(world, node, "auto")
-    recipe = load_recipe(
-        "cifar10-cpu",
-        (
-            *FIELDS,
-            f"groups={world.size}",
-            f"model.width={case['width']}",
-            f"data.samples={case['samples']}",
-        ),
+    sizes = (
+        f"groups={world.size}",
+        f"model.width={case['width']}",
+        f"data.samples={case['samples']}",
     )
+    recipe = load_recipe("cifar10-cpu", (*FIELDS, *sizes))
     job = Job(recipe, load(recipe.data, world, device.threads), device)
     model = models.build(recipe.model, 10, 3, 0).to(device.torch)
-    figures = dict.fromkeys(PHASES, (0.0, 0))  # seconds, bytes
-    memory = 0
-    with grid(world, world.size) as ranks:
-        sent, since = traffic.sent(), perf_counter()
-        for event in swap(model, job, ranks):
-            if isinstance(event, Epoch):
-                memory = max(memory, event.peak_memory.host)
-                figures[event.part.phase.value] = (event.train_seconds, traffic.sent() - sent)
-            elif isinstance(event, Averaged | Refreshed):
-                phase = "average" if isinstance(event, Averaged) else "batchnorm"
-                figures[phase] = (perf_counter() - since, traffic.sent() - sent)
-            sent, since = traffic.sent(), perf_counter()
+    figures, memory = _run_phases(world, job, model, traffic)
     phases = {
         phase: dict(zip(("seconds", "bytes"), world.maximum(*pair), strict=True))
         for phase, pair in figures.items()
     }
-    size = {
+    return {
+        **case,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cores": device.threads * world.size,
+        "batch_sizes": {
+            "large_batch": recipe.large_batch.batch_size,
+            "refine": recipe.refine.batch_size,
+        },
+        "phases": phases,
+        "peak_memory_mib": world.maximum(memory / 2**20)[0],
     }
-    batch_sizes = {"large_batch": recipe.large_batch.batch_size, "refine": recipe.refine.batch_size}
-    return (
-        case
-        | size
-        | {"batch_sizes": batch_sizes}
-        | {"phases": phases, "peak_memory_mib": world.maximum(memory / 2**20)[0]}
-    )
+
+
+def _run_phases(
+    world: Team, job: Job, model: nn.Module, traffic: Traffic
+) -> tuple[dict[str, tuple[float, int]], int]:
+    """Run SWAP, and return each phase's seconds and bytes on this rank, and the peak memory."""
+    figures = dict.fromkeys(PHASES, (0.0, 0))
+    memory = 0
+    with grid(world, world.size) as ranks:
+        sent, since = traffic.sent(), perf_counter()
+        for event in swap(model, job, ranks):
+            seconds, bytes_sent = perf_counter() - since, traffic.sent() - sent
+            if isinstance(event, Epoch):
+                memory = max(memory, event.peak_memory.host)
+                # A phase's last epoch stays: the first one also gives all ranks the weights.
+                figures[event.part.phase.value] = (event.train_seconds, bytes_sent)
+            elif isinstance(event, Averaged):
+                figures["average"] = (seconds, bytes_sent)
+            elif isinstance(event, Refreshed):
+                figures["batchnorm"] = (seconds, bytes_sent)
+            sent, since = traffic.sent(), perf_counter()
+    return figures, memory
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    head = ["ranks", "parameters", "samples"]
-    head += [f"{name}, {unit}" for name in PHASES for unit in ("s", "MB sent")] + [
-        "memory per rank, MiB"
-    ]
+    """Return the cases as a Markdown table."""
+    columns = [f"{name}, {unit}" for name in PHASES for unit in ("s", "MB sent")]
+    head = ["ranks", "parameters", "samples", *columns, "memory per rank, MiB"]
     rows = []
     for case in cases:
         cells = [f"{case['ranks']}", f"{case['parameters']:,}", f"{case['samples']:,}"]
         for phase in PHASES:
-            cells += [
-                f"{case['phases'][phase]['seconds']:.2f}",
-                f"{case['phases'][phase]['bytes'] / 1e6:.3g}",
-            ]
+            seconds, sent = case["phases"][phase]["seconds"], case["phases"][phase]["bytes"]
+            cells += [f"{seconds:.2f}", f"{sent / 1e6:.3g}"]
         rows.append((*cells, f"{case['peak_memory_mib']:.0f}"))
     return markdown_table(head, rows)

@@ -1,4 +1,7 @@
-"""`swap-hpc train ...` that also prints how many MPI calls each phase made, and whether Horovod ran in phase 2."""
+"""`swap-hpc train ...` that also prints the MPI calls of phases 1 and 2, and if Horovod runs.
+
+`mpi_calls.c` counts them; it has to be preloaded.
+"""
 
 import ctypes
 from collections.abc import Iterator
@@ -20,7 +23,8 @@ def watched(*arguments: Any) -> Iterator[swap.Event]:
     for event in swap.swap(*arguments):
         if isinstance(event, swap.LargeBatchEnded):
             print("large_batch calls", calls() - start, flush=True)
-            yield event  # saved by all ranks together
+            yield event
+            # All ranks save the end of phase 1 together: those calls belong to neither phase.
             start = calls()
         else:
             if isinstance(event, GroupsArrived):

@@ -1,4 +1,7 @@
-/* Counts a process's MPI communication, by MPI's profiling interface: loaded before libmpi, it stands in front of it. */
+/* Counts the calls by which a process communicates, through MPI's profiling interface.
+ *
+ * The library is preloaded, so that its MPI_ functions are found before those of libmpi. Each adds
+ * one to the count and calls the PMPI_ function of the same name, which does the work. */
 #include <mpi.h>
 
 static volatile long calls;

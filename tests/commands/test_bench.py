@@ -1,4 +1,4 @@
-"""Benches that run in seconds: what they count, and how they end."""
+"""Benches that take seconds: what they count, and how they end."""
 
 import inspect
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import command, swap_hpc
+from launch import Finished, command, swap_hpc
 
 from swap_hpc import __main__ as cli
 from swap_hpc.bench.traffic import SETTINGS
@@ -16,42 +16,47 @@ ROOT = Path(__file__).parents[2]
 CASE = {"ranks": 2, "width": 4, "samples": 2048}
 
 
+def measure_case(result: Path, ranks: int, **variables: str) -> Finished:
+    """Measure `CASE` as a rank of `swap-hpc bench scaling` does."""
+    name = f"scaling:{json.dumps(CASE)}"
+    arguments = (sys.executable, "-m", "swap_hpc.bench", name, result)
+    return command(*arguments, ranks=ranks, variables=variables, cwd=ROOT)
+
+
 def test_bytes_are_counted_and_phase_2_sends_none(tmp_path: Path) -> None:
-    said = tmp_path / "said.json"
-    done = command(
-        sys.executable,
-        "-m",
-        "swap_hpc.bench",
-        f"scaling:{json.dumps(CASE)}",
-        said,
-        ranks=2,
-        variables=SETTINGS,
-        cwd=ROOT,
-    )
+    result = tmp_path / "result.json"
+    done = measure_case(result, ranks=2, **SETTINGS)
     assert done.code == 0, done.stderr
-    case = json.loads(said.read_text())["case"]
-    steps, gradients = 2048 // 1024, 4 * case["parameters"]
-    phases = case["phases"]
-    # of two ranks each sends all gradients once a step; what Horovod agrees on, and the epoch's own sums, come on top
-    assert steps * gradients <= phases["large_batch"]["bytes"] < 1.2 * steps * gradients + 100_000
-    assert phases["refine"]["bytes"] == 0
-    assert 8 * case["parameters"] <= phases["average"]["bytes"] < 8.5 * case["parameters"] + 20_000
-    assert 0 < phases["batchnorm"]["bytes"] < 20_000 and case["peak_memory_mib"] > 100
+    case = json.loads(result.read_text(encoding="utf-8"))["case"]
+    parameters = case["parameters"]
+    sent = {name: phase["bytes"] for name, phase in case["phases"].items()}
+    # Each of two ranks sends all float32 gradients once a step. Horovod's negotiation and the sums
+    # of the epoch come on top.
+    gradients = (2048 // 1024) * 4 * parameters
+    assert gradients <= sent["large_batch"] < 1.2 * gradients + 100_000
+    assert sent["refine"] == 0
+    # The average sends each parameter once, as float64.
+    assert 8 * parameters <= sent["average"] < 8.5 * parameters + 20_000
+    assert 0 < sent["batchnorm"] < 20_000
+    assert case["peak_memory_mib"] > 100
 
 
 def test_a_bench_prints_its_table_and_leaves_its_json(tmp_path: Path) -> None:
     done = swap_hpc("bench", "batchnorm", "--out", tmp_path, cwd=ROOT, timeout=300)
     assert done.code == 0, done.stderr
     assert "torch's update_bn on one rank" in done.stdout and "at least 1.8" in done.stdout
-    (found,) = json.loads((tmp_path / "batchnorm.json").read_text())["comparisons"]
-    assert (
-        len(found["ours"]) == len(found["peers"]) == 5 and min(found["ours"] + found["peers"]) > 0
-    )
+    kept = json.loads((tmp_path / "batchnorm.json").read_text(encoding="utf-8"))
+    (found,) = kept["comparisons"]
+    assert len(found["ours"]) == len(found["peers"]) == 5
+    assert min(found["ours"] + found["peers"]) > 0
 
 
 @pytest.mark.mpi
 def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
-    """MPICH's refuses Open MPI's options; Open MPI is told by its environment that ranks may outnumber cores."""
+    """Ranks may outnumber cores by the environment alone.
+
+    MPICH's mpirun refuses Open MPI's option for that; Open MPI reads variables.
+    """
     for command_of in (cli.bench, cli.study):
         assert inspect.signature(command_of).parameters["launcher"].default == "mpirun -n {ranks}"
     refusing = {
@@ -61,24 +66,24 @@ def test_ranks_are_started_by_a_line_that_every_mpirun_takes() -> None:
     started = command(
         sys.executable, "-c", "print('started')", ranks=5, variables=refusing | CROWDED
     )
-    # Counted: launchers mix what ranks write, and `print` writes a line's end by itself.
+    # Counted, because launchers mix the ranks' output, and `print` writes a line's end separately.
     assert (started.code, started.stdout.count("started")) == (0, 5), started.stderr
 
 
-def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
-    for arguments, message in (
-        (("bench", "speed"), "no bench 'speed'; choose one of all, loader, decode"),
-        (("bench", "loop"), "no tests/bench/peers.py here: the benches run in a checkout"),
-    ):
-        done = swap_hpc(*arguments, cwd=tmp_path)
-        assert done.code == 2 and len(done.ours) == 1 and message in done.ours[0], done.stderr
-    plain = command(
-        sys.executable,
-        "-m",
-        "swap_hpc.bench",
-        f"scaling:{json.dumps(CASE)}",
-        tmp_path / "x",
-        ranks=1,
-        cwd=ROOT,
-    )
-    assert plain.code != 0 and "needs Open MPI with its monitoring component" in plain.stderr
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("speed", "no bench 'speed'; choose one of all, loader, decode"),
+        ("loop", "no tests/bench/peers.py here: run benches at the top of a checkout"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(name: str, message: str, tmp_path: Path) -> None:
+    done = swap_hpc("bench", name, cwd=tmp_path)
+    assert done.code == 2, done.stderr
+    (line,) = done.ours
+    assert message in line
+
+
+def test_an_mpi_that_does_not_count_is_named(tmp_path: Path) -> None:
+    done = measure_case(tmp_path / "result.json", ranks=1)
+    assert done.code != 0 and "needs Open MPI with its monitoring component" in done.stderr
