@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_json
-from swap_hpc.parallel.launcher import CROWDED
+from swap_hpc.parallel.launcher import CROWDED, launch_line
 
 PEERS = Path("tests/bench/peers.py")
 
@@ -101,23 +100,18 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said.json"
         line = [
-            *(part.format(ranks=ranks) for part in shlex.split(launcher)),
+            *launch_line(launcher, ranks),
             sys.executable,
             "-m",
             "swap_hpc.bench",
             name,
             str(said),
         ]
-        try:
-            code = subprocess.run(
-                line,
-                env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher},
-                check=False,
-            ).returncode
-        except FileNotFoundError:
-            raise UserError(
-                f"no {line[0]} on the PATH: activate the environment, or say --launcher"
-            ) from None
+        code = subprocess.run(
+            line,
+            env=CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher},
+            check=False,
+        ).returncode
         if code or not said.is_file():
             raise RunError(f"bench {name} ended with {code}: {' '.join(line)}")
         return json.loads(said.read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
 """`start`: from launch to the first step, beside `import torch` on as many ranks."""
 
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from types import ModuleType
 
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.errors import RunError
-from swap_hpc.parallel.launcher import CROWDED
+from swap_hpc.parallel.launcher import CROWDED, launch_line
 from swap_hpc.parallel.teams import Team
 
 RANKS = 4
@@ -27,9 +26,7 @@ ONE_STEP = (
 
 def start(world: Team, peers: ModuleType) -> list[Comparison]:
     """Ours goes on to the line of an epoch of one step, its evaluation and the first save included."""
-    mpirun = [
-        part.format(ranks=RANKS) for part in shlex.split(os.environ["SWAP_HPC_BENCH_LAUNCHER"])
-    ]
+    mpirun = launch_line(os.environ["SWAP_HPC_BENCH_LAUNCHER"], RANKS)
 
     def ours() -> float:
         with tempfile.TemporaryDirectory() as out:

@@ -9,8 +9,8 @@ import torch
 
 from swap_hpc import __version__
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.devices import Device
-from swap_hpc.parallel.gradients import load_horovod
+from swap_hpc.parallel.devices import Device, cpu_model
+from swap_hpc.parallel.horovod import load_horovod
 from swap_hpc.parallel.mpi import (
     host,
     mpi_library,
@@ -55,7 +55,7 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version()))
         if torch.cuda.is_available()
         else None,
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "ranks": [
             {
                 "rank": rank,
@@ -91,13 +91,3 @@ def _describe(device: Device) -> str:
     return (
         f"{device.torch} ({device.name}, {device.uuid})" if device.torch.type == "cuda" else "cpu"
     )
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor()

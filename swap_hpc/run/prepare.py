@@ -11,8 +11,8 @@ from torch import nn
 from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.devices import BF16, Device, told, use_device
-from swap_hpc.parallel.gradients import check_horovod
+from swap_hpc.parallel.devices import BF16, Device, dotted, use_device
+from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.weights import load_weights_
@@ -39,8 +39,8 @@ def check_device(recipe: Recipe, device: Device) -> None:
     """Raises UserError where this rank's device, or its host, cannot do what the recipe asks for."""
     if recipe.precision == "bf16" and device.capability and device.capability < BF16:
         raise UserError(
-            f'precision = "bf16" needs a GPU of compute capability {told(BF16)} (A100) or newer, and {device.name} has '
-            f"{told(device.capability)}: --set precision=fp32 (fp16, which it does have, is not supported yet)"
+            f'precision = "bf16" needs a GPU of compute capability {dotted(BF16)} (A100) or newer, and {device.name} has '
+            f"{dotted(device.capability)}: --set precision=fp32 (fp16, which it does have, is not supported yet)"
         )
     if recipe.compile:
         check_compiler(device)

@@ -3,7 +3,6 @@
 import ctypes
 import json
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from swap_hpc.errors import Diverged, RunError, Stopped, UserError
+from swap_hpc.parallel.launcher import launch_line
 from swap_hpc.recipe.loading import differing_fields, load_recipe, one_line, read_toml
 from swap_hpc.recipe.schema import Count, Recipe, Section, on_disk
 from swap_hpc.run.checks import check_ranks
@@ -357,20 +357,10 @@ def carry_out(trials: Sequence[Trial], launcher: str, what: str) -> Iterator[Tri
 
 def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
     """The trial's exit code. Raises Stopped where it was asked to stop before its end."""
-    try:
-        start = [part.format(ranks=trial.ranks) for part in shlex.split(launcher)]
-    except (ValueError, KeyError, IndexError, AttributeError):
-        raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
+    start = launch_line(launcher, trial.ranks)
     line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
-    try:
-        # in a session of its own, so that a terminal's signal reaches it by us alone, as one that lets it save
-        stop.process = subprocess.Popen(
-            line, start_new_session=True, preexec_fn=_end_with_the_study
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"no {start[0]} on the PATH: activate the environment, or say --launcher"
-        ) from None
+    # in a session of its own, so that a terminal's signal reaches it by us alone, as one that lets it save
+    stop.process = subprocess.Popen(line, start_new_session=True, preexec_fn=_end_with_the_study)
     if stop.asked:  # while it was being started
         stop.ask()
     code = stop.process.wait()

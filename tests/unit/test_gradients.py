@@ -8,7 +8,8 @@ import torch
 
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import Device
-from swap_hpc.parallel.gradients import _buckets, check_horovod, load_horovod
+from swap_hpc.parallel.gradients import gradient_buckets
+from swap_hpc.parallel.horovod import check_horovod, load_horovod
 
 
 def test_without_horovod_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +35,7 @@ def test_a_gpu_needs_a_horovod_with_nccl() -> None:
 def test_buckets_hold_every_trained_parameter_once_in_backwards_order() -> None:
     model = tiny.normed(3, 3)
     next(model.parameters()).requires_grad = False
-    bucketed = [p for bucket, _ in _buckets(model) for p in bucket]
+    bucketed = [p for bucket, _ in gradient_buckets(model) for p in bucket]
     assert [id(p) for p in bucketed] == [
         id(p) for p in reversed(list(model.parameters())) if p.requires_grad
     ]
