@@ -28,7 +28,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_bit_counts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 64})  # several parts
+    monkeypatch.setattr(agreement, "ELEMENTS_AT_ONCE", {"cpu": 64})  # several parts
     tensor = values(dtype)
     known = {fingerprint([tensor])}
     raw = tensor.view(torch.uint8)
@@ -54,7 +54,7 @@ def test_order_counts_and_layout_does_not() -> None:
 def test_parts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = values(torch.float32)
     whole = fingerprint([tensor])
-    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 7})
+    monkeypatch.setattr(agreement, "ELEMENTS_AT_ONCE", {"cpu": 7})
     assert fingerprint([tensor]) == whole
 
 
