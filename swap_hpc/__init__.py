@@ -1,7 +1,7 @@
 """SWAP, Stochastic Weight Averaging in Parallel (Gupta, Akle Serrano, DeCoste, arXiv 2001.02312).
 
-As a library, for a training loop of one's own: the names below, on plain torch modules and any MPI communicator, with
-DistributedDataParallel, Horovod or neither.
+The names below are for a training loop of your own: they take plain torch modules and any MPI
+communicator, and work with DistributedDataParallel, Horovod or neither.
 """
 
 from importlib import import_module
@@ -27,17 +27,20 @@ __all__ = [
     "refresh_batchnorm_",
 ]
 
-_HOMES = {
-    "average_weights_": "average.uniform",
-    "refresh_batchnorm_": "average.batchnorm",
-    **dict.fromkeys(("Batches", "Dataset", "Graph"), "data"),
-    "evaluate": "train.evaluation",
+_MODULES = {
+    "Batches": "data",
+    "Dataset": "data",
+    "Graph": "data",
     "Team": "parallel.teams",
+    "average_weights_": "average.uniform",
+    "evaluate": "train.evaluation",
     "grid": "parallel.grid",
+    "refresh_batchnorm_": "average.batchnorm",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """Import a public name when it is first used: most commands need neither torch nor MPI."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,1 +1,1 @@
-"""Averages of weights, and batch-norm statistics for them."""
+"""Averages of weights, what each tensor of a model is to them, and batch norm for the result."""

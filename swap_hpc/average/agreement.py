@@ -1,4 +1,4 @@
-"""A check that the ranks which train one model still hold the same weights, to the bit."""
+"""Checks that ranks hold the same weights, to the bit: a hash, and a cheaper fingerprint."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -13,96 +13,106 @@ from swap_hpc.errors import RunError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import once, real, tensor_bytes
 
+# Elements whose products `fingerprint` holds in memory together: few enough for a CPU's cache, and
+# many enough for few kernels on a GPU.
+ELEMENTS_AT_ONCE = {"cpu": 2**15, "cuda": 2**22}
+
+# Element bytes -> the integer type that `fingerprint` reads; an element of 8 bytes counts as two.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
 
 def weights_sha256(model: nn.Module) -> str:
-    """A hash of the state dict: sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
+    """Return the hash of a model's state dict, as `hashed` computes it."""
     return hashed(state_of(model)).hexdigest()
 
 
 def hashed(tensors: Mapping[str, Tensor]) -> "hashlib._Hash":
-    """SHA-256 of tensors: their sorted names, dtypes, shapes, C-contiguous little-endian bytes."""
+    """Return the SHA-256 of tensors: their sorted names, types, shapes and C-ordered bytes.
+
+    The bytes are those of a little-endian host, as all hosts of torch are.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(
-            f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode()
-        )
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name} {dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor).data)
     return digest
 
 
 def check_equal(model: nn.Module, team: Team) -> str:
-    """The hash of `model`. Raises RunError where it differs between the ranks of `team`."""
+    """Return the hash of `model`, which must be the same on all ranks of `team`. Collective.
+
+    Raises:
+        RunError: on all ranks, two ranks have different hashes.
+    """
     digest = weights_sha256(model)
     if len(set(team.allgather(digest))) > 1:
         raise RunError(
-            "the ranks hold different averaged weights: a fault in MPI or in memory; run swap-hpc doctor"
+            "the ranks hold different averaged weights: "
+            "a fault in MPI or in memory; run swap-hpc doctor"
         )
     return digest
 
 
-AT_ONCE = {
-    "cpu": 2**15,
-    "cuda": 2**22,
-}  # elements whose products are in memory together: in a cache; few kernels
-
-
-INTEGERS = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int32,
-}  # by the bytes of an element, which of 8 are two
-
-
 def check_agreement(model: nn.Module, team: Team, where: str) -> None:
-    """Raises RunError, on all ranks of `team`, where the weights of `model` are not alike on them.
+    """Check that the ranks that train one model hold the same weights. Collective.
 
-    They start alike and take the same steps, so they differ only where gradients were not averaged, by a fault of Horovod,
-    NCCL, the network or memory, or where processors round a step in other ways. One small collective; the weights stay
-    where they are.
+    They begin with the same weights and take the same steps. So their weights differ only if
+    gradients were not averaged, through a fault of Horovod, NCCL, the network or memory, or if
+    their processors round differently. The check is one small collective; no weights are sent.
 
-    `where`: the place in training, for the message.
+    Args:
+        model: this rank's.
+        team: the ranks that train it together.
+        where: the place in training, for the message.
+
+    Raises:
+        RunError: on all ranks, the weights of two ranks differ.
     """
     if team.size == 1:
         return
     mine = fingerprint(averaged_tensors(model).values())
-    halves = (float(mine >> 32), float(mine & 0xFFFFFFFF))  # which float64 holds exactly
-    largest = team.maximum(*halves, *(-half for half in halves))
-    if largest[:2] == [-least for least in largest[2:]]:
+    # All fingerprints are equal if the largest equals the smallest, which is minus the largest of
+    # the negated ones. Teams compare in float64, which holds 32 bits exactly but not 64.
+    halves = (float(mine >> 32), float(mine & 0xFFFFFFFF))
+    high, low, minus_high, minus_low = team.maximum(*halves, *(-half for half in halves))
+    if (high, low) == (-minus_high, -minus_low):
         return
-    others = team.allgather(mine)
-    rank = next(rank for rank, other in enumerate(others) if other != others[0])
+    everyones = team.allgather(mine)
+    rank = next(rank for rank, other in enumerate(everyones) if other != everyones[0])
     raise RunError(
-        f"the weights of rank {rank} differ from those of rank 0 after {where}: their gradients were not averaged; "
+        f"the weights of rank {rank} differ from those of rank 0 after {where}: "
+        "their gradients were not averaged; "
         "mpirun ... swap-hpc doctor tries a step on these devices"
     )
 
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """64 bits that tell tensors apart, from all of their bits and their order. Computed where the tensors lie.
+    """Return a 64-bit hash of all bits of tensors and of their order.
 
-    Each tensor's elements, taken as integers of at most 32 bits, are summed modulo 2^64, each times an odd number of its
-    own: a change of one element always changes the sum.
+    It is computed on the tensors' own device: only 8 bytes per tensor are copied from a GPU. Each
+    tensor's elements, taken as integers of at most 32 bits, are multiplied by the odd numbers 1, 3,
+    5 ... and summed modulo 2^64. A change of a single element always changes that sum, because odd
+    numbers are invertible there.
     """
-    sums = [_sum(tensor) for tensor in tensors]
-    if (
-        len({each.device for each in sums}) == 1
-    ):  # one copy from the GPU instead of one for each tensor
-        sums = list(torch.stack(sums).cpu())
-    told = np.array([int(each) for each in sums], np.int64).tobytes()
-    return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
+    sums = [_weighted_sum(tensor) for tensor in tensors]
+    if len({each.device for each in sums}) == 1:
+        sums = list(torch.stack(sums).cpu())  # one copy from the GPU instead of one per tensor
+    content = np.array([int(each) for each in sums], np.int64).tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    """Scalar int64, on the tensor's device."""
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of each element times 2 * place + 1, a scalar int64 on the tensor's device."""
     plain = real(once(tensor.detach())).contiguous().view(-1)
-    bits = plain.view(INTEGERS[plain.element_size()])
-    odd = torch.arange(1, 2 * min(AT_ONCE[bits.device.type], len(bits)) + 1, 2, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), AT_ONCE[bits.device.type]):
-        part = bits[start : start + len(odd)].to(torch.int64)
-        total += (
-            part * odd[: len(part)]
-        ).sum() + 2 * start * part.sum()  # each times 2 * its place + 1
+    integers = plain.view(INTEGERS[plain.element_size()])
+    device = integers.device
+    at_once = ELEMENTS_AT_ONCE[device.type]
+    odd = torch.arange(1, 2 * min(at_once, len(integers)) + 1, 2, device=device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, len(integers), at_once):
+        part = integers[start : start + len(odd)].to(torch.int64)
+        # The place of element i of the part is start + i.
+        total += (part * odd[: len(part)]).sum() + 2 * start * part.sum()
     return total

@@ -1,8 +1,8 @@
-"""What each tensor of a model is to SWAP: what is averaged, what is estimated anew, and what stays one group's.
+"""What each tensor of a model is to SWAP: averaged, re-estimated, or kept from the first group.
 
-Parameters and running means are averaged; other buffers and extra states are the first group's, of
-which batch norm's statistics and the vectors of power iterations are then estimated anew. The
-README's section on guarantees has the table.
+Parameters and running means are averaged. Other buffers and extra states are the first group's;
+batch norm's statistics and the vectors of power iterations among them are then estimated again for
+the average. "What is averaged" in swap_hpc/README.md has the table.
 
 Layers that keep their statistics while the model trains (frozen batch norm) keep them everywhere.
 """
@@ -14,44 +14,54 @@ from swap_hpc.parallel.tensors import has_numbers
 
 
 def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Name and module of the batch-norm layers that keep running statistics."""
+    """Return the names and modules of the batch-norm layers that keep running statistics."""
     return [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
 
 
 def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of what is averaged: the parameters, and running means of layers other than batch norm.
+    """Return name -> tensor of the parameters, and of running means outside batch norm.
 
-    The tensors are the model's own, also where its state dict hands out copies. Tied weights appear once.
+    The tensors are the model's own, even if its state dict hands out copies. Tied weights appear
+    once.
     """
-    return dict(model.named_parameters()) | {
-        name: b for name, b in state_buffers(model).items() if is_running(model, name)
-    }
+    means = {name: t for name, t in state_buffers(model).items() if is_running(model, name)}
+    return dict(model.named_parameters()) | means
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of the buffers that are not averaged: the first group's stay, or batch norm is estimated anew."""
-    return {name: b for name, b in state_buffers(model).items() if not is_running(model, name)}
+    """Return name -> tensor of the buffers that are not averaged.
+
+    The first group's stay, or they are estimated again.
+    """
+    return {name: t for name, t in state_buffers(model).items() if not is_running(model, name)}
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of the buffers that belong to a model's state: the persistent ones."""
+    """Return name -> tensor of the persistent buffers: those that belong to a model's state."""
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen: set[int] = set()  # a module or a buffer may appear under several names
     for prefix, module in model.named_modules():
         passing = getattr(module, "_non_persistent_buffers_set", ())
         for name, buffer in module.named_buffers(recurse=False):
             if name not in passing and id(buffer) not in seen:
                 seen.add(id(buffer))
-                found[_join(prefix, name)] = buffer
+                found[qualified(prefix, name)] = buffer
     return found
 
 
 def is_running(model: nn.Module, name: str) -> bool:
-    """Tell whether a buffer is a running mean of a layer other than batch norm, by its name, as torch's layers have it."""
+    """Tell whether a buffer is a running mean of another layer than batch norm.
+
+    Its name begins with `running_`, as those of torch's layers do.
+
+    Args:
+        model: the model.
+        name: the buffer's name in it.
+    """
     prefix, _, last = name.rpartition(".")
     layer = model.get_submodule(prefix)
     return (
@@ -62,17 +72,18 @@ def is_running(model: nn.Module, name: str) -> bool:
 
 
 def team_means(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer of which a team's ranks, each having seen its share of the batches, take the mean.
+    """Return name -> buffer of the running statistics of layers that are in training mode now.
 
-    Running statistics of the layers that are in training mode now.
+    Each rank of a team has seen its share of the batches: together they take the mean.
     """
     means = {}
     for prefix, module in model.named_modules():
         for last, buffer in module.named_buffers(recurse=False):
             if module.training and has_numbers(buffer) and last.startswith("running_"):
-                means[_join(prefix, last)] = buffer
+                means[qualified(prefix, last)] = buffer
     return means
 
 
-def _join(prefix: str, name: str) -> str:
+def qualified(prefix: str, name: str) -> str:
+    """Return a tensor's name in a model, given its module's name, which is empty for the model."""
     return f"{prefix}.{name}" if prefix else name

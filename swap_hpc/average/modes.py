@@ -1,4 +1,4 @@
-"""Training and evaluation mode of the modules of a model."""
+"""The training and evaluation modes of a model's modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,11 @@ from torch import nn
 
 @torch.no_grad()
 def training_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that are in training mode while `model` trains.
+    """Return the modules that are in training mode while `model` trains.
 
-    Not among them: those that are in evaluation mode now although `model` is in training mode, and those that
-    `model.train()` leaves in evaluation mode, as models with frozen batch norm do. Every mode is left as it was.
+    Frozen modules are not among them: those that `model.train()` leaves in evaluation mode, and
+    those that are in evaluation mode now although `model` is in training mode. Modes are not
+    changed.
     """
     modes = {module: module.training for module in model.modules()}
     frozen = {module for module, training in modes.items() if model.training and not training}
@@ -23,7 +24,7 @@ def training_modules(model: nn.Module) -> set[nn.Module]:
 
 @contextmanager
 def restored_modes(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode again, training or evaluation, in which it was."""
+    """Put every module back into its present mode when the context ends."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -34,7 +35,7 @@ def restored_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; afterwards every module has the mode again that it had, which need not be the model's."""
+    """Put `model` into evaluation mode; at the context's end each module has its own mode back."""
     with restored_modes(model):
         model.eval()
         yield

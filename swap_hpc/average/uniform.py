@@ -1,50 +1,58 @@
-"""Weights averaged over groups and cycles, and batch norm re-estimated for them."""
+"""The uniform average: every group's weights, at the end of every cycle, count alike."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swap_hpc.average.kinds import averaged_tensors, kept_tensors
-from swap_hpc.average.sharing import _share_extra_states_, broadcast_tensors
-from swap_hpc.average.state import extra_states
+from swap_hpc.average.sharing import broadcast_states, broadcast_tensors
+from swap_hpc.average.state import extra_states, set_extra_states_
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import assign_, once, real
 
-CHUNK = (
-    8 * 2**20 // 8
-)  # float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding
+# float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding.
+CHUNK = 8 * 2**20 // 8
 
 
 @dataclass
 class WeightSum:
-    """A sum of weights: float64, on the host; of complex ones their parts, (..., 2)."""
+    """A sum of models' weights, on the host. It is empty at first.
+
+    Attributes:
+        count: the number of models added.
+        sums: name -> float64 sum of the tensors that are averaged; complex ones as (..., 2).
+        kept: name -> tensor of what is not averaged, from the first model added: other buffers,
+            and extra states as bytes.
+    """
 
     count: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of what is averaged
-    kept: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # of what is not (other buffers, extra states): the first one's
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def add_(self, model: nn.Module) -> None:
+        """Add a model's weights."""
+        averaged = averaged_tensors(model)
         kept = kept_tensors(model) | extra_states(model) if self.count == 0 else {}
         self.merge_(
             WeightSum(
-                1,
-                {
-                    name: real(t).detach().to("cpu", torch.float64)
-                    for name, t in averaged_tensors(model).items()
+                count=1,
+                sums={
+                    name: real(tensor).detach().to("cpu", torch.float64)
+                    for name, tensor in averaged.items()
                 },
-                {name: t.detach().cpu().clone() for name, t in kept.items()},
+                kept={name: tensor.detach().cpu().clone() for name, tensor in kept.items()},
             )
         )
 
     def merge_(self, other: "WeightSum") -> None:
+        """Add all that was added to another sum, after what was added to this one."""
         if self.count == 0:
-            self.sums = {name: t.clone() for name, t in other.sums.items()}
+            self.sums = {name: tensor.clone() for name, tensor in other.sums.items()}
             self.kept = dict(other.kept)
         else:
             for name, tensor in other.sums.items():
@@ -54,81 +62,110 @@ class WeightSum:
 
 @torch.no_grad()
 def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = None) -> None:
-    """Replaces the weights of `model` by their mean over `peers`, on every rank.
+    """Replace the weights of `model` by their mean over `peers`. Collective.
 
-    Each rank contributes `model` itself, or, where given, all that was added to `total` (nothing where nothing was, but
-    not so on the first rank). Parameters (frozen, complex and 16-bit ones, too) and running means of layers other than
-    batch norm are summed in float64 by MPI_Allreduce, in chunks of a few MiB, divided, and rounded once to their own
-    type: the result does not depend on the number or the layout of the ranks. Everything else comes from the first
-    rank's first contribution: other buffers, batch-norm statistics and vectors of power iterations, which
-    `refresh_batchnorm_` estimates anew, and what `get_extra_state` returns. The README has the table.
+    This is phase 3 of SWAP (Gupta, Akle Serrano, DeCoste, arXiv 2001.02312); batch norm is left to
+    `refresh_batchnorm_`.
 
-    `model`: the plain module, alike on all ranks but for its values; what its state dict hands out does not matter. Its
-    tensors may lie in memory in any order (channels_last). Raises ValueError, on all ranks, where names, shapes or types
-    differ.
+    Averaged are the parameters (also frozen, complex and 16-bit ones) and the running means of
+    layers other than batch norm. They are summed in float64, divided, and rounded once to their own
+    type, so that the result does not depend on the number or the layout of the ranks.
+
+    Everything else becomes what the first rank's first model has: other buffers, what
+    `get_extra_state` returns, and batch norm's statistics and the vectors of power iterations,
+    which `refresh_batchnorm_` then estimates again. "What is averaged" in swap_hpc/README.md has
+    the table.
+
+    Args:
+        model: changed in place, on any device. On all ranks it has the same names, shapes and
+            types; afterwards also the same values. The plain module, not a DistributedDataParallel
+            around it. Its tensors may have any layout in memory, such as channels_last, which they
+            keep.
+        peers: the ranks whose weights are averaged.
+        total: the sum of the models that this rank contributes; by default it contributes `model`.
+            An empty sum contributes nothing; the first rank's must not be empty.
+
+    Raises:
+        ValueError: on all ranks, the names, shapes or types of two ranks differ.
     """
-    targets, others = averaged_tensors(model), kept_tensors(model)
-    _check_alike(targets | others, peers)
-    _set_means_(targets, peers, total)
+    averaged, others = averaged_tensors(model), kept_tensors(model)
+    _check_alike(averaged | others, peers)
+    _set_means_(averaged, peers, total)
     kept = total.kept if total else {}
-    first = broadcast_tensors([kept.get(name, tensor) for name, tensor in others.items()], peers)
-    for tensor, value in zip(others.values(), first, strict=True):
-        assign_(tensor, value)
-    _share_extra_states_(model, peers, kept)
+    mine = [kept.get(name, tensor) for name, tensor in others.items()]
+    for tensor, first in zip(others.values(), broadcast_tensors(mine, peers), strict=True):
+        assign_(tensor, first)
+    states = {name: kept.get(name, state) for name, state in extra_states(model).items()}
+    set_extra_states_(model, broadcast_states(states, peers))
 
 
 def _check_alike(tensors: Mapping[str, Tensor], peers: Team) -> None:
+    # The ranks compare a hash: the names of a large model are not sent to everyone.
     layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
     digests = peers.allgather(hashlib.sha256(repr(layout).encode()).digest())
-    if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
         raise ValueError(
-            f"the model of rank {other} has other weights than that of rank 0: build it alike on all ranks"
+            f"the model of rank {other} has other weights than that of rank 0: "
+            "build it alike on all ranks"
         )
 
 
 def _set_means_(tensors: Mapping[str, Tensor], peers: Team, total: WeightSum | None) -> None:
-    # Real numbers in C order: what lies in memory in another order is averaged in a copy, and copied back.
-    targets = {name: real(once(t)).contiguous() for name, t in tensors.items()}
-    zeros = (
-        {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()}
-        if total and not total.count
-        else {}
-    )
-    sources = (total.sums or zeros) if total else targets
+    """Replace tensors by their mean over `peers`, chunk by chunk through one buffer on the host."""
+    # Real numbers in C order. A tensor with another layout is averaged in a copy, and copied back.
+    targets = {name: real(once(tensor)).contiguous() for name, tensor in tensors.items()}
+    sources = _contribution(targets, total)
     count = peers.sums(total.count if total else 1)[0]
-    device = next((t.device for t in targets.values()), torch.device("cpu"))
-    room = min(CHUNK, sum(t.numel() for t in targets.values()))
-    host = torch.empty(
-        room, dtype=torch.float64, pin_memory=device.type == "cuda"
-    )  # one chunk, used again and again
-    for pieces in _chunks(
-        targets
-    ):  # whose order is the same on all ranks; that of sums that come from a file is not
-        sizes = [b - a for _, a, b in pieces]
+    device = next((target.device for target in targets.values()), torch.device("cpu"))
+    size = min(CHUNK, sum(target.numel() for target in targets.values()))
+    host = torch.empty(size, dtype=torch.float64, pin_memory=device.type == "cuda")
+    # The order is that of the model, which is the same on all ranks. That of `total` may not be: a
+    # sum that was read from a file is in the file's order.
+    for pieces in _chunks(targets):
+        sizes = [piece.end - piece.first for piece in pieces]
         packed = host[: sum(sizes)]
-        for (name, a, b), values in zip(pieces, packed.split(sizes), strict=True):
-            piece = sources[name].reshape(-1)[a:b]
-            values.copy_(
-                piece.double() if piece.is_cuda else piece
-            )  # a GPU converts faster than the host
+        for piece, values in zip(pieces, packed.split(sizes), strict=True):
+            source = piece.of(sources[piece.name].reshape(-1))
+            values.copy_(source.double() if source.is_cuda else source)  # GPUs convert faster
         peers.sum_(packed.numpy())
         packed /= count
-        for (name, a, b), values in zip(pieces, packed.to(device).split(sizes), strict=True):
-            targets[name].view(-1)[a:b].copy_(values)
+        for piece, values in zip(pieces, packed.to(device).split(sizes), strict=True):
+            piece.of(targets[piece.name].view(-1)).copy_(values)
     for name, tensor in tensors.items():
         if targets[name].data_ptr() != tensor.data_ptr():
             real(once(tensor)).copy_(targets[name])
 
 
-def _chunks(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
-    """Lists of (name, first, end) that cover all elements of `tensors`, at most `CHUNK` of them per list."""
-    pieces: list[tuple[str, int, int]] = []
+def _contribution(targets: Mapping[str, Tensor], total: WeightSum | None) -> Mapping[str, Tensor]:
+    """Return what this rank adds to the sum: its own weights, its `total`, or zeros."""
+    if total is None:
+        return targets
+    if total.count == 0:
+        return {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in targets.items()}
+    return total.sums
+
+
+class _Piece(NamedTuple):
+    """Some elements of a tensor, which is flat in C order."""
+
+    name: str
+    first: int
+    end: int  # exclusive
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.first : self.end]
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[list[_Piece]]:
+    """Yield pieces that cover all elements of `tensors`, at most `CHUNK` elements per list."""
+    pieces: list[_Piece] = []
     room = CHUNK
     for name, tensor in tensors.items():
         start = 0
         while start < tensor.numel():
             end = min(tensor.numel(), start + room)
-            pieces.append((name, start, end))
+            pieces.append(_Piece(name, start, end))
             room -= end - start
             start = end
             if room == 0:

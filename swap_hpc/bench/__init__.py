@@ -6,7 +6,6 @@ The alternatives are in `tests/bench/peers.py`, so that benches run in a checkou
 import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,8 @@ from typing import Any
 
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_json
-from swap_hpc.parallel.launcher import CROWDED
+from swap_hpc.parallel.launcher import CROWDED, launch_line
+from swap_hpc.recipe.wording import count
 
 # Modules that import torch or MPI are imported inside the functions that need them: the command
 # line lists the benches without.
@@ -115,12 +115,12 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     for name in names:
         bench = BENCHES[name]
         for ranks in bench.ranks:
-            tell(f"{name}, {counted(ranks, 'rank')}: {bench.what}")
+            tell(f"{name}, {count(ranks, 'rank')}: {bench.what}")
             result = _launched(name, ranks, launcher)
             rows += result["comparisons"]
             host = result["machine"]
     comparisons = from_json(rows)
-    cores = f"{counted(host['cores'], 'core')} of {host['cpu']}, {host['gpu'] or 'no GPU'}"
+    cores = f"{count(host['cores'], 'core')} of {host['cpu']}, {host['gpu'] or 'no GPU'}"
     tell(f"\n{table(comparisons)}\n\n{cores}, Python {host['python']}, torch {host['torch']}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,17 +130,12 @@ def run(names: Sequence[str], launcher: str, out: Path | None, tell: Callable[[s
     return not missed
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 rank", "2 ranks", "4,096 ranks"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
     """Run `work` on new ranks, and return the result that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         line = [
-            *(part.format(ranks=ranks) for part in shlex.split(launcher)),
+            *launch_line(launcher, ranks),
             sys.executable,
             "-m",
             "swap_hpc.bench",
@@ -149,12 +144,7 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
         ]
         # The user's own settings come after CROWDED, which lets ranks outnumber cores.
         variables = CROWDED | dict(os.environ) | {"SWAP_HPC_BENCH_LAUNCHER": launcher}
-        try:
-            code = subprocess.run(line, env=variables, check=False).returncode
-        except FileNotFoundError:
-            raise UserError(
-                f"no {line[0]} on the PATH: activate the environment, or give --launcher"
-            ) from None
+        code = subprocess.run(line, env=variables, check=False).returncode
         if code or not result.is_file():
             raise RunError(f"bench {name} ended with exit code {code}: {' '.join(line)}")
         return json.loads(result.read_text(encoding="utf-8"))
@@ -186,7 +176,7 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     write_json(out / "scaling.json", {"machine": host, "cases": cases})
     draw_scaling(cases, host["cores"], out / "scaling.png")
     tell(
-        f"\n{scaling.table(cases)}\n\n{counted(host['cores'], 'core')} of {host['cpu']}: "
+        f"\n{scaling.table(cases)}\n\n{count(host['cores'], 'core')} of {host['cpu']}: "
         "with more ranks than cores, several share one"
     )
 

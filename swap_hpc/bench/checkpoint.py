@@ -10,12 +10,12 @@ from time import perf_counter
 
 from torch import nn
 
-from swap_hpc.bench import counted
 from swap_hpc.parallel.grid import Ranks, grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.phase import PHASE_1, refinement_of
 from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.recipe.wording import count
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.prepare import prepare
 from swap_hpc.train.events import Epoch, SavePoint
@@ -65,7 +65,7 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
         if recipe.refine.epochs:
             costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, checkpoints)
         checkpoints.remove(world)
-    title = f"{recipe.name} on {counted(world.size, 'rank')}, {SAVES} saves into {folder}"
+    title = f"{recipe.name} on {count(world.size, 'rank')}, {SAVES} saves into {folder}"
     return f"{title}\n\n{_table(costs)}"
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Comparison, alternately, images_per_second, wait_for_gpu
 from swap_hpc.data import load, loader
 from swap_hpc.data.dataset import Dataset, with_statistics
@@ -22,6 +21,7 @@ from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.schema import Augment, Data, Model, Optimizer
+from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.optimizers import build_optimizer
 
@@ -66,7 +66,7 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
     best = _best(transforms)
     against_loader = alternately(ours, transforms(best))
     against_torch = alternately(ours, vectorised)
-    what = f"DALI in memory, {counted(device.threads, 'thread')}"
+    what = f"DALI in memory, {count(device.threads, 'thread')}"
     comparisons = []
     if device.torch.type == "cuda":
         what = "crops in a GPU's memory"
@@ -75,7 +75,7 @@ def in_memory(world: Team, peers: ModuleType) -> list[Comparison]:
         comparisons.append(
             Comparison("loader", what, consumer, "images/s", *against_model, bar=2.0)
         )
-    loader_name = f"DataLoader with v2 transforms, its best: {counted(best, 'worker')}"
+    loader_name = f"DataLoader with v2 transforms, its best: {count(best, 'worker')}"
     return [
         *comparisons,
         Comparison("loader", what, loader_name, "images/s", *against_loader, bar=4.0),
@@ -127,8 +127,8 @@ def from_files(world: Team, peers: ModuleType) -> list[Comparison]:
 
         best = _best(folder)
         against_folder = alternately(ours, folder(best))
-    what = f"DALI from files, {counted(device.threads, 'thread')}"
-    folder_name = f"ImageFolder and DataLoader, its best: {counted(best, 'worker')}"
+    what = f"DALI from files, {count(device.threads, 'thread')}"
+    folder_name = f"ImageFolder and DataLoader, its best: {count(best, 'worker')}"
     return [Comparison("decode", what, folder_name, "images/s", *against_folder, bar=1.5)]
 
 

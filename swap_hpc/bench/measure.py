@@ -101,27 +101,16 @@ def machine() -> dict[str, Any]:
     """Return the hardware and the versions that this process measures."""
     import torch
 
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in _lines("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
+    from swap_hpc.parallel.devices import cpu_model
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _lines(file: str) -> list[str]:
-    with open(file, encoding="utf-8") as text:
-        return text.read().splitlines()
 
 
 def alternately(

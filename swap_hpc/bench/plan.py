@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from swap_hpc.bench import counted
 from swap_hpc.bench.calibration import parse_cost, read_calibration
 from swap_hpc.bench.cost_model import (
     Costs,
@@ -20,6 +19,7 @@ from swap_hpc.bench.cost_model import (
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.schema import Data, Model, Recipe
+from swap_hpc.recipe.wording import count
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.train import models
 
@@ -83,7 +83,7 @@ def text(
     return "\n".join(
         [
             f"{recipe.name}: {shape.samples:,} samples, {parameters / 1e6:.2f} million parameters, "
-            f"{counted(recipe.groups, 'group')}. Predictions, not measurements:",
+            f"{count(recipe.groups, 'group')}. Predictions, not measurements:",
             "",
             table(work, costs, ranks),
             "",
@@ -146,7 +146,7 @@ def _costs(operations: int, calibration: Path, overrides: Sequence[str]) -> tupl
 def _traffic(work: Work, ranks: int) -> str:
     sent = bytes_per_image(work, ranks)
     return (
-        f"{counted(ranks, 'rank')}: a rank sends {sent['large_batch']:,.0f} bytes per image "
+        f"{count(ranks, 'rank')}: a rank sends {sent['large_batch']:,.0f} bytes per image "
         f"in phase 1, {sent['refine']:,.0f} in phase 2"
     )
 

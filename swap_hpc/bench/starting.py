@@ -1,7 +1,6 @@
 """`start`: from the launch to the first step, beside `import torch` on as many ranks."""
 
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -10,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Comparison, alternately
 from swap_hpc.errors import RunError
-from swap_hpc.parallel.launcher import CROWDED
+from swap_hpc.parallel.launcher import CROWDED, launch_line
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.wording import count
 
 RANKS = 4
 # A run of one step: `digits` has 1,198 training and 599 test images.
@@ -35,9 +34,7 @@ def start(world: Team, peers: ModuleType) -> list[Comparison]:
 
     The line follows the step, its evaluation and the first save.
     """
-    mpirun = [
-        part.format(ranks=RANKS) for part in shlex.split(os.environ["SWAP_HPC_BENCH_LAUNCHER"])
-    ]
+    mpirun = launch_line(os.environ["SWAP_HPC_BENCH_LAUNCHER"], RANKS)
     train = [*mpirun, sys.executable, "-m", "swap_hpc", "train", "digits"]
     fields = [word for field in ONE_STEP for word in ("--set", field)]
     imports = [*mpirun, sys.executable, "-c", "import torch; print('imported', flush=True)"]
@@ -55,7 +52,7 @@ def start(world: Team, peers: ModuleType) -> list[Comparison]:
     return [
         Comparison(
             bench="start",
-            what=f"swap-hpc train to its first step, {RANKS} ranks on {counted(cores, 'core')}",
+            what=f"swap-hpc train to its first step, {RANKS} ranks on {count(cores, 'core')}",
             peer="import torch",
             unit="s",
             ours=ours_seconds,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swap_hpc.bench import counted
 from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
 from swap_hpc.data.sampling import Key
@@ -25,6 +24,7 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import LargeBatch, Model, Optimizer, Recipe, Refine
+from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.events import Epoch
 from swap_hpc.train.fit import fit
@@ -205,7 +205,7 @@ def _compare_refinement(
     pairs = alternately(partial(together, ours), partial(alone, ours))
     bare_pairs = alternately(partial(together, bare), partial(alone, bare), 3)
     unit = "images/s per rank"
-    what = f"{world.size} ranks refining, {precision}, {counted(job.device.threads, 'thread')} each"
+    what = f"{world.size} ranks refining, {precision}, {count(job.device.threads, 'thread')} each"
     ceiling = f"its ceiling: {world.size} bare loops that know nothing of each other"
     return [
         Comparison("refine", what, "one rank alone", unit, *pairs, bar=bar),

@@ -2,7 +2,7 @@
 
 import os
 
-# Open MPI reads this when it starts. A rank, or Horovod's thread, that waits for others then yields its
-# core instead of spinning on it: the model, or another rank, may run there. On cores of its own it costs
-# nothing; other MPI libraries ignore it.
+# Open MPI reads this variable when it starts. A rank, or Horovod's thread, that waits for others
+# then yields its core instead of spinning on it: the model or another rank can use the core. It
+# costs nothing where each rank has cores to itself; other MPI libraries ignore it.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

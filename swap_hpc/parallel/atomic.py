@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, although several processes and hosts write into one folder.
+"""Files that are either whole or not there, even if several hosts write into one folder.
 
 Imports neither torch nor MPI.
 """
@@ -26,14 +26,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RunError: the file cannot be written (a full disk, a read-only folder); the old one stays.
     """
-    # several hosts may write into one folder
+    # The name is this process's alone: several hosts may write the same file.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _flush(temporary)
         temporary.rename(path)
-        # some network file systems cannot flush a folder; the file is whole there all the same
+        # Some network file systems cannot flush a folder; the file is whole there all the same.
         with suppress(OSError):
             _flush(path.parent)
     except OSError as error:

@@ -11,58 +11,82 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from mpi4py import MPI
 
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.teams import T, Team
+from swap_hpc.parallel.teams import T, Team, nothing
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One rank's place in the grid."""
+    """One rank's place in the grid: its teams, and the groups that it refines.
+
+    Attributes:
+        world: all ranks.
+        group: the ranks that refine one copy of the model together; this rank alone where there
+            are no more ranks than groups.
+        peers: the ranks at this rank's place in every group; they average the copies.
+        groups: the numbers of the groups that this rank refines, one after the other.
+    """
 
     world: Team
-    group: Team  # the ranks that refine one copy together; one rank where ranks are as many as groups, or fewer
-    peers: Team  # the ranks of all groups that have this rank's place in theirs
-    groups: tuple[int, ...]  # the groups that this rank refines, one after the other
+    group: Team
+    peers: Team
+    groups: tuple[int, ...]
 
     def free(self) -> None:
+        """Free the communicators of the group and the peers. Collective."""
         self.group.free()
         self.peers.free()
 
 
 @contextmanager
 def grid(world: Team, groups: int) -> Iterator[Ranks]:
-    """The grid of `groups` over `world`, freed at the end.
+    """Split `world` into a grid of groups until the context ends. Collective.
 
-    The number of ranks is a multiple of `groups` (several ranks refine a copy together) or a divisor (a rank refines
-    several copies, one after the other). Raises UserError where it is neither.
+    Args:
+        world: all ranks.
+        groups: the number of copies of the model that are refined. With a multiple of it, several
+            ranks refine a copy together; with a divisor, a rank refines several copies, one after
+            the other.
+
+    Yields:
+        This rank's place in the grid.
+
+    Raises:
+        UserError: the number of ranks is neither a multiple nor a divisor of `groups`.
     """
     ranks = _grid(world, groups)
     yield ranks
-    ranks.free()  # collective: not on the way out of an error that the other ranks may not have
+    # Freeing is collective, so it does not happen after an error, which may be this rank's alone.
+    ranks.free()
 
 
 def _grid(world: Team, groups: int) -> Ranks:
     if world.size % groups == 0:
         per_group = world.size // groups
         row, column = divmod(world.rank, per_group)
-        # Split is collective over the world: a rank in a group of its own must call it too
+        # Split is collective over the world: a rank that is alone in its group must call it, too.
         return Ranks(world, _split(world, row), _split(world, column), (row,))
     if groups % world.size == 0:
         per_rank = groups // world.size
         mine = range(world.rank * per_rank, (world.rank + 1) * per_rank)
         return Ranks(world, Team.alone(), _split(world, 0), tuple(mine))
     raise UserError(
-        f"{world.size} ranks cannot share {groups} groups: start a multiple or a divisor of the groups"
+        f"{world.size} ranks cannot share {groups} groups: "
+        "start a multiple or a divisor of the groups"
     )
 
 
 @contextmanager
 def single_row(world: Team, groups: tuple[int, ...]) -> Iterator[Ranks]:
-    """All ranks of `world` as one group that refines `groups`, of a grid whose other groups are other jobs'."""
+    """Make all ranks of `world` one group of a grid whose other groups belong to other jobs.
+
+    Args:
+        world: all ranks of this job.
+        groups: the numbers of the groups that it refines.
+    """
     yield Ranks(world, world, Team.alone(), groups)
 
 
@@ -72,19 +96,31 @@ def _split(team: Team, colour: int) -> Team:
 
 @contextmanager
 def node_of(world: Team) -> Iterator[Team]:
-    """The ranks of `world` on this node; the rank in it is the local rank. From MPI, not from a launcher's environment."""
+    """Make a team of the ranks of `world` on this node, until the context ends. Collective.
+
+    A rank's number in it is its local rank. It comes from MPI, because launchers name their
+    variables for it differently, or set none.
+    """
     node = Team(world.comm.Split_type(MPI.COMM_TYPE_SHARED, world.rank))
     yield node
     node.free()
 
 
 def first_then_rest(team: Team, function: Callable[[], T]) -> T:
-    """`function()` on the team's first rank, then on one of each node, then on all others: each finds what was left.
+    """Call a function on the first rank, then on one rank of each other node, then on the others.
 
-    For downloads and caches, on a file system that all nodes share or one that they do not.
+    Each finds what an earlier call left behind. This is for downloads and caches, on a file system
+    that all nodes share or on one that they do not. Collective.
+
+    Returns:
+        What the function returned on this rank.
     """
     with node_of(team) as node:
-        turn = 0 if team.rank == 0 else 1 if node.rank == 0 else 2
-    nothing: Callable[[], Any] = lambda: None  # noqa: E731
+        if team.rank == 0:
+            turn = 0
+        elif node.rank == 0:
+            turn = 1
+        else:
+            turn = 2
     results = [team.agree(function if turn == now else nothing) for now in range(3)]
     return results[turn]

@@ -1,12 +1,19 @@
-"""Launchers of ranks: what they say of this process in environment variables, and what differs between them.
+"""Launchers of ranks: their environment variables, their options, and their command lines.
 
-A rank and the number of ranks are read only to let one process speak before MPI is started (not at all on a login node), and to compare
-with what MPI says: where an MPI library does not know its launcher, each process is a world of one.
+Imports neither torch nor MPI.
+
+A rank read from a launcher's variables serves two purposes. It lets one process print before MPI is
+started, or where MPI is never started, as on a login node. And it is compared with MPI's: where an
+MPI library does not know its launcher, each process is a world of one rank.
 """
 
 import os
 import re
+import shlex
+import shutil
 from typing import NamedTuple
+
+from swap_hpc.errors import UserError
 
 VARIABLES = {
     "Open MPI's mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -14,8 +21,9 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 
-# Lets ranks outnumber cores, unbound, under the mpirun of Open MPI 4 and 5, which refuses that otherwise. MPICH's allows it and binds
-# nothing; these names mean nothing to it, while it refuses Open MPI's options.
+# Lets ranks outnumber cores, unbound, under the mpirun of Open MPI 4 and 5, which refuses that
+# otherwise, and under Intel's, which would pin them. These are variables and not options, because
+# MPICH's mpirun, which allows it anyway, refuses Open MPI's options and ignores its variables.
 CROWDED = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
@@ -24,33 +32,61 @@ CROWDED = {
     "I_MPI_PIN": "off",
 }
 
-PARENT = os.getppid()  # when this process began
+PARENT = os.getppid()  # when this process began; another one now means that the launcher has died
 
 
 class Advice(NamedTuple):
-    """What to tell the launchers of one family of MPI libraries."""
+    """The options with which to start ranks, for one family of MPI libraries."""
 
-    srun: str  # Slurm's option that this library understands
-    neighbours: str  # how mpirun places consecutive ranks on one node
+    srun: str  # Slurm's option that the library understands
+    neighbours: str  # the mpirun that places consecutive ranks on one node
 
 
 def advice(library: str) -> Advice:
-    """The launcher options for an MPI library, given its name and version, for example "MPICH 4.0.2"."""
+    """Return the launcher options for an MPI library.
+
+    Args:
+        library: its name and version, for example "MPICH 4.0.2".
+    """
     if library.startswith("Open MPI"):
         return Advice("--mpi=pmix", "mpirun --map-by slot")
     return Advice("--mpi=pmi2", "mpirun -ppn RANKS_OF_A_NODE")
 
 
 class Launched(NamedTuple):
-    by: str
+    """A launcher, and this process's place among the ranks that it started."""
+
+    by: str  # a key of `VARIABLES`
     rank: int
     size: int
 
 
 def launched() -> Launched | None:
-    """None where the process was started alone, also where what is in the variables cannot be a launcher's."""
+    """Return how this process was launched; None if it was started alone.
+
+    Values that no launcher would set also count as started alone.
+    """
     for name, variables in VARIABLES.items():
         rank, size = (os.environ.get(variable, "") for variable in variables)
         if re.fullmatch("[0-9]+", rank) and re.fullmatch("[0-9]+", size):
             return Launched(name, int(rank), int(size))
     return None
+
+
+def launch_line(launcher: str, ranks: int) -> list[str]:
+    """Return the words of the command line that starts ranks.
+
+    Args:
+        launcher: a shell command; `{ranks}` in it stands for their number. Empty: no launcher.
+        ranks: how many to start.
+
+    Raises:
+        UserError: `launcher` cannot be parsed, or its program is not on the PATH.
+    """
+    try:
+        line = [word.format(ranks=ranks) for word in shlex.split(launcher)]
+    except (ValueError, KeyError, IndexError, AttributeError):
+        raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
+    if line and shutil.which(line[0]) is None:
+        raise UserError(f"no {line[0]} on the PATH: activate the environment, or give --launcher")
+    return line

@@ -6,38 +6,40 @@ from torch import Tensor
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor, in C order, (nbytes,) uint8, on the CPU."""
-    return (
-        tensor.detach()
-        .cpu()
-        .resolve_conj()
-        .resolve_neg()
-        .contiguous()
-        .view(-1)
-        .view(torch.uint8)
-        .numpy()
-    )
+    """Return the bytes of a tensor's elements in C order, (nbytes,) uint8, on the CPU."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.view(-1).view(torch.uint8).numpy()
 
 
 def from_bytes(values: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The reverse of `tensor_bytes`, on the CPU, in memory of its own."""
+    """Return a new tensor, on the CPU, from its bytes: the reverse of `tensor_bytes`.
+
+    Args:
+        values: (nbytes,) uint8.
+        dtype: the tensor's.
+        shape: the tensor's.
+    """
     if not values.numel():
         return torch.empty(shape, dtype=dtype)
-    return values.clone().view(dtype).view(shape)  # a copy lies where its type may
+    # A slice of bytes may begin at an address that `dtype` does not allow; a copy does not.
+    return values.clone().view(dtype).view(shape)
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A view of a complex tensor as real numbers, (..., 2); any other tensor as it is."""
+    """Return a complex tensor as a view of real numbers, (..., 2); any other tensor as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Tell floating-point and complex tensors, which have a mean, from integers and truth values."""
+    """Tell whether a tensor's type has a mean: floating-point or complex, not integer or bool."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor's elements fill its memory without gaps and overlaps, in whatever order of its dimensions."""
+    """Tell whether a tensor's elements fill its memory without gaps and overlaps.
+
+    The order of its dimensions in memory does not matter.
+    """
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -47,7 +49,10 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def once(tensor: Tensor) -> Tensor:
-    """A view in which each element of an expanded tensor, whose dimensions repeat one place in memory, appears once."""
+    """Return a view in which each element of an expanded tensor appears once.
+
+    An expanded tensor repeats one place in memory along a dimension, whose stride is 0.
+    """
     for dimension, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dimension, 0, 1)
@@ -56,7 +61,7 @@ def once(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign_(tensor: Tensor, values: Tensor) -> None:
-    """Gives a tensor, which may be an expanded one, new values of the same shape."""
+    """Copy values of the same shape into a tensor, which may be an expanded one."""
     target = once(tensor)
     source = values.view(tensor.shape)
     for dimension, size in enumerate(target.shape):

@@ -2,5 +2,5 @@
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is not one: "1 rank", "4 ranks"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Return a number with its noun, in the plural where it is not one: "1 rank", "4,096 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What a job has to do, where, and with what: shared by the modules that resume, record and loop."""
+"""What a job has to do, where and with what, for the modules that resume, record and loop."""
 
 from dataclasses import dataclass
 from pathlib import Path

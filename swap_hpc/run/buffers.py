@@ -1,4 +1,4 @@
-"""The buffers of all ranks of a team in one file: batch norm of each has seen its share of a batch."""
+"""The buffers of all ranks of a team in one file: each rank saw its own share of a batch."""
 
 from collections.abc import Collection
 

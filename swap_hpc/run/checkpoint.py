@@ -40,8 +40,8 @@ class Saved:
 class Checkpoints:
     """The folder of a run's checkpoints.
 
-    In phase 1 all ranks save one file, in phase 2 each group saves one; the first rank writes it. It
-    is a .safetensors file, so that reading it executes nothing. Its header holds the format, the
+    In phase 1 all ranks save one file, in phase 2 each group saves one; the first rank writes it.
+    It is a .safetensors file, so that reading it executes nothing. Its header holds the format, the
     recipe, the position and a checksum of the whole. Its tensors are:
 
     - `weights/NAME`: of the state dict, the same on all ranks

@@ -1,7 +1,7 @@
 """What a job does of a run: all of it, or one part, while other jobs do the others.
 
-All of them work in one folder. Eight small jobs may start sooner than one large one: a job for phase 1,
-then one for each group, then one that averages.
+All of them work in one folder. Eight small jobs may start sooner than one large one: a job for
+phase 1, then one for each group, then one that averages.
 """
 
 from swap_hpc.errors import UserError
@@ -104,9 +104,11 @@ def _check_large_batch(recipe: Recipe, ranks: int) -> None:
     _check_share("large_batch", recipe.large_batch, ranks)
     share = batch_size // (ranks * recipe.large_batch.accumulate)
     if wanted is not None and share != wanted:
+        needed = batch_size // (wanted * recipe.large_batch.accumulate)
         raise UserError(
-            f"large_batch.batchnorm_batch_size = {wanted}, but {ranks} ranks share batches of {batch_size} as {share} each: "
-            f"start {batch_size // (wanted * recipe.large_batch.accumulate)} ranks, or set the field to {share} for another result"
+            f"large_batch.batchnorm_batch_size = {wanted}, but {ranks} ranks share batches of "
+            f"{batch_size} as {share} each: start {needed} ranks, or set the field to {share} for "
+            "another result"
         )
 
 

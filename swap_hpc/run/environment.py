@@ -3,15 +3,14 @@
 import importlib.metadata
 import os
 import platform
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from swap_hpc import __version__
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.devices import Device
-from swap_hpc.parallel.gradients import load_horovod
+from swap_hpc.parallel.devices import Device, cpu_model
+from swap_hpc.parallel.horovod import load_horovod
 from swap_hpc.parallel.mpi import host, mpi_library, mpi_library_file, thread_level
 from swap_hpc.parallel.teams import Team
 
@@ -61,7 +60,7 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
         "horovod": _horovod_build(),
         "cuda": torch.version.cuda,
         "nccl": _nccl_version(),
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "ranks": [
             {"rank": rank, **place._asdict()} for rank, place in enumerate(world.allgather(here))
         ],
@@ -94,15 +93,3 @@ def _describe(device: Device) -> str:
     if device.torch.type != "cuda":
         return "cpu"
     return f"{device.torch} ({device.name}, {device.uuid})"
-
-
-def _cpu() -> str:
-    """Return the name of the CPU's model."""
-    with (
-        suppress(OSError),
-        open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file,
-    ):
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -1,4 +1,4 @@
-"""The metrics of a run, one JSON object per line: `metrics/world.jsonl`, `metrics/group-000.jsonl` ..."""
+"""The metrics of a run: `metrics/world.jsonl`, `metrics/group-000.jsonl` and so on."""
 
 import json
 from collections.abc import Mapping

@@ -11,8 +11,8 @@ from torch import nn
 from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.devices import BF16, Device, told, use_device
-from swap_hpc.parallel.gradients import check_horovod
+from swap_hpc.parallel.devices import BF16, Device, dotted, use_device
+from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.weights import load_weights_
@@ -56,8 +56,8 @@ def check_device(recipe: Recipe, device: Device) -> None:
     capability = device.capability
     if recipe.precision == "bf16" and capability and capability < BF16:
         raise UserError(
-            f'precision = "bf16" needs a GPU of compute capability {told(BF16)} (A100) or newer, '
-            f"and {device.name} has {told(capability)}: --set precision=fp32 "
+            f'precision = "bf16" needs a GPU of compute capability {dotted(BF16)} (A100) or newer, '
+            f"and {device.name} has {dotted(capability)}: --set precision=fp32 "
             "(fp16, which it does have, is not supported yet)"
         )
     if recipe.compile:

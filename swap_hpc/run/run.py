@@ -12,8 +12,8 @@ from torch import nn
 from swap_hpc.data import Arrays
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.atomic import write_json
-from swap_hpc.parallel.gradients import end_stalls
 from swap_hpc.parallel.grid import Ranks, grid, node_of, single_row
+from swap_hpc.parallel.horovod import end_stalls
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from swap_hpc.parallel.atomic import write_text
 from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.wording import count
 from swap_hpc.run.folder import load_run
 from swap_hpc.study.figures.curves import draw_curves
 from swap_hpc.study.figures.landscape import draw_landscape
@@ -45,17 +46,13 @@ def table(result: dict[str, Any]) -> str:
 
 def _head(result: dict[str, Any]) -> str:
     epochs = result["epochs"]
-    ranks = _counted(result["ranks"], "rank") if result["ranks"] else "unknown number of ranks"
+    ranks = count(result["ranks"], "rank") if result["ranks"] else "unknown number of ranks"
     return (
         f"{result['recipe']}, seed {result['seed']}: {ranks}, "
-        f"{_counted(result['groups'], 'group')}; "
-        f"{_counted(epochs['large_batch'], 'epoch')} of large batches, "
+        f"{count(result['groups'], 'group')}; "
+        f"{count(epochs['large_batch'], 'epoch')} of large batches, "
         f"{epochs['refine']} of refinement per group"
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _names(result: dict[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """Running the trials of a study, one after the other. Imports neither torch nor MPI."""
 
 import ctypes
-import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swap_hpc.errors import RunError, Stopped, UserError
+from swap_hpc.parallel.launcher import launch_line
 from swap_hpc.study.plan import Trial
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -105,21 +105,11 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
         Stopped: the trial was stopped before its end.
         UserError: the launcher cannot be started.
     """
-    try:
-        start = [part.format(ranks=trial.ranks) for part in shlex.split(launcher)]
-    except (ValueError, KeyError, IndexError, AttributeError):
-        raise UserError(f"--launcher {launcher}: write it as 'mpirun -n {{ranks}}'") from None
+    start = launch_line(launcher, trial.ranks)
     line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
-    try:
-        # A session of its own keeps a terminal's Ctrl-C from the trial, which would end without
-        # saving: `_Stop.ask` sends it the signal that lets it save.
-        stop.process = subprocess.Popen(
-            line, start_new_session=True, preexec_fn=_end_with_the_study
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"no {start[0]} on the PATH: activate the environment, or say --launcher"
-        ) from None
+    # A session of its own keeps a terminal's Ctrl-C from the trial, which would end without
+    # saving: `_Stop.ask` sends it the signal that lets it save.
+    stop.process = subprocess.Popen(line, start_new_session=True, preexec_fn=_end_with_the_study)
     if stop.asked:  # while the trial was being started
         stop.ask()
     code = stop.process.wait()

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on test samples that a team of ranks shares."""
+"""The loss and accuracy of a model on test samples that a team of ranks shares."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.train.events import Evaluation
 from swap_hpc.train.objective import CLASSIFICATION, Objective, as_float32
 
-if TYPE_CHECKING:  # a loop of one's own needs no DALI
+if TYPE_CHECKING:  # a training loop of the user's own needs no DALI
     from swap_hpc.train.job import Batch, Job
 
 
@@ -19,29 +19,45 @@ if TYPE_CHECKING:  # a loop of one's own needs no DALI
 def evaluate(
     model: nn.Module, batches: "Iterable[Batch]", team: Team, objective: Objective = CLASSIFICATION
 ) -> Evaluation:
-    """Loss and score of `model` on the batches of all ranks of `team`, each sample counted once: cross-entropy and accuracy, or others.
+    """Return the mean loss and accuracy of `model` over the samples of all ranks. Collective.
 
-    `model`: the plain module, not a DistributedDataParallel around it, whose forward pass would wait for other ranks.
-    `batches`: this rank's, (images (n, C, H, W), labels (n,) int64); it may have none. Every module's training mode is left as
-    it was. Raises ValueError, on all ranks, where none has a sample.
+    Losses are summed in float64 over the batches and the ranks. The model is in evaluation mode
+    meanwhile; afterwards each module has its own mode back.
+
+    Args:
+        model: the same on all ranks. The plain module, not a DistributedDataParallel around it,
+            whose forward pass would wait for other ranks.
+        batches: this rank's share of the samples, (images (n, C, H, W) float32, labels (n,) int64)
+            on the model's device; a rank may have none. With another objective, whatever the model
+            and the objective take.
+        team: the ranks whose samples count together.
+        objective: the loss and the score that are measured; by default cross-entropy, in nats, and
+            the share of right answers.
+
+    Returns:
+        The mean loss and the mean score, called accuracy, over all samples; the same on all ranks.
+
+    Raises:
+        ValueError: on all ranks, no rank has a sample.
     """
-    losses, hits, samples = [], [], 0
+    losses, scores, samples = [], [], 0
     with evaluating(model):
         for images, labels in batches:
             outputs = as_float32(model(images))
             with torch.autocast(labels.device.type, enabled=False):  # as in training
                 losses.append(objective.total_loss(outputs, labels))
-                hits.append(objective.score(outputs, labels).sum(dtype=torch.float64))
+                scores.append(objective.score(outputs, labels).sum(dtype=torch.float64))
             samples += len(labels)
+    # Sums stay on the device until here, so that the host does not wait for it at every batch.
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
-    correct = torch.stack(hits).sum().item() if hits else 0
-    loss, correct, samples = team.sums(loss, correct, samples)  # type: ignore[assignment]
-    if not samples:
+    score = torch.stack(scores).sum().item() if scores else 0.0
+    total_loss, total_score, total_samples = team.sums(loss, score, samples)
+    if not total_samples:
         raise ValueError("no rank has a sample to evaluate on: give batches to at least one")
-    return Evaluation(loss / samples, correct / samples)
+    return Evaluation(total_loss / total_samples, total_score / total_samples)
 
 
 def evaluate_job(model: nn.Module, job: "Job", team: Team) -> Evaluation:
-    """`evaluate` on the job's test samples."""
+    """Evaluate `model` on the job's test samples, in its precision. Collective."""
     with job.autocast():
         return evaluate(model, job.test_batches(team), team, job.objective)

@@ -25,7 +25,8 @@ from swap_hpc.train.control import Control
 from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
 
-# images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets (n, ...)
+# Images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets,
+# (n, ...) each.
 Batch = tuple[Tensor, Tensor]
 
 

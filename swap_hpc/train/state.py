@@ -1,7 +1,7 @@
 """The state of an optimizer, whatever it holds, as a tree that a checkpoint can keep.
 
-A tree is a tensor, a number, a truth value, text, None, or a list, tuple or dictionary of trees. In a
-checkpoint its tensors are tensors of the file, and the rest is JSON.
+A tree is a tensor, a number, a truth value, text, None, or a list, tuple or dictionary of trees.
+In a checkpoint its tensors are tensors of the file, and the rest is JSON.
 """
 
 import inspect
@@ -135,8 +135,8 @@ def as_json(tree: Any, path: str = "") -> Any:
 def _check_plain(value: Any, path: str) -> None:
     if type(value) not in PLAIN:
         raise UserError(
-            f"the optimizer keeps a {type(value).__name__} at {path.lstrip('/')}, which a checkpoint "
-            "cannot hold: use tensors, numbers, text, lists, tuples and dictionaries"
+            f"the optimizer keeps a {type(value).__name__} at {path.lstrip('/')}, which a "
+            "checkpoint cannot hold: use tensors, numbers, text, lists, tuples and dictionaries"
         )
 
 

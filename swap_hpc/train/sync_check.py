@@ -1,7 +1,8 @@
 """Sync checks: the ranks of a team agree on losses, saves and stops, a few times a minute.
 
-Reading a loss makes the host wait for the device, and agreeing makes the ranks wait for each other. So the
-losses of many steps are checked at once. What is trained does not depend on when that happens.
+Reading a loss makes the host wait for the device, and agreeing makes the ranks wait for each other.
+So the losses of many steps are checked at once. What is trained does not depend on when that
+happens.
 """
 
 import math

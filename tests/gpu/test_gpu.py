@@ -26,6 +26,7 @@ from swap_hpc.data import Dataset, Files, Graph, loader
 from swap_hpc.data.sampling import Key, Picks, epoch_picks, training_picks
 from swap_hpc.parallel import gradients
 from swap_hpc.parallel.devices import Device
+from swap_hpc.parallel.horovod import load_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.recipe.schema import Augment
@@ -107,7 +108,7 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(
 
     Twice, since Horovod is started for phase 1 and again for phase 2.
     """
-    if not gradients.load_horovod().nccl_built():
+    if not load_horovod().nccl_built():
         pytest.skip("this Horovod was built without NCCL")
     job = replace(tiny.job(model={"name": "tiny:batch_normed"}), device=GPU)
     together = Team.alone()

@@ -1,4 +1,4 @@
-"""The grid and the team's collectives."""
+"""The grid of ranks, and a team's collectives."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_the_grid_covers_every_group_once(world: Team, groups: int) -> None:
     assert all(peers * size == world.size for _, size, _, peers in rows)
 
 
-def test_what_one_rank_raises_is_raised_on_all(world: Team) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(world: Team) -> None:
     def fails_on_the_last() -> None:
         if world.rank == world.size - 1:
             raise UserError("the last rank says no")
@@ -30,10 +30,10 @@ def test_what_one_rank_raises_is_raised_on_all(world: Team) -> None:
     with pytest.raises(UserError, match="the last rank says no") as error:
         world.agree(fails_on_the_last)
     assert error.value.reported_elsewhere == (world.rank < world.size - 1)
-    world.barrier()  # nobody is left behind in a collective
+    world.barrier()  # no rank is left behind in a collective
 
 
-def test_collectives_give_what_their_names_say(world: Team) -> None:
+def test_collectives_return_what_their_names_say(world: Team) -> None:
     n = world.size
     assert world.sums(1.0, world.rank) == [n, n * (n - 1) / 2]
     assert world.maximum(world.rank) == [n - 1]
@@ -51,9 +51,8 @@ def test_the_first_rank_goes_first(world: Team, tmp_path_factory: pytest.TempPat
         marker.touch()
         return "made"
 
-    assert world.allgather(first_then_rest(world, make_or_find)) == ["made"] + ["found"] * (
-        world.size - 1
-    )
+    results = world.allgather(first_then_rest(world, make_or_find))
+    assert results == ["made"] + ["found"] * (world.size - 1)
 
 
 def test_local_ranks_are_distinct(world: Team) -> None:

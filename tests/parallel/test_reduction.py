@@ -155,7 +155,7 @@ def test_no_hook_of_ours_stays(world: Team) -> None:
 @pytest.mark.ranks(2)
 def test_thousands_of_small_parameters_are_a_handful_of_messages(world: Team) -> None:
     """What a step costs beside its computing grows with the tensors, not with their square."""
-    from swap_hpc.parallel.gradients import BUCKETS, _buckets
+    from swap_hpc.parallel.gradients import BUCKETS, gradient_buckets
 
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -167,5 +167,5 @@ def test_thousands_of_small_parameters_are_a_handful_of_messages(world: Team) ->
             return self.last(images.flatten(1)) * torch.stack(list(self.scales)).mean()
 
     found, expected = on_ranks(Many, world), on_one(Many, world.size)
-    assert len(list(_buckets(found))) <= BUCKETS
+    assert len(list(gradient_buckets(found))) <= BUCKETS
     torch.testing.assert_close(tiny.weights(found), tiny.weights(expected), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,7 @@
-"""What is saved comes back to the bit, or is refused in one line; a damaged file costs no more than the time since the one before."""
+"""What is saved comes back to the bit, or is refused in one line.
+
+A damaged file costs no more than the time since the one before it.
+"""
 
 import json
 import random
@@ -97,7 +100,8 @@ def test_where_both_are_damaged_nothing_is_deleted(checkpoints: Checkpoints) -> 
         (checkpoints.folder / name).write_bytes(b"\0" * 100)
     with pytest.raises(
         RunError,
-        match=rf"no checkpoint of large_batch in .* can be used \({NEWEST} is .*; {BEFORE} is .*\): restore one",
+        match=rf"no checkpoint of large_batch in .* can be used \({NEWEST} is .*; {BEFORE} is .*\): "
+        "restore one",
     ) as error:
         checkpoints.load(PHASE_1, ONE)
     assert "\n" not in str(error.value) and names(checkpoints) == [BEFORE, NEWEST]
@@ -110,7 +114,8 @@ def test_another_recipes_is_refused_with_the_fields(checkpoints: Checkpoints) ->
     )
     with pytest.raises(
         UserError,
-        match=rf"{NEWEST} was saved by another recipe \(large_batch.epochs, seed differ\): choose another --out",
+        match=rf"{NEWEST} was saved by another recipe \(large_batch.epochs, seed differ\): "
+        "choose another --out",
     ):
         other.load(PHASE_1, ONE)
     moved = tiny.recipe(
@@ -133,7 +138,8 @@ def test_another_format_is_refused(checkpoints: Checkpoints, version: str | None
     write_tensors(path, tensors, header | ({"checkpoint": version} if version else {}))
     with pytest.raises(
         UserError,
-        match=rf"{NEWEST} has checkpoint format {version}, this version reads {FORMAT}: finish the run with",
+        match=rf"{NEWEST} has checkpoint format {version}, this version reads {FORMAT}: "
+        "finish the run with",
     ):
         checkpoints.load(PHASE_1, ONE)
 
@@ -148,7 +154,8 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints: Checkpoints) -> N
     saves = SavedAt(saved.point)
     with pytest.raises(
         UserError,
-        match=r"the weights of the checkpoint of large_batch do not fit this model: .*[Uu]nexpected key",
+        match=r"the weights of the checkpoint of large_batch do not fit this model: "
+        ".*[Uu]nexpected key",
     ):
         list(fit(tiny.model(job), job, PHASE_1, ONE, saves))
 

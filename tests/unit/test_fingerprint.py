@@ -7,14 +7,6 @@ from torch import Tensor
 from swap_hpc.average import agreement
 from swap_hpc.average.agreement import fingerprint
 
-
-def values(dtype: torch.dtype, size: int = 1000) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    if dtype.is_complex:
-        return torch.randn(size, dtype=dtype, generator=generator)
-    return torch.randn(size, generator=generator).mul(50).to(dtype)
-
-
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -26,18 +18,27 @@ DTYPES = [
 ]
 
 
+def values(dtype: torch.dtype, size: int = 1000) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    if dtype.is_complex:
+        return torch.randn(size, dtype=dtype, generator=generator)
+    return torch.randn(size, generator=generator).mul(50).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_bit_counts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 64})  # several parts
+    monkeypatch.setattr(agreement, "ELEMENTS_AT_ONCE", {"cpu": 64})  # several parts
     tensor = values(dtype)
     known = {fingerprint([tensor])}
-    raw = tensor.view(torch.uint8)
-    for place in range(0, len(raw), 97):
+    content = tensor.view(torch.uint8)
+    places = range(0, len(content), 97)
+    for place in places:
         for bit in (0, 7):
-            raw[place] ^= 1 << bit
+            content[place] ^= 1 << bit
             known.add(fingerprint([tensor]))
-            raw[place] ^= 1 << bit
-    assert len(known) == 1 + 2 * len(range(0, len(raw), 97)) and fingerprint([tensor]) in known
+            content[place] ^= 1 << bit
+    assert len(known) == 1 + 2 * len(places)
+    assert fingerprint([tensor]) in known
 
 
 def test_order_counts_and_layout_does_not() -> None:
@@ -45,16 +46,15 @@ def test_order_counts_and_layout_does_not() -> None:
     assert fingerprint([one, other]) != fingerprint([other, one]) != fingerprint([one])
     assert fingerprint([one.flip(0)]) != fingerprint([one])
     weights = values(torch.float32, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    assert fingerprint([weights.to(memory_format=torch.channels_last)]) == fingerprint([weights])
-    assert fingerprint([weights.transpose(0, 1).contiguous().transpose(0, 1)]) == fingerprint(
-        [weights]
-    )
+    transposed = weights.transpose(0, 1).contiguous().transpose(0, 1)
+    for same in (weights.to(memory_format=torch.channels_last), transposed):
+        assert fingerprint([same]) == fingerprint([weights])
 
 
 def test_parts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = values(torch.float32)
     whole = fingerprint([tensor])
-    monkeypatch.setattr(agreement, "AT_ONCE", {"cpu": 7})
+    monkeypatch.setattr(agreement, "ELEMENTS_AT_ONCE", {"cpu": 7})
     assert fingerprint([tensor]) == whole
 
 
