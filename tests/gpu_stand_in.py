@@ -1,10 +1,13 @@
-"""A whole run on a stand-in for a GPU: tensors that say they lie on "cuda", hold CPU data, and refuse to meet CPU tensors.
+"""A whole run on a stand-in for a GPU, for hosts without one.
 
     python tests/gpu_stand_in.py FOLDER [FIELD=VALUE ...]
 
-It shows which line of the package mixes devices, on a host without a GPU. Everything runs but the autograd engine, which
-wants a driver: a backward pass gives each parameter that took part a gradient made of its own values, and calls its hooks.
-Prints the hashes of what the commands made, one line each.
+The stand-in's tensors report the device "cuda", hold their values on the CPU, and refuse operations
+with CPU tensors. So a run shows which line of the package mixes devices. Everything runs except the
+autograd engine, which needs a driver: a backward pass gives each parameter that took part a
+gradient made of its own values, and calls its hooks.
+
+Prints a line for each command: its name, and the hash of the weights that it made.
 """
 
 import sys
@@ -21,11 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-CROSSING = {
-    aten.copy_.default,
-    aten._to_copy.default,
-}  # what moves values from one device to the other
-ONE_NUMBER = {
+
+# Operators that copy values from one device to the other.
+CROSSING = {aten.copy_.default, aten._to_copy.default}
+
+# Operators on GPU tensors that also take a CPU scalar.
+WITH_SCALARS = {
     aten.add,
     aten.sub,
     aten.mul,
@@ -35,13 +39,13 @@ ONE_NUMBER = {
     aten.ge,
     aten.lt,
     aten.gt,
-}  # a CPU scalar may stand beside
+}
 
 
 class OnGpu(Tensor):
-    """A tensor of the stand-in. `held`: its values, on the CPU; views share them."""
+    """A tensor of the stand-in."""
 
-    held: Tensor
+    held: Tensor  # the values, on the CPU; views share them
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnGpu":
@@ -78,7 +82,7 @@ class OnGpu(Tensor):
 
 
 class StandIn(TorchDispatchMode):
-    """Everything inside goes through `dispatch`, also what makes tensors of none."""
+    """Sends every operator to `dispatch`, also those that make tensors from none."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -87,33 +91,52 @@ class StandIn(TorchDispatchMode):
 
 
 def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operator on the values that tensors hold. Raises RuntimeError where a GPU would, for tensors of two devices."""
+    """Run an operator on the values that tensors hold.
+
+    Raises:
+        RuntimeError: the tensors are on two devices, where a GPU would refuse them, too.
+    """
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    there = [each for each in tensors if isinstance(each, OnGpu)]
-    here = [each for each in tensors if not isinstance(each, OnGpu)]
-    if function not in CROSSING and there and here:
-        scalars = function.overloadpacket in ONE_NUMBER and all(each.ndim == 0 for each in here)
-        if not scalars:
-            shapes = [[tuple(each.shape) for each in side] for side in (there, here)]
-            raise RuntimeError(
-                f"{function} mixes devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU"
-            )
-    asked = kwargs.get("device")
-    plain = {**kwargs, **({"device": torch.device("cpu")} if asked is not None else {})}
-    if plain.get("pin_memory"):
-        plain["pin_memory"] = False
-    values: Any = lambda each: each.held if isinstance(each, OnGpu) else each  # noqa: E731
-    result = function(*tree_map(values, args), **tree_map(values, plain))
+    on_gpu = [each for each in tensors if isinstance(each, OnGpu)]
+    on_cpu = [each for each in tensors if not isinstance(each, OnGpu)]
+    if on_gpu and on_cpu and function not in CROSSING:
+        check_scalars(function, on_gpu, on_cpu)
+    device = kwargs.get("device")
+    options = dict(kwargs)
+    if device is not None:
+        options["device"] = torch.device("cpu")
+    if options.get("pin_memory"):
+        options["pin_memory"] = False  # needs a driver
+    result = function(*tree_map(held, args), **tree_map(held, options))
     if function._schema.is_mutable and isinstance(result, Tensor):
         return kwargs.get("out", args[0])
-    on_gpu = torch.device(asked).type == "cuda" if asked is not None else bool(there)
-    return tree_map(
-        lambda each: OnGpu(each) if on_gpu and isinstance(each, Tensor) else each, result
+    goes_to_gpu = bool(on_gpu) if device is None else torch.device(device).type == "cuda"
+    return tree_map(wrapped, result) if goes_to_gpu else result
+
+
+def check_scalars(function: Any, on_gpu: list[OnGpu], on_cpu: list[Tensor]) -> None:
+    """Raise RuntimeError unless the CPU tensors are scalars, and the operator takes such."""
+    if function.overloadpacket in WITH_SCALARS and all(each.ndim == 0 for each in on_cpu):
+        return
+    gpu_shapes = [tuple(each.shape) for each in on_gpu]
+    cpu_shapes = [tuple(each.shape) for each in on_cpu]
+    raise RuntimeError(
+        f"{function} mixes devices: {gpu_shapes} on the GPU, {cpu_shapes} on the CPU"
     )
 
 
+def held(value: Any) -> Any:
+    """Return the values that a tensor of the stand-in holds, and anything else as it is."""
+    return value.held if isinstance(value, OnGpu) else value
+
+
+def wrapped(value: Any) -> Any:
+    """Return a tensor as one of the stand-in, and anything else as it is."""
+    return OnGpu(value) if isinstance(value, Tensor) else value
+
+
 def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
-    """Gives the parameters behind `loss` gradients, and calls their hooks, as the engine does."""
+    """Give the parameters behind `loss` gradients, and call their hooks, as the engine does."""
     for parameter in leaves(loss.grad_fn):
         with torch.no_grad():
             step = (parameter.detach() * (1 + loss.detach())).cos() * 0.1
@@ -123,7 +146,7 @@ def backward(loss: Tensor, *unused: Any, **also_unused: Any) -> None:
 
 
 def leaves(root: Any) -> Iterator[Tensor]:
-    """The parameters from which a value was computed, the last ones first."""
+    """Yield the parameters from which a value was computed, the last ones first."""
     seen, waiting = set(), [root]
     while waiting:
         node = waiting.pop(0)
@@ -136,7 +159,7 @@ def leaves(root: Any) -> Iterator[Tensor]:
 
 
 def pretend() -> None:
-    """Makes torch say that there is a GPU, and use the stand-in for it."""
+    """Let torch report a GPU, and use the stand-in for it."""
     properties = SimpleNamespace(name="stand-in", major=9, minor=0, uuid="the only one")
     replaced: dict[str, Callable[..., Any]] = {
         "device_count": lambda: 1,
@@ -149,16 +172,24 @@ def pretend() -> None:
     }
     for name, function in replaced.items():
         setattr(torch.cuda, name, function)
-    torch._C._ensureCUDADeviceGuardSet()  # views ask for one
+    torch._C._ensureCUDADeviceGuardSet()  # views need one
     torch.backends.cudnn.enabled = False
-    torch.__future__.set_overwrite_module_params_on_conversion(
-        True
-    )  # a parameter cannot change its kind in place
+    # A parameter's class cannot change in place: moving a model replaces its parameters.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     Tensor.backward = backward  # type: ignore[assignment,method-assign]
 
 
+QUICK = (
+    "groups=2",
+    "large_batch.epochs=2",
+    "large_batch.stop_accuracy=1.0",
+    "refine.epochs=2",
+    "checkpoint.snapshots=1",
+)
+
+
 def main(folder: Path, fields: list[str]) -> None:
-    """A run, the same again, stopped and gone on with; what the commands make of it."""
+    """Run a recipe; run it again, stopped and resumed; then run the commands on its folder."""
     from rich.console import Console
 
     from swap_hpc.errors import Stopped
@@ -171,48 +202,40 @@ def main(folder: Path, fields: list[str]) -> None:
     from swap_hpc.train.control import Control
 
     world = Team.world()
-    quick = [
-        "groups=2",
-        "large_batch.epochs=2",
-        "large_batch.stop_accuracy=1.0",
-        "refine.epochs=2",
-        "checkpoint.snapshots=1",
-    ]
-    recipe = load_recipe("digits", [*quick, *(fields or ["model.width=4"])])
+    recipe = load_recipe("digits", [*QUICK, *(fields or ["model.width=4"])])
+    console = Console(quiet=True)
+    whole, again = folder / "whole", folder / "again"
 
-    def tell(name: str, value: object) -> None:
+    def report(name: str, value: object) -> None:
         if world.rank == 0:
             print(name, value, flush=True)
 
-    console = Console(quiet=True)
+    def run(out: Path, control: Control) -> str:
+        result = train(recipe, out, world, console, control, perf_counter())
+        assert result is not None
+        return result["weights_sha256"]
+
     with StandIn():
-        whole = train(recipe, folder / "whole", world, console, Control(), perf_counter())
-        assert whole is not None
-        tell("train", whole["weights_sha256"])
+        report("train", run(whole, Control()))
         stops = StopsAfter(40)
         try:
-            train(recipe, folder / "again", world, console, stops, perf_counter())
+            run(again, stops)
         except Stopped:
-            tell("stopped", stops.heartbeats)
-        again = train(recipe, folder / "again", world, console, Control(), perf_counter())
-        assert again is not None
-        tell("went on", again["weights_sha256"])
-        tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
-        tell(
-            "evaluate",
-            saved.evaluate(folder / "whole" / "swap.safetensors", None, world).weights_sha256,
-        )
-        if (
-            world.size == 1 and not recipe.refine.average_every_steps
-        ):  # else groups lie too close together for a plane
-            landscape(folder / "whole", None, 3, 100, world, lambda text: None)
-            tell("landscape", (folder / "whole" / "landscape.png").is_file())
-            trajectory(folder / "whole", None, 100, world, lambda text: None)
-            tell("trajectory", (folder / "whole" / "trajectory.png").is_file())
+            report("stopped", stops.heartbeats)
+        report("went on", run(again, Control()))
+        report("average", saved.average(whole, None, None, world).weights_sha256)
+        averaged = whole / "swap.safetensors"
+        report("evaluate", saved.evaluate(averaged, None, world).weights_sha256)
+        # Groups that continue from their average lie too close together for a plane.
+        if world.size == 1 and not recipe.refine.average_every_steps:
+            landscape(whole, None, 3, 100, world, lambda text: None)
+            report("landscape", (whole / "landscape.png").is_file())
+            trajectory(whole, None, 100, world, lambda text: None)
+            report("trajectory", (whole / "trajectory.png").is_file())
 
 
 class Mixed(torch.nn.Module):
-    """A model whose forward pass forgets that its input may lie on a GPU. As a builder, for a recipe."""
+    """A model, for a recipe to name, whose forward pass forgets that its input may be on a GPU."""
 
     def __init__(self, classes: int, channels: int, width: int = 0) -> None:
         super().__init__()
@@ -226,11 +249,11 @@ if __name__ == "__main__":
     from swap_hpc.train.control import Control
 
     class StopsAfter(Control):
-        """Is asked to stop after that many steps."""
+        """Asks for a stop at a heartbeat."""
 
-        def __init__(self, beats: int) -> None:
+        def __init__(self, last: int) -> None:
             super().__init__()
-            self.last = beats
+            self.last = last
 
         def heartbeat(self, where: str) -> None:
             super().heartbeat(where)
