@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 import zoo
 from torch import Tensor, nn
 
-from swap_hpc.average import uniform as averaging
+from swap_hpc.average import uniform
 from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.sharing import average_buffers_
 from swap_hpc.average.uniform import WeightSum, average_weights_
@@ -18,7 +17,7 @@ from swap_hpc.parallel.teams import Team
 
 
 def random_model(seed: int) -> nn.Sequential:
-    """Every kind of tensor, in several types and layouts, with values that follow from `seed`."""
+    """Return a model with every kind of tensor, in several types and layouts."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Linear(5, 11))
     model.append(nn.InstanceNorm2d(3, track_running_stats=True))
@@ -40,9 +39,9 @@ def random_model(seed: int) -> nn.Sequential:
 
 
 def is_kept(name: str) -> bool:
-    return name in ("steps", "table", "row", "factor") or name.startswith(
-        ("1.running", "1.num", "3.num")
-    )
+    """Tell whether an entry of `random_model` is not averaged."""
+    others = ("steps", "table", "row", "factor")
+    return name in others or name.startswith(("1.running", "1.num", "3.num"))
 
 
 def float64(tensor: Tensor) -> Tensor:
@@ -52,56 +51,53 @@ def float64(tensor: Tensor) -> Tensor:
 @pytest.mark.ranks(3)
 def test_another_model_on_a_rank_is_refused_on_all(world: Team) -> None:
     model = nn.Linear(3, 2 + (world.rank == 1))
-    with pytest.raises(
-        ValueError, match="the model of rank 1 has other weights than that of rank 0"
-    ):
+    message = "the model of rank 1 has other weights than that of rank 0"
+    with pytest.raises(ValueError, match=message):
         average_weights_(model, world)
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 8)
-@pytest.mark.parametrize("chunk", [10, averaging.CHUNK])
+@pytest.mark.parametrize("chunk", [10, uniform.CHUNK])
 def test_the_average_is_the_rounded_float64_mean(
     world: Team, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(averaging, "CHUNK", chunk)
+    monkeypatch.setattr(uniform, "CHUNK", chunk)
     models = [random_model(seed) for seed in range(world.size)]
     mine = random_model(world.rank)
     average_weights_(mine, world)
     for name, tensor in mine.state_dict().items():
+        everyones = [model.state_dict()[name] for model in models]
         if is_kept(name):
-            expected = models[0].state_dict()[name]  # the first rank's
+            expected = everyones[0]
         else:
-            expected = (
-                torch.stack([float64(m.state_dict()[name]) for m in models])
-                .sum(0)
-                .div(world.size)
-                .to(tensor.dtype)
-            )
+            total = torch.stack([float64(each) for each in everyones]).sum(0)
+            expected = (total / world.size).to(tensor.dtype)
         assert torch.equal(tensor, expected), name
-        assert tensor.stride() == models[0].state_dict()[name].stride()
+        assert tensor.stride() == everyones[0].stride()
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 8)
 def test_the_layout_of_the_ranks_does_not_matter(world: Team) -> None:
-    """24 models, dealt out to the ranks in runs, average to the same bits as on one rank."""
+    """24 models that the ranks share average to the same bits as on one rank."""
     each = 24 // world.size
-    mine, all_of_them = WeightSum(), WeightSum()
+    mine, whole = WeightSum(), WeightSum()
     for seed in range(24):
-        all_of_them.add_(random_model(seed))
+        whole.add_(random_model(seed))
         if seed // each == world.rank:
             mine.add_(random_model(seed))
     here, there = random_model(0), random_model(0)
     average_weights_(here, world, mine)
-    average_weights_(there, Team.alone(), all_of_them)
+    average_weights_(there, Team.alone(), whole)
     assert torch.equal(tiny.weights(here), tiny.weights(there))
 
 
 def test_the_order_in_which_a_rank_holds_its_sum_does_not_matter(world: Team) -> None:
-    """One that went on from a file has it in another order; one that has nothing to add has none."""
+    """A rank that was resumed from a file has the file's order, and the last rank has no sum."""
     total, whole = WeightSum(), WeightSum()
-    for rank in range(max(1, world.size - 1)):
+    contributing = max(1, world.size - 1)
+    for rank in range(contributing):
         whole.add_(random_model(rank))
-    if world.rank < max(1, world.size - 1):
+    if world.rank < contributing:
         total.add_(random_model(world.rank))
     total.sums = dict(sorted(total.sums.items(), reverse=world.rank % 2 == 1))
     here, there = random_model(0), random_model(0)
@@ -111,6 +107,7 @@ def test_the_order_in_which_a_rank_holds_its_sum_does_not_matter(world: Team) ->
 
 
 def batches(count: int) -> list[Tensor]:
+    """Return batches of different sizes, means and variances."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randn(5 + i % 3, 3, 8, 8, generator=generator) * (1 + i) + i for i in range(count)
@@ -118,48 +115,56 @@ def batches(count: int) -> list[Tensor]:
 
 
 def reference_statistics(model: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and unbiased variance of all inputs of each batch-norm layer, in float64, by definition."""
+    """Return the mean and unbiased variance of each batch-norm layer's inputs, by definition.
+
+    In float64, from all inputs at once.
+    """
     model = model.double()
-    at: dict[nn.Module, list[Tensor]] = {
-        m: [] for m in model.modules() if isinstance(m, nn.BatchNorm2d)
-    }
+    seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in batchnorms(model)}
     for x in inputs:
         x = x.double()
         for layer in model:  # type: ignore[attr-defined]
             if isinstance(layer, nn.BatchNorm2d):
-                at[layer].append(x.detach())
-                mean, variance = (
-                    x.mean((0, 2, 3), keepdim=True),
-                    x.var((0, 2, 3), unbiased=False, keepdim=True),
-                )
-                x = (x - mean) / (variance + layer.eps).sqrt() * layer.weight.view(
-                    1, -1, 1, 1
-                ) + layer.bias.view(1, -1, 1, 1)
+                seen[layer].append(x.detach())
+                x = normalised(layer, x)
             elif not isinstance(layer, nn.Dropout):
                 x = layer(x)
-    flat = [torch.cat([x.transpose(0, 1).flatten(1) for x in seen], dim=1) for seen in at.values()]
+    flat = [
+        torch.cat([x.transpose(0, 1).flatten(1) for x in each], dim=1) for each in seen.values()
+    ]
     return [(x.mean(1), x.var(1, unbiased=True)) for x in flat]
+
+
+def normalised(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Return what a batch-norm layer returns in training."""
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = x.var((0, 2, 3), unbiased=False, keepdim=True)
+    weight, bias = (parameter.view(1, -1, 1, 1) for parameter in (layer.weight, layer.bias))
+    return (x - mean) / (variance + layer.eps).sqrt() * weight + bias
+
+
+def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def check_equal_on_all(model: nn.Module, world: Team) -> None:
+    everyones = world.allgather(tiny.weights(model))
+    assert all(torch.equal(everyones[0], other) for other in everyones)
 
 
 def test_refresh_equals_float64_by_hand(world: Team) -> None:
     inputs = batches(7)
     model = tiny.normed(3, 3)
-    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     refresh_batchnorm_(model, inputs[world.rank :: world.size], world)
     reference = tiny.normed(3, 3)
     reference.load_state_dict(model.state_dict())
-    for layer, (mean, variance) in zip(
-        layers, reference_statistics(reference, inputs), strict=True
-    ):
-        assert (
-            layer.running_mean is not None
-            and layer.running_var is not None
-            and layer.num_batches_tracked == 7
-        )
+    expected = reference_statistics(reference, inputs)
+    for layer, (mean, variance) in zip(batchnorms(model), expected, strict=True):
+        assert layer.running_mean is not None and layer.running_var is not None
         torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=1e-6)
-    everyones = world.allgather(tiny.weights(model))
-    assert all(torch.equal(everyones[0], other) for other in everyones)
+        assert layer.num_batches_tracked == 7
+    check_equal_on_all(model, world)
 
 
 def test_refresh_on_ranks_equals_one_ranks(world: Team) -> None:
@@ -173,27 +178,22 @@ def test_refresh_on_ranks_equals_one_ranks(world: Team) -> None:
 
 
 def test_a_refresh_that_fails_leaves_the_model_as_it_was(world: Team) -> None:
-    """A forward pass that raises leaves no hook on a layer, its statistics and momentum, and the mode of every layer."""
+    """No hook stays; statistics, momenta and modes are as before."""
     model = tiny.normed(3, 3).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    default_momentum = nn.BatchNorm2d(1).momentum
 
     def damaged() -> Iterator[torch.Tensor]:
         yield from batches(2)
         raise OSError("a damaged image")
 
-    for inputs, error in (
-        ([*batches(2), torch.zeros(2, 5, 4, 4)], RuntimeError),
-        (damaged(), OSError),
-    ):
+    wrong_channels = [*batches(2), torch.zeros(2, 5, 4, 4)]
+    for inputs, error in ((wrong_channels, RuntimeError), (damaged(), OSError)):
         with pytest.raises(error):
             refresh_batchnorm_(model, inputs, Team.alone())
-        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert (
-            layers
-            and not any(m._forward_hooks for m in model.modules())
-            and all(m.training for m in model.modules())
-        )
-        assert {layer.momentum for layer in layers} == {nn.BatchNorm2d(1).momentum}
+        assert not any(module._forward_hooks for module in model.modules())
+        assert all(module.training for module in model.modules())
+        assert [layer.momentum for layer in batchnorms(model)] == [default_momentum] * 2
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -206,7 +206,7 @@ def frozen(model: nn.Module) -> nn.BatchNorm2d:
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("mode", ["as built", "training", "evaluation", "by hand"])
 def test_frozen_batch_norm_keeps_its_statistics(world: Team, mode: str) -> None:
-    """Whether the model's own train() freezes it, or its user did after train(); also in the mean over a team."""
+    """The model's own train() may freeze it, or its user after train(); also in a team's mean."""
     torch.manual_seed(0)
     model = tiny_net() if mode == "by hand" else zoo.frozen_batch_norm(3, 3)
     if mode == "evaluation":
@@ -231,11 +231,14 @@ def tiny_net() -> nn.Module:
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize("old", [False, True])
 def test_spectral_norm_divides_by_the_norm_of_the_averaged_weights(world: Team, old: bool) -> None:
-    """Of groups whose weights have nothing in common, so that neither one's vectors nor their mean are the average's."""
+    """The groups' weights have nothing in common.
+
+    So neither a group's vectors nor their mean are those of the average.
+    """
     torch.manual_seed(world.rank)
     model = zoo.Spectral(3, 3, old).train()
     for x in batches(2):
-        model(x)  # as in training: each group's vectors belong to its own weights
+        model(x)  # in training mode, so that each group's vectors belong to its own weights
     average_weights_(model, world)
     refresh_batchnorm_(model, batches(2)[world.rank :: world.size], world)
     model.eval()
@@ -243,14 +246,14 @@ def test_spectral_norm_divides_by_the_norm_of_the_averaged_weights(world: Team, 
     layers: Any = model.layers
     for layer in layers:
         weight = layer.weight_orig if old else layer.parametrizations.weight.original
-        divided_by = (weight / layer.weight).mean().item()
-        assert divided_by == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-4)
-    everyones = world.allgather(tiny.weights(model))
-    assert all(torch.equal(everyones[0], other) for other in everyones)
+        divisor = (weight / layer.weight).mean().item()
+        norm = torch.linalg.matrix_norm(weight, 2).item()
+        assert divisor == pytest.approx(norm, rel=1e-4)
+    check_equal_on_all(model, world)
 
 
 class Annealed(nn.Module):
-    """A parametrization with a number that falls at each pass in training."""
+    """A parametrization with a number that falls with each forward pass in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +292,7 @@ def test_a_state_dict_that_hands_out_copies_does_not_matter(world: Team) -> None
 
 
 class Remembering(nn.Linear):
-    """Keeps something in a plain attribute, and hands it out as extra state."""
+    """A layer whose extra state is a plain attribute."""
 
     def __init__(self, note: Any) -> None:
         super().__init__(2, 3)
@@ -303,8 +306,8 @@ class Remembering(nn.Linear):
 
 
 @pytest.mark.ranks(1, 2)
-def test_extra_states_are_the_first_ones(world: Team) -> None:
-    """Of whatever length: the first rank's, or what was first added to a sum."""
+def test_extra_states_are_the_first_ranks(world: Team) -> None:
+    """They may have any length. With a sum, they are those first added to it."""
     note = {"seen": list(range(10 * world.rank)), "where": f"rank {world.rank}"}
     model = nn.Sequential(Remembering(note))
     average_weights_(model, world)
@@ -316,7 +319,7 @@ def test_extra_states_are_the_first_ones(world: Team) -> None:
     assert model[0].note == (0, 0)
 
 
-def test_refresh_leaves_all_else_alone(world: Team) -> None:
+def test_refresh_changes_nothing_else(world: Team) -> None:
     model = tiny.normed(3, 3).train()
     layer = model.get_submodule("1")
     assert isinstance(layer, nn.BatchNorm2d)
@@ -338,24 +341,14 @@ def test_buffers_of_other_layers_are_alike_after_an_epoch(world: Team) -> None:
     average_buffers_(model, world)
     assert all((model.get_buffer(name) == 1).all() for name in ("table", "row", "scale"))
     assert model.get_buffer("0.running_mean").tolist() == [(world.size - 1) / 2] * 3
-    assert model.get_buffer("0.running_var").tolist() == [1.0] * 3 and model.get_buffer(
-        "seen"
-    ).tolist() == [5]
+    assert model.get_buffer("0.running_var").tolist() == [1.0] * 3
+    assert model.get_buffer("seen").tolist() == [5]
 
 
 def test_running_statistics_are_averaged(world: Team) -> None:
+    name = "1.running_mean"
     model = random_model(world.rank)
-    expected = np.mean(
-        [
-            random_model(r).state_dict()["1.running_mean"].double().numpy()
-            for r in range(world.size)
-        ],
-        axis=0,
-    )
+    everyones = [random_model(rank).state_dict()[name].double() for rank in range(world.size)]
     average_buffers_(model, world)
-    torch.testing.assert_close(
-        model.state_dict()["1.running_mean"].double(),
-        torch.from_numpy(expected),
-        rtol=1e-6,
-        atol=1e-7,
-    )
+    mean = model.state_dict()[name].double()
+    torch.testing.assert_close(mean, torch.stack(everyones).mean(0), rtol=1e-6, atol=1e-7)

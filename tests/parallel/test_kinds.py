@@ -1,4 +1,4 @@
-"""Models of kinds that people bring, through whole runs: trained, stopped, gone on with, averaged, evaluated."""
+"""Whole runs of the kinds of models that users bring: train, stop, resume, average, evaluate."""
 
 from collections.abc import Callable
 from itertools import product
@@ -17,7 +17,7 @@ from swap_hpc.errors import Stopped, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.loading import parse
-from swap_hpc.recipe.phase import PHASE_1
+from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run import saved
 
@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dropping": {"coin": "python"},
 }
 
-STOPS = (5, 12)  # beats of a start: inside phase 1, and after it
+STOPS = (5, 12)  # heartbeats of a start at which it stops: in phase 1, and after it
 
 
 def recipe(name: str) -> Recipe:
@@ -60,9 +60,9 @@ def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(
     folder = Path(world.broadcast(str(tmp_path)))
     with fuzz.patched():
         result = fuzz.train(recipe(name), folder / "whole", world)
-        for beat in STOPS:
+        for heartbeat in STOPS:
             with pytest.raises(Stopped):
-                fuzz.train(recipe(name), folder / "stopped", world, fuzz.asked_at(beat))
+                fuzz.train(recipe(name), folder / "stopped", world, fuzz.asked_at(heartbeat))
         fuzz.train(recipe(name), folder / "stopped", world)
         average = saved.average(folder / "whole", None, None, world)
         evaluated = saved.evaluate(folder / "whole" / "swap.safetensors", None, world)
@@ -76,7 +76,7 @@ def test_a_run_and_one_that_was_stopped_leave_the_mean_of_the_groups(
 def test_ranks_of_a_group_end_alike_whatever_their_extra_states_saw(
     world: Team, tmp_path: Path
 ) -> None:
-    """Over several cycles and looks at the average: the run itself compares the ranks' models at its end."""
+    """Over several cycles; the run itself compares the ranks' models at its end."""
     folder = Path(world.broadcast(str(tmp_path)))
     refine = {"batch_size": 24, "epochs": 1, "cycles": 2, "learning_rate": 0.02}
     changed = {"groups": 1, "model": {"name": "zoo:Seeing"}, "refine": refine}
@@ -87,17 +87,22 @@ def test_ranks_of_a_group_end_alike_whatever_their_extra_states_saw(
 
 
 def check_mean(name: str, run: Path) -> None:
-    """The parameters are the groups' mean, all but batch norm's statistics the first group's."""
+    """Check the averaged model of a run.
+
+    Its parameters are the groups' mean. All else, except batch norm's statistics, is the first
+    group's.
+    """
     torch.manual_seed(0)
     model = getattr(zoo, name)(3, 3, **MODELS[name])
     parameters = {name for name, _ in model.named_parameters()}
     first, second = (load_file(run / f"group-{g:03d}.safetensors") for g in (0, 1))
     averaged = load_file(run / "swap.safetensors")
     for entry, tensor in averaged.items():
+        refreshed = "running" in entry or "tracked" in entry
         if entry in parameters:
             mean = (wide(first[entry]) + wide(second[entry])) / 2
             assert torch.equal(tensor, mean.to(tensor.dtype)), entry
-        elif name == "frozen_batch_norm" or ("running" not in entry and "tracked" not in entry):
+        elif name == "frozen_batch_norm" or not refreshed:
             assert (tensor_bytes(tensor) == tensor_bytes(first[entry])).all(), entry
     if name == "gradient_mask":
         held = model.head.weight[:, :48]
@@ -113,49 +118,66 @@ CLASSES = ("ant", "bee", "cat")
 
 @pytest.mark.ranks(1, 2)
 def test_data_that_changed_between_two_starts_are_refused(world: Team, tmp_path: Path) -> None:
-    """More images, and a class of another name, which shifts the labels: by a start, by evaluate and by average."""
+    """A start, `evaluate` and `average` notice another image, and a class of another name.
+
+    Such a class shifts the labels.
+    """
     folder = Path(world.broadcast(str(tmp_path)))
     images, out = folder / "images", folder / "run"
     world.first(lambda: write_images(images))
     sizes = {"batch_size": 6, "epochs": 1, "learning_rate": 0.01}
-    fields = {"large_batch": sizes, "refine": sizes, "batchnorm": {"batch_size": 6}, "augment": {}}
     of_folder = parse(
-        recipe("gradient_mask").model_dump() | fields | {"data": {"name": "folder", "path": images}}
+        recipe("gradient_mask").model_dump()
+        | {
+            "data": {"name": "folder", "path": images},
+            "large_batch": sizes,
+            "refine": sizes,
+            "batchnorm": {"batch_size": 6},
+            "augment": {},
+        }
     )
+
+    def start(part: Part | None = None) -> object:
+        return fuzz.train(of_folder, out, world, part=part)
+
+    def evaluate() -> saved.Result:
+        return saved.evaluate(out / "swap.safetensors", None, world)
+
+    def average() -> object:
+        return saved.average(out, None, None, world)
 
     def change(before: str, after: str) -> None:
         world.first(lambda: rename(images, before, after))
 
-    def refused(line: str, start: Callable[[], object]) -> None:
-        with pytest.raises(UserError, match=line):
-            start()
+    def remove(name: str) -> None:
+        world.first((images / name).unlink)
 
-    fuzz.train(of_folder, out, world, part=PHASE_1)
+    def check_refused(message: str, command: Callable[[], object]) -> None:
+        with pytest.raises(UserError, match=message):
+            command()
+
+    start(PHASE_1)
     facts = (out / "environment.json").read_bytes()
     world.barrier()
     change("ant/0.png", "bee/9.png")
-    refused(
-        r"other data \(9 training samples then, other names",
-        lambda: fuzz.train(of_folder, out, world),
-    )
+    check_refused(r"other data \(9 training samples then, other names", start)
     change("bee/9.png", "ant/0.png")
     change("ant", "moth")
-    refused("other classes: ant then, moth now", lambda: fuzz.train(of_folder, out, world))
+    check_refused("other classes: ant then, moth now", start)
     assert (out / "environment.json").read_bytes() == facts
     world.barrier()
     change("moth", "ant")
-    assert fuzz.train(of_folder, out, world)
+    assert start()
     change("cat", "aphid")
-    file = out / "swap.safetensors"
-    refused("other classes: cat then, aphid now", lambda: saved.evaluate(file, None, world))
-    refused("other classes: cat then, aphid now", lambda: saved.average(out, None, None, world))
+    check_refused("other classes: cat then, aphid now", evaluate)
+    check_refused("other classes: cat then, aphid now", average)
     change("aphid", "cat")
-    world.first(lambda: (images / "test" / "cat" / "1.png").unlink())
-    assert saved.evaluate(file, None, world).notes == (
+    remove("test/cat/1.png")
+    assert evaluate().notes == (
         "note: not the test samples of the run (9 test samples then, 8 now)",
     )
-    world.first(lambda: (images / "train" / "cat" / "1.png").unlink())
-    refused("9 training samples then, 8 now", lambda: saved.average(out, None, None, world))
+    remove("train/cat/1.png")
+    check_refused("9 training samples then, 8 now", average)
 
 
 def rename(folder: Path, before: str, after: str) -> None:

@@ -1,4 +1,4 @@
-"""A loop of one's own with the package's functions gives what `swap()` gives."""
+"""A user's own loop with the package's functions gives what `swap()` gives."""
 
 import sys
 import tempfile
@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import plain_loop
 import swap_loop
 
-BATCHNORM = 1000  # the seed of the loop's batches for that
+BATCHNORM = 1000  # the seed with which the loop asks for batch norm's batches
 
 
 def read(
@@ -35,9 +35,10 @@ def read(
     return ((samples[0][pick.indices], samples[1][pick.indices]) for pick in picks)
 
 
-def as_swap_has_them(
+def batches_of_swap(
     samples: plain_loop.Samples, size: int, epochs: int, seed: int
 ) -> Iterator[plain_loop.Samples]:
+    """Yield the batches that `swap()` has where the example's loop asks for some with a seed."""
     number = len(samples[1])
     if seed == BATCHNORM:
         return read(samples, batchnorm_picks(0, number, number, size, 0, 1))
@@ -47,7 +48,7 @@ def as_swap_has_them(
 
 @pytest.mark.ranks(1, 2, 4)
 def test_the_examples_loop_gives_the_weights_of_swap(world: Team) -> None:
-    ours = swap_loop.main(as_swap_has_them)
+    found = swap_loop.main(batches_of_swap)
     train, test = plain_loop.load()
     first, second = (Batches(len(split[1]), partial(read, split)) for split in (train, test))
     dataset = Dataset(first, second, classes=tuple("0123456789"), channels=1)
@@ -65,16 +66,15 @@ def test_the_examples_loop_gives_the_weights_of_swap(world: Team) -> None:
             pass
     untrained = plain_loop.build().state_dict()
     for name, expected in model.state_dict().items():
-        torch.testing.assert_close(
-            ours.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=name
-        )
+        own = found.state_dict()[name]
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6, msg=name)
         if name.endswith("weight"):
             assert not torch.equal(expected, untrained[name])
 
 
 @pytest.mark.ranks(1, 3)
 def test_a_batch_may_be_whatever_forward_takes(world: Team) -> None:
-    """A model of two inputs, batches that are dictionaries: the statistics of all ranks' sums of both."""
+    """Batches are dictionaries here, for a model with two inputs."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -86,23 +86,22 @@ def test_a_batch_may_be_whatever_forward_takes(world: Team) -> None:
 
     torch.manual_seed(0)
     batches = [{"left": torch.randn(4, 2), "right": torch.randn(4, 2) + 3} for _ in range(6)]
+    mine = batches[world.rank :: world.size]
     model = Both()
-    swap_hpc.refresh_batchnorm_(
-        model, batches[world.rank :: world.size], world, forward=lambda model, batch: model(**batch)
-    )
+    swap_hpc.refresh_batchnorm_(model, mine, world, forward=lambda model, batch: model(**batch))
     together = torch.cat([batch["left"] + batch["right"] for batch in batches]).double()
-    torch.testing.assert_close(
-        model.norm.running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(
-        model.norm.running_var, together.var(0).float(), rtol=1e-5, atol=1e-6
-    )
+    mean, variance = together.mean(0).float(), together.var(0).float()
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_var, variance, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("trainer", ["DistributedDataParallel", "Horovod"])
 def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> None:
-    """After it each rank goes on alone, and their average is what a mean by hand gives; nothing of the trainer is in the way."""
+    """After it each rank continues alone, and their average equals a mean computed by hand.
+
+    Nothing that the trainer leaves is in the way.
+    """
     torch.manual_seed(0)
     model = plain_loop.build()
     (images, labels), (test_images, test_labels) = plain_loop.load()
@@ -121,34 +120,31 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         step(model)
         hvd.shutdown()
-        model = deepcopy(model)  # which carries no hooks
+        model = deepcopy(model)  # without Horovod's hooks
     else:
+        method = f"file://{unused_file(world)}"
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store(world)}", rank=world.rank, world_size=world.size
+            "gloo", init_method=method, rank=world.rank, world_size=world.size
         )
         step(nn.parallel.DistributedDataParallel(model))
         torch.distributed.destroy_process_group()
     shared = [parameter.detach().clone() for parameter in model.parameters()]
-    assert len(set(map(str, world.allgather([weights.sum().item() for weights in shared])))) == 1
+    sums = [weights.sum().item() for weights in shared]
+    assert all(others == sums for others in world.allgather(sums))
     plain_loop.train(model, iter([(images[mine], labels[mine])]), rate=0.1)
-    own = [world.allgather(parameter.detach().numpy()) for parameter in model.parameters()]
+    everyones = [world.allgather(parameter.detach().numpy()) for parameter in model.parameters()]
     swap_hpc.average_weights_(model, world)
-    for parameter, before, each in zip(model.parameters(), shared, own, strict=True):
-        mean = torch.from_numpy(
-            sum(weights.astype("float64") for weights in each) / world.size
-        ).float()
+    for parameter, before, each in zip(model.parameters(), shared, everyones, strict=True):
+        total = sum(weights.astype("float64") for weights in each)
+        mean = torch.from_numpy(total / world.size).float()
         assert torch.equal(parameter.detach(), mean)
         assert not torch.equal(mean, before)
-    found = swap_hpc.evaluate(
-        model,
-        [(test_images[world.rank :: world.size], test_labels[world.rank :: world.size])],
-        world,
-    )
-    assert found.accuracy == pytest.approx(
-        plain_loop.accuracy(model, (test_images, test_labels)), abs=1e-6
-    )
+    share = slice(world.rank, None, world.size)
+    found = swap_hpc.evaluate(model, [(test_images[share], test_labels[share])], world)
+    expected = plain_loop.accuracy(model, (test_images, test_labels))
+    assert found.accuracy == pytest.approx(expected, abs=1e-6)
 
 
-def store(world: Team) -> str:
-    """A file that all ranks open, and that is not there yet."""
+def unused_file(world: Team) -> str:
+    """Return the path of a file for all ranks, which does not exist yet."""
     return world.broadcast(tempfile.mktemp(prefix="ddp-"))

@@ -1,4 +1,4 @@
-"""What others would compute, with plain torch: no MPI, Horovod or DALI, none of our loops."""
+"""Whole trainings equal references in plain torch, without MPI, Horovod, DALI or our loops."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -21,46 +21,53 @@ from swap_hpc.train.job import Batch, Job
 
 
 def batches(job: Job, phase: LargeBatch | Refine, key: Key) -> Iterator[tuple[float, Batch]]:
-    """The learning rate and the whole batch of every step: the samples, which are not what is compared here."""
+    """Yield the learning rate and the whole batch of every step.
+
+    The samples are the job's own: they are not compared here.
+    """
     steps = job.steps(phase)
-    for step, batch in enumerate(job.training_batches(phase, key, Team.alone())):
-        yield (
-            float(rate_at(phase.learning_rate, step / steps % phase.epochs)),
-            (batch[0].clone(), batch[1].clone()),
-        )
+    for step, (images, labels) in enumerate(job.training_batches(phase, key, Team.alone())):
+        rate = rate_at(phase.learning_rate, step / steps % phase.epochs)
+        yield float(rate), (images.clone(), labels.clone())
 
 
 def rate_at(knots: Any, epoch: float) -> Tensor:
-    """Piecewise linear, by torch's own means."""
+    """Interpolate the learning rate linearly between knots, with functions of torch."""
     x, y = torch.tensor(knots, dtype=torch.float64).T
-    right = (
-        int(torch.searchsorted(x, torch.tensor(epoch, dtype=torch.float64)).clamp(1, len(x) - 1))
-        if len(x) > 1
-        else 0
+    if len(x) == 1:
+        return y[0]
+    place = torch.searchsorted(x, torch.tensor(epoch, dtype=torch.float64))
+    right = int(place.clamp(1, len(x) - 1))
+    left = right - 1
+    share = ((epoch - x[left]) / (x[right] - x[left])).clamp(0, 1)
+    return torch.lerp(y[left], y[right], share)
+
+
+def sgd_of(model: nn.Module) -> torch.optim.SGD:
+    """Return torch's optimizer with the settings of a recipe's default."""
+    return torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    return (
-        y[0]
-        if len(x) == 1
-        else torch.lerp(
-            y[right - 1], y[right], ((epoch - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-        )
-    )
+
+
+def step_(model: nn.Module, sgd: torch.optim.Optimizer, rate: float, batch: Batch) -> None:
+    """Take one step of SGD on a batch."""
+    images, labels = batch
+    sgd.param_groups[0]["lr"] = rate
+    sgd.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    sgd.step()
 
 
 def reference_swap(job: Job) -> nn.Module:
-    """SWAP in plain torch: train, copy, refine, average, and estimate batch norm anew."""
+    """Return a model trained by SWAP: train, copy, refine, average. Batch norm is left out."""
     recipe, model = job.recipe, tiny.model(job)
 
     def train(model: nn.Module, phase: LargeBatch | Refine, key: Key) -> nn.Module:
-        sgd = torch.optim.SGD(
-            model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
+        sgd = sgd_of(model)
         model.train()
-        for rate, (images, labels) in batches(job, phase, key):
-            sgd.param_groups[0]["lr"] = rate
-            sgd.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            sgd.step()
+        for rate, batch in batches(job, phase, key):
+            step_(model, sgd, rate, batch)
         return model
 
     train(model, recipe.large_batch, Key(recipe.seed, Phase.LARGE_BATCH))
@@ -75,7 +82,7 @@ def reference_swap(job: Job) -> nn.Module:
 
 
 def moments(model: nn.Module, job: Job) -> dict[str, Tensor]:
-    """Mean and variance over all batch-norm inputs, layer by layer, each computed at once from all that came in."""
+    """Return the running statistics of each batch-norm layer, computed from all inputs at once."""
     norms = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)
     }
@@ -90,51 +97,50 @@ def moments(model: nn.Module, job: Job) -> dict[str, Tensor]:
     with torch.no_grad():
         for images in job.batchnorm_batches(Team.alone()):
             model(images)
-    pixels = {name: torch.cat(parts).transpose(0, 1).flatten(1) for name, parts in inputs.items()}
-    return {
-        f"{name}.{s}": v
-        for name, x in pixels.items()
-        for s, v in (("running_mean", x.mean(1)), ("running_var", x.var(1)))
-    }
+    found = {}
+    for name, parts in inputs.items():
+        pixels = torch.cat(parts).transpose(0, 1).flatten(1)
+        found[f"{name}.running_mean"] = pixels.mean(1)
+        found[f"{name}.running_var"] = pixels.var(1)
+    return found
+
+
+def train(model: nn.Module, job: Job, world: Team) -> None:
+    """Train `model` with `swap()`."""
+    with grid(world, job.recipe.groups) as ranks:
+        for _ in swap(model, job, ranks):
+            pass
 
 
 @pytest.mark.ranks(1, 2, 4)
 def test_swap_equals_the_plain_torch_reference(world: Team) -> None:
-    """Without batch norm in training, whose statistics belong to a rank's share of a batch."""
+    """Without batch norm, which normalises each rank's share of a batch by itself."""
     job = tiny.job(
         groups=4,
         large_batch={"epochs": 3},
         refine={"epochs": 2, "learning_rate": [[0, 0.05], [1, 0.08], [2, 0.0]]},
     )
     model = tiny.model(job)
-    with grid(world, 4) as ranks:
-        for _ in swap(model, job, ranks):
-            pass
-    torch.testing.assert_close(
-        tiny.weights(model), tiny.weights(reference_swap(job)), rtol=1e-4, atol=1e-6
-    )
-    assert not torch.allclose(
-        tiny.weights(model), tiny.weights(tiny.model(job)), rtol=1e-2
-    )  # it has learned something
+    train(model, job, world)
+    found, expected = tiny.weights(model), tiny.weights(reference_swap(job))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    untrained = tiny.weights(tiny.model(job))
+    assert not torch.allclose(found, untrained, rtol=1e-2)
 
 
 @pytest.mark.ranks(1, 2)
-def test_with_batch_norm_too_where_one_rank_sees_the_whole_batch(world: Team) -> None:
+def test_batch_norm_equals_the_reference_if_a_rank_sees_the_whole_batch(world: Team) -> None:
     job = tiny.job(
         groups=2, model={"name": "tiny:batch_normed", "weights": "given"}, large_batch={"epochs": 0}
     )
     model = tiny.model(job)
-    with grid(world, 2) as ranks:
-        for _ in swap(model, job, ranks):
-            pass
+    train(model, job, world)
     expected = reference_swap(job)
     statistics = moments(expected, job)
     for name, tensor in model.state_dict().items():
-        wanted = statistics.get(name, expected.state_dict()[name])
         if tensor.is_floating_point():
-            torch.testing.assert_close(
-                tensor, wanted.to(tensor.dtype), rtol=1e-3, atol=1e-5, msg=name
-            )
+            wanted = statistics.get(name, expected.state_dict()[name]).to(tensor.dtype)
+            torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_one_group_with_cycles_equals_torchs_averaged_model(world: Team) -> None:
@@ -144,30 +150,31 @@ def test_one_group_with_cycles_equals_torchs_averaged_model(world: Team) -> None
         refine={"epochs": 2, "cycles": 3, "batch_size": 24, "learning_rate": [[0, 0.1], [2, 0.01]]},
     )
     model = tiny.model(job)
-    with grid(world, 1) as ranks:
-        for _ in swap(model, job, ranks):
-            pass
+    train(model, job, world)
     theirs = tiny.model(job)
     for phase, key in (
         (job.recipe.large_batch, Key(0, Phase.LARGE_BATCH)),
         (job.recipe.refine, Key(0, Phase.REFINE)),
     ):
-        sgd = torch.optim.SGD(
-            theirs.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
+        sgd = sgd_of(theirs)
         averaged = torch.optim.swa_utils.AveragedModel(theirs)
-        ends = job.steps(phase) * phase.epochs
-        for step, (rate, (images, labels)) in enumerate(batches(job, phase, key), 1):
-            sgd.param_groups[0]["lr"] = rate
-            sgd.zero_grad()
-            F.cross_entropy(theirs(images), labels).backward()
-            sgd.step()
-            if step % ends == 0:
+        steps_per_cycle = job.steps(phase) * phase.epochs
+        for step, (rate, batch) in enumerate(batches(job, phase, key), 1):
+            step_(theirs, sgd, rate, batch)
+            if step % steps_per_cycle == 0:
                 averaged.update_parameters(theirs)
     assert int(averaged.n_averaged) == 3
-    torch.testing.assert_close(
-        tiny.weights(model), tiny.weights(averaged.module), rtol=1e-4, atol=1e-6
-    )
+    found, expected = tiny.weights(model), tiny.weights(averaged.module)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def average_(models: list[nn.Module]) -> None:
+    """Replace the parameters of all models by their mean."""
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        mean = torch.stack(parameters).mean(0)
+        for parameter in parameters:
+            parameter.copy_(mean)
 
 
 PLAIN_SGD = {"momentum": 0.0, "nesterov": False, "weight_decay": 5e-4}
@@ -175,7 +182,7 @@ PLAIN_SGD = {"momentum": 0.0, "nesterov": False, "weight_decay": 5e-4}
 
 @pytest.mark.ranks(1, 2, 4)
 def test_averaging_after_every_step_of_plain_sgd_is_synchronous_sgd(world: Team) -> None:
-    """Post-local SGD with one step between averages: the step of the mean of the groups' gradients."""
+    """With one step between averages, post-local SGD steps by the mean of the groups' gradients."""
     refine = {"epochs": 2, "average_every_steps": 1, "learning_rate": [[0, 0.1], [2, 0.02]]}
     job = tiny.job(groups=4, optimizer=PLAIN_SGD, refine=refine)
     model, theirs = tiny.model(job), tiny.model(job)
@@ -184,23 +191,18 @@ def test_averaging_after_every_step_of_plain_sgd_is_synchronous_sgd(world: Team)
             if isinstance(event, LargeBatchEnded):
                 theirs.load_state_dict(event.model.state_dict())
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.0, weight_decay=5e-4)
-    for steps in zip(
-        *(batches(job, job.recipe.refine, Key(0, Phase.REFINE, group)) for group in range(4)),
-        strict=True,
-    ):
-        sgd.param_groups[0]["lr"] = steps[0][0]
-        sgd.zero_grad()
-        images, labels = (
-            torch.cat(parts) for parts in zip(*(batch for _, batch in steps), strict=True)
-        )
-        F.cross_entropy(theirs(images), labels).backward()
-        sgd.step()
+    groups = [batches(job, job.recipe.refine, Key(0, Phase.REFINE, group)) for group in range(4)]
+    for steps in zip(*groups, strict=True):
+        rate = steps[0][0]
+        images = torch.cat([images for _, (images, _) in steps])
+        labels = torch.cat([labels for _, (_, labels) in steps])
+        step_(theirs, sgd, rate, (images, labels))
     torch.testing.assert_close(tiny.weights(model), tiny.weights(theirs), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.ranks(1, 2, 4)
 def test_post_local_sgd_keeps_each_groups_momentum(world: Team) -> None:
-    """Four copies with an optimizer each, their parameters replaced by their mean after every 5 steps, and at the end."""
+    """The reference: four copies, each with an optimizer, averaged every 5 steps and at the end."""
     job = tiny.job(
         groups=4,
         refine={"epochs": 2, "average_every_steps": 5, "learning_rate": [[0, 0.1], [2, 0.02]]},
@@ -211,23 +213,13 @@ def test_post_local_sgd_keeps_each_groups_momentum(world: Team) -> None:
             if isinstance(event, LargeBatchEnded):
                 start.load_state_dict(event.model.state_dict())
     copies = [deepcopy(start) for _ in range(4)]
-    optimizers = [
-        torch.optim.SGD(copy.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        for copy in copies
-    ]
-    groups = (
-        list(batches(job, job.recipe.refine, Key(0, Phase.REFINE, group))) for group in range(4)
-    )
-    for step, round_ in enumerate(zip(*groups, strict=True), 1):
-        for copy, sgd, (rate, (images, labels)) in zip(copies, optimizers, round_, strict=True):
-            sgd.param_groups[0]["lr"] = rate
-            sgd.zero_grad()
-            F.cross_entropy(copy(images), labels).backward()
-            sgd.step()
-        if step % 5 == 0 or step == 2 * job.steps(job.recipe.refine):
-            with torch.no_grad():
-                for each in zip(*(copy.parameters() for copy in copies), strict=True):
-                    mean = torch.stack(each).mean(0)
-                    for parameter in each:
-                        parameter.copy_(mean)
+    optimizers = [sgd_of(copy) for copy in copies]
+    refine = job.recipe.refine
+    groups = [list(batches(job, refine, Key(0, Phase.REFINE, group))) for group in range(4)]
+    last = refine.epochs * job.steps(refine)
+    for step, steps in enumerate(zip(*groups, strict=True), 1):
+        for copy, sgd, (rate, batch) in zip(copies, optimizers, steps, strict=True):
+            step_(copy, sgd, rate, batch)
+        if step % 5 == 0 or step == last:
+            average_(copies)
     torch.testing.assert_close(tiny.weights(model), tiny.weights(copies[0]), rtol=1e-4, atol=1e-6)

@@ -100,8 +100,8 @@ def test_where_both_are_damaged_nothing_is_deleted(checkpoints: Checkpoints) -> 
         (checkpoints.folder / name).write_bytes(b"\0" * 100)
     with pytest.raises(
         RunError,
-        match=rf"no checkpoint of large_batch in .* can be used \({NEWEST} is .*; {BEFORE} is .*\): "
-        "restore one",
+        match=rf"no checkpoint of large_batch in .* can be used "
+        rf"\({NEWEST} is .*; {BEFORE} is .*\): restore one",
     ) as error:
         checkpoints.load(PHASE_1, ONE)
     assert "\n" not in str(error.value) and names(checkpoints) == [BEFORE, NEWEST]
