@@ -17,7 +17,7 @@ PATTERNS = (
     "tests/apptainer_stand_in",
 )
 FOUND = (path for pattern in PATTERNS for path in ROOT.glob(pattern))
-SCRIPTS = sorted(path for path in FOUND if path.name != "site.env")
+SCRIPTS = sorted(path for path in FOUND if path.name not in ("README.md", "site.env"))
 DEFINITION = (ROOT / "docker" / "swap.def").read_text()
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
