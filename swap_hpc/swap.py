@@ -8,10 +8,10 @@ from swap_hpc.average.uniform import average_weights_
 from swap_hpc.parallel.grid import Ranks
 from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.train.events import (
+    FROM_THE_BEGINNING,
     Averaged,
     Event,
     LargeBatchEnded,
-    NoSaves,
     Refreshed,
     Saves,
 )
@@ -20,26 +20,24 @@ from swap_hpc.train.job import Job
 from swap_hpc.train.refinement import Refinement, arrive, weights_of
 from swap_hpc.train.sync import synchronize
 
-FROM_THE_BEGINNING = NoSaves()
-
 
 def swap(
-    model: nn.Module, job: Job, ranks: Ranks, saves: Saves = FROM_THE_BEGINNING
+    model: nn.Module, job: Job, ranks: Ranks, resume_from: Saves = FROM_THE_BEGINNING
 ) -> Generator[Event, None, None]:
     """Train `model` in place: at the end it is the averaged model, the same on all ranks."""
     recipe = job.recipe
 
     # Phase 1: all ranks train one model, with large batches.
-    yield from fit(model, job, PHASE_1, ranks.world, saves)
+    yield from fit(model, job, PHASE_1, ranks.world, resume_from)
     yield LargeBatchEnded(model)
     if recipe.refine.epochs == 0:
         return
 
     # Phase 2: each group refines a copy of it alone, with small batches in an order of its own.
     # Nothing passes between the groups before the end, unless a recipe asks for sync points.
-    copies = [Refinement(group, model, job, ranks.group, saves) for group in ranks.groups]
+    copies = [Refinement(group, model, job, ranks.group, resume_from) for group in ranks.groups]
     *on_the_way, end = job.sync_points
-    for sync in on_the_way[saves.synced :]:
+    for sync in on_the_way[resume_from.synced :]:
         yield from synchronize(model, copies, sync, job, ranks)
     yield from arrive(copies, end)
 

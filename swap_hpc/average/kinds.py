@@ -23,7 +23,7 @@ def batchnorm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 
 
 def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> tensor of the parameters, and of running means outside batch norm.
+    """Return name -> tensor of the parameters, and running statistics outside batch norm.
 
     The tensors are the model's own, even if its state dict hands out copies. Tied weights appear
     once.
@@ -45,16 +45,16 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()  # a module or a buffer may appear under several names
     for prefix, module in model.named_modules():
-        passing = getattr(module, "_non_persistent_buffers_set", ())
+        non_persistent = getattr(module, "_non_persistent_buffers_set", ())
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in passing and id(buffer) not in seen:
+            if name not in non_persistent and id(buffer) not in seen:
                 seen.add(id(buffer))
                 found[qualified(prefix, name)] = buffer
     return found
 
 
 def is_running(model: nn.Module, name: str) -> bool:
-    """Tell whether a buffer is a running mean of another layer than batch norm.
+    """Tell whether a buffer is a running statistic of another layer than batch norm.
 
     Its name begins with `running_`, as those of torch's layers do.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +15,8 @@ from swap_hpc.average.state import extra_states, set_extra_states_
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import assign_, once, real
 
-# float64 elements per MPI call: 8 MiB stay in a cache from packing to rounding.
-CHUNK = 8 * 2**20 // 8
+# Elements per MPI call: 8 MiB of float64 stay in a cache from packing to rounding.
+CHUNK = 8 * 2**20 // np.dtype(np.float64).itemsize
 
 
 @dataclass
@@ -113,7 +114,8 @@ def _check_alike(tensors: Mapping[str, Tensor], peers: Team) -> None:
 
 def _set_means_(tensors: Mapping[str, Tensor], peers: Team, total: WeightSum | None) -> None:
     """Replace tensors by their mean over `peers`, chunk by chunk through one buffer on the host."""
-    # Real numbers in C order. A tensor with another layout is averaged in a copy, and copied back.
+    # Each element once, complex ones as two real numbers, in C order. A tensor with another layout
+    # is averaged in a copy, and copied back.
     targets = {name: real(once(tensor)).contiguous() for name, tensor in tensors.items()}
     sources = _contribution(targets, total)
     count = peers.sums(total.count if total else 1)[0]

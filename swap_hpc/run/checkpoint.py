@@ -48,7 +48,12 @@ class Checkpoints:
     - `buffers/NAME`: of the state dict, the first rank's, with extra states
     - `ranks`: the buffers of every rank as bytes, (ranks, n) uint8, where they differ
     - `training/PATH`: the state of the optimizer; the header holds its numbers and its shape
-    - `sums/NAME`, `kept/NAME`: the sum of the weights at the ends of a group's cycles
+    - `sums/NAME`: the sum of the weights at the ends of a group's cycles
+    - `kept/NAME`: what is not averaged, as it was at the end of the first cycle
+
+    The header's `state` is JSON: the position, whether the part has ended, the number of cycles in
+    the sum, the names of the buffers whose mean counts, the ranks' running sums of the epoch, the
+    plain values of the optimizer, and the notes that the caller saves.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, data: str | None = None):
@@ -79,8 +84,8 @@ class Checkpoints:
         tensors = _prefixed(
             weights=point.weights,
             buffers=point.buffers,
-            sums=point.cycles.sums,
-            kept=point.cycles.kept,
+            sums=point.cycle_sum.sums,
+            kept=point.cycle_sum.kept,
         )
         tensors |= dict(tensors_in(point.training, "training"))
         if rows is not None and (rows != rows[0]).any():
@@ -92,7 +97,7 @@ class Checkpoints:
             "epoch": point.at.epoch,
             "step": point.at.step,
             "ended": point.ended,
-            "cycles": point.cycles.count,
+            "cycles": point.cycle_sum.count,
             "means": point.means,
             "training": as_json(point.training, "training"),
         }
@@ -126,9 +131,9 @@ class Checkpoints:
         return max(set.intersection(*everyones), default=None)
 
     def forget_after(self, at: Position, part: Part, team: Team) -> None:
-        """Remove the saves of a part behind a position, to which the run goes back.
+        """Remove the saves of a part after a position, to which the run goes back.
 
-        The newest two files are then of the way that it takes from there.
+        They would otherwise count as the newest files, before those that are saved from there on.
         """
 
         def remove() -> None:
@@ -175,11 +180,11 @@ class Checkpoints:
             at=_position(state),
             ended=state["ended"],
             due=False,
-            weights=_of(tensors, "weights"),
+            weights=_without_prefix(tensors, "weights"),
             buffers=_own_buffers(tensors, state["means"], team),
             training=from_json(state["training"], tensors),
-            cycles=sum_of(tensors, state["cycles"]),
-            running=_share([Running(*each) for each in state["running"]], team),
+            cycle_sum=sum_of(tensors, state["cycles"]),
+            running=_running_of_rank([Running(*each) for each in state["running"]], team),
             means=tuple(state["means"]),
         )
         return Saved(point, state["notes"])
@@ -245,7 +250,7 @@ def _position(state: Mapping[str, Any]) -> Position:
 
 def sum_of(tensors: Tensors, count: int) -> WeightSum:
     """Return the sum of weights in the tensors of a checkpoint, or of a group's cycles."""
-    return WeightSum(count, _of(tensors, "sums"), _of(tensors, "kept"))
+    return WeightSum(count, _without_prefix(tensors, "sums"), _without_prefix(tensors, "kept"))
 
 
 def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
@@ -253,12 +258,14 @@ def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
 
     Where running statistics differ between the ranks, it has their mean.
     """
-    return _of(tensors, "weights") | _shared_buffers(tensors, json.loads(header["state"])["means"])
+    return _without_prefix(tensors, "weights") | _shared_buffers(
+        tensors, json.loads(header["state"])["means"]
+    )
 
 
 def _shared_buffers(tensors: Tensors, means: Collection[str]) -> Tensors:
     """Return the buffers in a checkpoint for ranks that did not save it."""
-    buffers = _of(tensors, "buffers")
+    buffers = _without_prefix(tensors, "buffers")
     if "ranks" not in tensors:
         return buffers
     return mean_of([unpacked(row, buffers) for row in tensors["ranks"]], means)
@@ -267,7 +274,7 @@ def _shared_buffers(tensors: Tensors, means: Collection[str]) -> Tensors:
 def _own_buffers(tensors: Tensors, means: Collection[str], team: Team) -> Tensors:
     """Return the buffers in a checkpoint for this rank: its own where the team has its old size."""
     if "ranks" in tensors and len(tensors["ranks"]) == team.size:
-        return unpacked(tensors["ranks"][team.rank], _of(tensors, "buffers"))
+        return unpacked(tensors["ranks"][team.rank], _without_prefix(tensors, "buffers"))
     return _shared_buffers(tensors, means)
 
 
@@ -275,12 +282,12 @@ def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
-def _of(tensors: Tensors, part: str) -> Tensors:
+def _without_prefix(tensors: Tensors, part: str) -> Tensors:
     prefix = f"{part}/"
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _share(running: list[Running], team: Team) -> Running:
+def _running_of_rank(running: list[Running], team: Team) -> Running:
     """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
     if len(running) == team.size:
         return running[team.rank]

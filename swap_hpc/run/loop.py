@@ -14,7 +14,7 @@ from swap_hpc.train.events import Event, GroupsArrived, LargeBatchEnded
 
 
 def train_and_record(
-    model: nn.Module, its: Assignment, saves: Resume, recorder: Recorder
+    model: nn.Module, assignment: Assignment, saves: Resume, recorder: Recorder
 ) -> dict[str, Any] | None:
     """Train `model` as a recipe says, from where its saves are.
 
@@ -22,11 +22,11 @@ def train_and_record(
         What `result.json` holds; None where this job's part does not complete the run.
     """
     recorder.begin()
-    events = swap(model, its.job, its.ranks, saves)
+    events = swap(model, assignment.job, assignment.ranks, saves)
     try:
         for event in events:
             recorder.record(event)
-            if _ends(its.chosen, event):
+            if _ends(assignment.chosen, event):
                 recorder.journal.end()
                 return None
     except Stopped:

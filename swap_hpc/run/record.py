@@ -44,7 +44,7 @@ def averages_file(checkpoints: Checkpoints) -> Path:
 class Recorder:
     """The record of a run, in its folder and in memory."""
 
-    its: Assignment
+    assignment: Assignment
     journal: Journal
     watch: Stopwatch
     averages: list[Line]  # evaluations of the average before the end, so far
@@ -60,8 +60,8 @@ class Recorder:
             Stopped: on all ranks, one of them was asked to stop meanwhile.
         """
         self.watch.own["setup"] = perf_counter() - self.watch.started
-        self._agree_on_stop(self.its.job.control.stop)
-        if not self.its.job.recipe.large_batch.epochs and PHASE_1 in self.journal.lines:
+        self._agree_on_stop(self.assignment.job.control.stop)
+        if not self.assignment.job.recipe.large_batch.epochs and PHASE_1 in self.journal.lines:
             self.journal.begin(PHASE_1, [])
 
     def resume(self, part: Part, saved: Saved | None) -> None:
@@ -74,10 +74,10 @@ class Recorder:
         if part == PHASE_1:
             self.trained_on = before if saved.point.ended else self.trained_on
         else:
-            is_one_number = saved.point.ended or before == self.its.ranks.world.size
+            is_one_number = saved.point.ended or before == self.assignment.ranks.world.size
             self.refined_on[part] = before if is_one_number else None
         self.watch.resume_from(saved.notes["seconds"])
-        self.its.display.resumed(saved.point)
+        self.assignment.display.resumed(saved.point)
 
     def record(self, event: Event) -> None:
         """Record an event of `swap()`.
@@ -94,25 +94,25 @@ class Recorder:
             case LargeBatchEnded(model):
                 self._large_batch_ended(model)
             case GroupArrived(part, model, sync):
-                self.its.job.control.heartbeat(part.name)
+                self.assignment.job.control.heartbeat(part.name)
                 if sync.then == "end":
-                    path = self.its.out / f"{part.name}.safetensors"
-                    save_model(model, path, self.its.job.header, self.its.ranks.group)
+                    path = self.assignment.out / f"{part.name}.safetensors"
+                    save_model(model, path, self.assignment.job.header, self.assignment.ranks.group)
             case GroupsArrived(sync):
-                self.its.job.control.heartbeat("refine")
+                self.assignment.job.control.heartbeat("refine")
                 self._agree_on_stop(self._stops_at(sync))
                 # The wait for the slowest group belongs to no phase, unless it recurs in training.
                 self.watch.lap("refine" if sync.then == "continue" else None)
             case Averaged(_, sync):
-                self.its.job.control.heartbeat("average")
+                self.assignment.job.control.heartbeat("average")
                 self.watch.lap("average")
                 self._agree_on_stop(self._stops_at(sync))
             case Continued():
-                self.its.job.control.heartbeat("average")
+                self.assignment.job.control.heartbeat("average")
                 self.watch.lap("average")
-                self._agree_on_stop(self.its.job.control.stop and self._is_saved)
+                self._agree_on_stop(self.assignment.job.control.stop and self._is_saved)
             case Refreshed(model, sync):
-                self.its.job.control.heartbeat("batchnorm")
+                self.assignment.job.control.heartbeat("batchnorm")
                 self.watch.lap("batchnorm")
                 self._agree_on_stop(self._stops_at(sync))  # the refresh may have ended early
                 self._evaluate_average(model, sync)
@@ -124,64 +124,69 @@ class Recorder:
             RunError: on all ranks, their models differ.
         """
         self.journal.end()
-        world = self.its.ranks.world
+        world = self.assignment.ranks.world
         digest = check_equal(model, world)
         numbers = world.allgather(set(self.refined_on.values()))
         refined_on = {number for mine in numbers for number in mine}
-        is_one_number = len(refined_on) == 1 and self.its.chosen is None
+        is_one_number = len(refined_on) == 1 and self.assignment.chosen is None
         return result_of(
-            self.its.job.recipe,
+            self.assignment.job.recipe,
             self.journal.lines,
             self.watch.slowest(world),
-            self.its.job.device.peak_memory(),
+            self.assignment.job.device.peak_memory(),
             (self.trained_on, refined_on.pop() if is_one_number else None),
             digest,
             world,
         )
 
     def _epoch(self, epoch: Epoch) -> None:
-        self.its.display.epoch(epoch)
+        self.assignment.display.epoch(epoch)
         self.journal.epoch(epoch)
         self.watch.own[epoch.part.phase.value] += epoch.train_seconds
         self.watch.own["evaluate"] += epoch.evaluate_seconds
-        every = self.its.job.recipe.checkpoint.snapshots
+        every = self.assignment.job.recipe.checkpoint.snapshots
         self._snapshot_is_due = every > 0 and epoch.epoch % every == 0
 
     def _savepoint(self, point: SavePoint) -> None:
-        part, header = point.part, self.its.job.header
-        team = self.its.ranks.world if part == PHASE_1 else self.its.ranks.group
-        if point.ended and point.cycles.count > 1:
-            save_sum(point.cycles, self.its.out / f"{part.name}-cycles.safetensors", header, team)
+        part, header = point.part, self.assignment.job.header
+        team = self.assignment.ranks.world if part == PHASE_1 else self.assignment.ranks.group
+        if point.ended and point.cycle_sum.count > 1:
+            save_sum(
+                point.cycle_sum,
+                self.assignment.out / f"{part.name}-cycles.safetensors",
+                header,
+                team,
+            )
         if self._snapshot_is_due:
             # The epoch has just ended: where groups continue from their average, not yet from it.
-            save_snapshot(point, self.its.out / "snapshots", header, team)
+            save_snapshot(point, self.assignment.out / "snapshots", header, team)
             self._snapshot_is_due = False
         self._is_saved = point.due
         if not point.due:
             self.watch.lap()
             return
         begin = perf_counter()
-        self.its.job.control.heartbeat(f"the start of a save of {part.name}")
-        self.its.checkpoints.save(point, self._notes(part), team)
-        self.its.job.control.saved()
+        self.assignment.job.control.heartbeat(f"the start of a save of {part.name}")
+        self.assignment.checkpoints.save(point, self._notes(part), team)
+        self.assignment.job.control.saved()
         self.watch.own["save"] += perf_counter() - begin
         self.watch.lap()
-        saves_alone = part == PHASE_1 or not self.its.job.recipe.refine.average_every_steps
-        if saves_alone and team.any(self.its.job.control.stop):
+        saves_alone = part == PHASE_1 or not self.assignment.job.recipe.refine.average_every_steps
+        if saves_alone and team.any(self.assignment.job.control.stop):
             self._agree_on_stop(True)
 
     def _notes(self, part: Part) -> dict[str, Any]:
         """Return what is saved beside a part's save point, for `resume`."""
-        ranks = self.refined_on.get(part, self.its.ranks.world.size)
+        ranks = self.refined_on.get(part, self.assignment.ranks.world.size)
         return {
-            "ranks": None if refines_one_group(self.its.chosen) else ranks,
+            "ranks": None if refines_one_group(self.assignment.chosen) else ranks,
             "lines": self.journal.lines[part],
             "seconds": self.watch.seconds(),
         }
 
     def _stops_at(self, sync: SyncPoint) -> bool:
         """Tell whether this rank was asked to stop, and may: groups that continue save first."""
-        return self.its.job.control.stop and sync.then != "continue"
+        return self.assignment.job.control.stop and sync.then != "continue"
 
     def _agree_on_stop(self, stops: bool) -> None:
         """Wait for all ranks.
@@ -189,57 +194,60 @@ class Recorder:
         Raises:
             Stopped: on all ranks, one of them was asked to stop.
         """
-        with self.its.job.control.waiting():
-            stop = self.its.ranks.world.any(stops)
+        with self.assignment.job.control.waiting():
+            stop = self.assignment.ranks.world.any(stops)
         if stop:
             raise Stopped(
-                f"stopped on request, all is saved in {self.its.out}: start it again to go on"
+                f"stopped on request, all is saved in {self.assignment.out}: "
+                "start it again to go on"
             )
 
     def _large_batch_ended(self, model: nn.Module) -> None:
-        self.its.job.control.heartbeat(PHASE_1.name)
+        self.assignment.job.control.heartbeat(PHASE_1.name)
         self.watch.lap()
-        if refines_one_group(self.its.chosen):
+        if refines_one_group(self.assignment.chosen):
             return  # another job has written what follows
         test = self.journal.last_test(PHASE_1)
         if test is None:  # the phase has no epoch: the model came from a file
-            test = evaluate_job(model, self.its.job, self.its.ranks.world)
+            test = evaluate_job(model, self.assignment.job, self.assignment.ranks.world)
             self.watch.lap("evaluate")
         self.journal.evaluation("large_batch", test)
         for line in self.averages:
             self.journal.add(PHASE_1, line)
-        path = self.its.out / f"{PHASE_1.name}.safetensors"
-        save_model(model, path, self.its.job.header, self.its.ranks.world)
-        self._agree_on_stop(self.its.job.control.stop)
+        path = self.assignment.out / f"{PHASE_1.name}.safetensors"
+        save_model(model, path, self.assignment.job.header, self.assignment.ranks.world)
+        self._agree_on_stop(self.assignment.job.control.stop)
 
     def _evaluate_average(self, model: nn.Module, sync: SyncPoint) -> None:
-        world = self.its.ranks.world
-        test = evaluate_job(model, self.its.job, world)
+        world = self.assignment.ranks.world
+        test = evaluate_job(model, self.assignment.job, world)
         self.watch.lap("evaluate")
         if sync.then == "end":
             self.journal.evaluation("swap", test)
-            save_model(model, self.its.out / "swap.safetensors", self.its.job.header, world)
+            save_model(
+                model, self.assignment.out / "swap.safetensors", self.assignment.job.header, world
+            )
             return
-        self.its.display.average(sync.epoch, test)
+        self.assignment.display.average(sync.epoch, test)
         self.averages.append(self.journal.evaluation("average", test, epoch=sync.epoch))
-        world.first(lambda: write_json(averages_file(self.its.checkpoints), self.averages))
+        world.first(lambda: write_json(averages_file(self.assignment.checkpoints), self.averages))
 
 
-def recorder_of(its: Assignment, started: float, averages: list[Line]) -> Recorder:
+def recorder_of(assignment: Assignment, started: float, averages: list[Line]) -> Recorder:
     """Return the recorder of a job that has recorded nothing yet.
 
     Args:
-        its: the job's share of the run.
+        assignment: the job's share of the run.
         started: `perf_counter()` when the process began.
         averages: evaluations of the average before the end, by earlier jobs.
     """
-    world, group = its.ranks.world, its.ranks.group
-    parts = [refinement_of(number) for number in its.ranks.groups]
+    world, group = assignment.ranks.world, assignment.ranks.group
+    parts = [refinement_of(number) for number in assignment.ranks.groups]
     teams = dict.fromkeys(parts, group)
-    if not refines_one_group(its.chosen):
+    if not refines_one_group(assignment.chosen):
         teams = {PHASE_1: world, **teams}  # otherwise the file of all groups is other jobs'
-    recipe = its.job.recipe
-    board = Board(its.out / "tensorboard", recipe) if recipe.tensorboard else None
-    journal = Journal(its.out / "metrics", teams, board)
+    recipe = assignment.job.recipe
+    board = Board(assignment.out / "tensorboard", recipe) if recipe.tensorboard else None
+    journal = Journal(assignment.out / "metrics", teams, board)
     refined_on: dict[Part, int | None] = dict.fromkeys(parts, world.size)
-    return Recorder(its, journal, Stopwatch(started), averages, world.size, refined_on)
+    return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refined_on)

@@ -20,7 +20,7 @@ NOWHERE = Position(-1, 0)  # before every save
 class Resume:
     """The saves of a run, as `swap()` asks for them."""
 
-    its: Assignment
+    assignment: Assignment
     recorder: Recorder
     # Groups that continue from their average have to stand at one step: this one. None: each
     # group resumes from its own newest save.
@@ -36,16 +36,16 @@ class Resume:
             RunError: on all ranks, no save of the part can be used.
         """
         at = self.common if part.phase is Phase.REFINE else None
-        saved = self.its.checkpoints.load(part, team, at)
+        saved = self.assignment.checkpoints.load(part, team, at)
         has_ended = saved is not None and saved.point.ended
-        if needs(self.its.chosen, part) and not has_ended:
+        if needs(self.assignment.chosen, part) and not has_ended:
             raise UserError(
-                f"{self.its.out}: {part.name} has not ended, and this job does not train it: "
-                f"first {_options(part)}"
+                f"{self.assignment.out}: {part.name} has not ended, and this job does not train "
+                f"it: first {_options(part)}"
             )
         if part == PHASE_1 and not has_ended:
             # the command line checks it too, but its end may have been lost, on other ranks
-            check_ranks(self.its.job.recipe, team.size, self.its.chosen)
+            check_ranks(self.assignment.job.recipe, team.size, self.assignment.chosen)
         self.recorder.resume(part, saved)
         return saved.point if saved else None
 
@@ -72,19 +72,19 @@ def saved_averages(checkpoints: Checkpoints, world: Team) -> list[Line]:
     return world.broadcast(world.first(read) or [])
 
 
-def resume(its: Assignment, recorder: Recorder) -> Resume:
+def resume(assignment: Assignment, recorder: Recorder) -> Resume:
     """Find out where a run resumes; collective over the world.
 
     Groups that continue from their average go back to the newest sync point that all of them have
-    saved; their saves behind it are removed.
+    saved; their saves after it are removed.
     """
-    job, ranks = its.job, its.ranks
+    job, ranks = assignment.job, assignment.ranks
     if not job.recipe.refine.average_every_steps:
-        return Resume(its, recorder, None, len(recorder.averages))
+        return Resume(assignment, recorder, None, len(recorder.averages))
     parts = [refinement_of(group) for group in ranks.groups]
-    common = its.checkpoints.common(parts, ranks.world) or NOWHERE
+    common = assignment.checkpoints.common(parts, ranks.world) or NOWHERE
     for part in parts:
-        its.checkpoints.forget_after(common, part, ranks.group)
+        assignment.checkpoints.forget_after(common, part, ranks.group)
     steps = common.epoch * job.steps(job.recipe.refine) + common.step
     over = [sync for sync in job.sync_points if sync.then == "continue" and sync.step <= steps]
-    return Resume(its, recorder, common, len(over))
+    return Resume(assignment, recorder, common, len(over))

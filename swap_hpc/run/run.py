@@ -107,9 +107,9 @@ def train(
                 for line in warnings:
                     display.say(line)
                 averages = saved_averages(checkpoints, world)
-                its = Assignment(job, ranks, out, chosen, checkpoints, display)
-                recorder = recorder_of(its, started, averages)
-                result = train_and_record(model, its, resume(its, recorder), recorder)
+                assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
+                recorder = recorder_of(assignment, started, averages)
+                result = train_and_record(model, assignment, resume(assignment, recorder), recorder)
             if result is None:
                 assert chosen is not None
                 display.say(f"{chosen.name} is done, for the run in {out}")

@@ -76,7 +76,9 @@ class SavePoint:
     weights: dict[str, Tensor]  # from the state dict; the same on all ranks of the team
     buffers: dict[str, Tensor]  # from the state dict, with extra states; this rank's own
     training: dict[str, Any]  # the state of the optimizer: a tree, see `train.state`
-    cycles: WeightSum = field(default_factory=WeightSum)  # weights at the ends of cycles so far
+    cycle_sum: WeightSum = field(
+        default_factory=WeightSum
+    )  # of weights at the ends of cycles so far
     running: Running = field(default_factory=Running)  # this rank's, of the epoch begun
     # The buffers whose mean over the ranks another number of ranks resumes from; it takes the
     # first rank's for all other buffers.
@@ -104,6 +106,9 @@ class NoSaves:
 
     def load(self, part: Part, team: Team) -> SavePoint | None:
         return None
+
+
+FROM_THE_BEGINNING = NoSaves()
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.recipe.schedule import interpolate
 from swap_hpc.train.evaluation import evaluate_job
 from swap_hpc.train.events import (
+    FROM_THE_BEGINNING,
     Epoch,
     Evaluation,
-    NoSaves,
     Position,
     Running,
     SavePoint,
@@ -36,7 +36,6 @@ from swap_hpc.train.step import Stepper
 from swap_hpc.train.sync_check import StepLoss, SyncCheck, check_finite
 
 BEGINNING = Position(0, 0)
-FROM_THE_BEGINNING = NoSaves()
 
 
 def fit(
@@ -44,8 +43,8 @@ def fit(
     job: Job,
     part: Part,
     team: Team,
-    saves: Saves = FROM_THE_BEGINNING,
-    cycles: WeightSum | None = None,
+    resume_from: Saves = FROM_THE_BEGINNING,
+    cycle_sum: WeightSum | None = None,
 ) -> Generator[Epoch | SavePoint, None, None]:
     """Train `model` in place, on batches shared by the ranks of `team`.
 
@@ -58,8 +57,8 @@ def fit(
         job: the run's.
         part: phase 1, or the refinement of a group.
         team: the ranks that train the model together.
-        saves: where the part resumes from.
-        cycles: the weights at the end of each cycle of a refinement are added to it.
+        resume_from: where the part resumes from.
+        cycle_sum: the weights at the end of each cycle of a refinement are added to it.
 
     Yields:
         First a `SavePoint` that says where the part stands. Then each `Epoch` at its end, followed
@@ -75,12 +74,12 @@ def fit(
     settings = job.settings(part)
     if settings.epochs == 0:
         return
-    start = saves.load(part, team)
-    cycles = cycles if cycles is not None else WeightSum()
+    start = resume_from.load(part, team)
+    cycle_sum = cycle_sum if cycle_sum is not None else WeightSum()
     if start:
         state, source = start.weights | start.buffers, f"of the checkpoint of {part.name}"
         team.agree(lambda: fill_(model, state, source))
-        cycles.merge_(start.cycles)
+        cycle_sum.merge_(start.cycle_sum)
         if start.ended:
             yield replace(start, due=False)
             return
@@ -90,7 +89,9 @@ def fit(
         # graph than one that starts here.
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
         stepper = Stepper(forward, optimizer, job, settings.accumulate)
-        training = _Training(model, stepper, job, part, team, cycles, SyncCheck(team, job.control))
+        training = _Training(
+            model, stepper, job, part, team, cycle_sum, SyncCheck(team, job.control)
+        )
         if start:
             training.restore_(start)
         yield training.savepoint(due=False)
@@ -106,7 +107,7 @@ class _Training:
     job: Job
     part: Part
     team: Team
-    cycles: WeightSum
+    cycle_sum: WeightSum
     check: SyncCheck
     at: Position = BEGINNING
     ended: bool = False
@@ -125,7 +126,7 @@ class _Training:
             weights=weights,
             buffers=buffers,
             training={"optimizer": optimizer_state(self.stepper.optimizer, self.model)},
-            cycles=self.cycles,
+            cycle_sum=self.cycle_sum,
             running=self.check.running,
             means=tuple(sorted(entries_of(self.model, team_means(self.model).values()))),
         )
@@ -135,9 +136,10 @@ class _Training:
         steps = job.steps(settings)
         stream = job.training_batches(settings, self._key, self.team, *self.at)
         while not self.ended:
-            within = self.at.epoch % settings.epochs  # a cycle
+            epoch_in_cycle = self.at.epoch % settings.epochs
             rates = [
-                interpolate(settings.learning_rate, within + step / steps) for step in range(steps)
+                interpolate(settings.learning_rate, epoch_in_cycle + step / steps)
+                for step in range(steps)
             ]
             due = yield from self._steps(stream, rates)
             epoch = self._end_epoch(steps)
@@ -148,7 +150,7 @@ class _Training:
     def _end_epoch(self, steps: int) -> Epoch:
         """Move on to the next epoch. Make buffers alike on all ranks, and evaluate where due."""
         settings, job, team = self.job.settings(self.part), self.job, self.team
-        cycle, within = divmod(self.at.epoch, settings.epochs)
+        cycle, epoch_in_cycle = divmod(self.at.epoch, settings.epochs)
         seconds = self.check.running.seconds
         train = _means(self.check.running, team)
         average_buffers_(self.model, team)
@@ -166,12 +168,12 @@ class _Training:
             seconds, perf_counter() - trained, *astuple(job.device.peak_memory())
         )
         if ends_cycle and self.part.phase is Phase.REFINE:
-            self.cycles.add_(self.model)
+            self.cycle_sum.add_(self.model)
         return Epoch(
             part=self.part,
             cycle=cycle + 1,
             epoch=self.at.epoch,
-            learning_rate=interpolate(settings.learning_rate, within + 1),
+            learning_rate=interpolate(settings.learning_rate, epoch_in_cycle + 1),
             train=train,
             test=test,
             images=steps * settings.batch_size,
@@ -220,6 +222,9 @@ class _Training:
             self.check.add(StepLoss(loss, hits, len(batch[1]), rate, self._where))
             self.job.control.heartbeat(self._where)
             syncs = sync_every is not None and (first + self.at.step) % sync_every == 0
+            # The team checks its losses when enough of them have come, at the end of an epoch, and
+            # at a sync point. It may then agree on a save: inside an epoch it is yielded here, at
+            # the end by `epochs`. A sync point is yielded in any case, to be trained from.
             if self.check.is_due or ends or syncs:
                 agreed = self.check.agree(ends and is_saved_at_end)
                 # groups that continue from their average save at their sync points, all at once

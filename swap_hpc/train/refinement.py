@@ -28,20 +28,20 @@ from swap_hpc.train.job import Job
 class Refinement:
     """A group's copy of a model on its way through phase 2, trained in parts."""
 
-    def __init__(self, group: int, model: nn.Module, job: Job, team: Team, saves: Saves):
+    def __init__(self, group: int, model: nn.Module, job: Job, team: Team, resume_from: Saves):
         """
         Args:
             group: the group, from 0.
             model: the model at the end of phase 1; a copy is taken when training begins.
             job: the run's.
             team: the ranks that train the copy together.
-            saves: where the group resumes from.
+            resume_from: where the group resumes from.
         """
         self.part = refinement_of(group)
         self.model = model
-        self.cycles = WeightSum()  # the weights at the ends of the cycles so far
+        self.cycle_sum = WeightSum()  # the weights at the ends of the cycles so far
         self.steps = 0  # done
-        self._job, self._team, self._saves = job, team, saves
+        self._job, self._team, self._resume_from = job, team, resume_from
         self._last: SavePoint | None = None  # its tensors are those of the copy
         self._events: Generator[Epoch | SavePoint, None, None] | None = None
 
@@ -49,12 +49,14 @@ class Refinement:
         """Train until that many steps of the refinement are done; do nothing if they are.
 
         Raises:
-            RunError: the copy was resumed from behind that step.
+            RunError: the copy was resumed from after that step.
         """
         job = self._job
         if self._events is None:
             self.model = job.copy_of(self.model)
-            self._events = fit(self.model, job, self.part, self._team, self._saves, self.cycles)
+            self._events = fit(
+                self.model, job, self.part, self._team, self._resume_from, self.cycle_sum
+            )
         steps_per_epoch = job.steps(job.recipe.refine)
         try:
             for event in self._events if self.steps < step else ():
@@ -76,7 +78,7 @@ class Refinement:
 
     def add_to_(self, total: WeightSum) -> None:
         """Add the weights at the ends of the cycles so far, and those inside an open cycle."""
-        total.merge_(self.cycles)
+        total.merge_(self.cycle_sum)
         refine = self._job.recipe.refine
         if self.steps % (self._job.steps(refine) * refine.epochs):
             total.add_(self.model)

@@ -167,8 +167,10 @@ def _markdown(doc: str) -> str:
     parts = []
     for part in re.split(r"\n\n+", doc):
         head, _, body = part.partition("\n")
-        if head in ("Args:", "Returns:", "Yields:", "Raises:"):
+        if head in ("Args:", "Attributes:", "Raises:"):
             parts.append(f"{head}\n\n{_items(textwrap.dedent(body))}")
+        elif head in ("Returns:", "Yields:"):
+            parts.append(f"{head} {_escaped(' '.join(body.split()))}")
         else:
             parts.append(_escaped(part))
     return "\n\n".join(parts)

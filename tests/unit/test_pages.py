@@ -51,9 +51,7 @@ Args:
 - `batches`: what it takes, on two lines.
 - `size`: in pixels.
 
-Returns:
-
-- The `<sum>`, or None: a text."""
+Returns: The `<sum>`, or None: a text."""
 
 
 def test_a_docstring_becomes_markdown() -> None:
