@@ -23,7 +23,7 @@ from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.buffers import mean_of, packed, unpacked
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
 from swap_hpc.train.events import Position, Running, SavePoint
-from swap_hpc.train.state import as_json, from_json, tensors_in
+from swap_hpc.train.state import flatten, unflatten
 
 FORMAT = "3"  # of the files; others are refused
 KEPT = 2  # files of each part
@@ -87,7 +87,8 @@ class Checkpoints:
             sums=point.cycle_sum.sums,
             kept=point.cycle_sum.kept,
         )
-        tensors |= dict(tensors_in(point.training, "training"))
+        training, training_tensors = flatten(point.training, "training")
+        tensors |= training_tensors
         if rows is not None and (rows != rows[0]).any():
             tensors["ranks"] = torch.from_numpy(rows)
         state = {
@@ -99,7 +100,7 @@ class Checkpoints:
             "ended": point.ended,
             "cycles": point.cycle_sum.count,
             "means": point.means,
-            "training": as_json(point.training, "training"),
+            "training": training,
         }
         header = {"checkpoint": FORMAT, "recipe": self.recipe.to_toml(), "state": json.dumps(state)}
         if self.data:
@@ -124,11 +125,13 @@ class Checkpoints:
         Raises:
             As `load` does.
         """
-        mine = world.agree(
-            lambda: [{_position(state) for _, state in self._usable(part)} for part in parts]
-        )
-        everyones = [positions for each in world.allgather(mine) for positions in each]
-        return max(set.intersection(*everyones), default=None)
+
+        def positions_of(part: Part) -> set[Position]:
+            return {_position(state) for _, state in self._usable(part)}
+
+        # A rank's own parts first: sets of positions, one for each rank, are small.
+        mine = world.agree(lambda: set.intersection(*map(positions_of, parts)))
+        return max(set.intersection(*world.allgather(mine)), default=None)
 
     def forget_after(self, at: Position, part: Part, team: Team) -> None:
         """Remove the saves of a part after a position, to which the run goes back.
@@ -164,8 +167,10 @@ class Checkpoints:
         """
 
         def find() -> tuple[Tensors, dict[str, Any]] | None:
-            usable = self._usable(part)
-            return next((each for each in usable if at in (None, _position(each[1]))), None)
+            for tensors, state in self._usable(part):
+                if at is None or at == _position(state):
+                    return tensors, state
+            return None
 
         tensors, state = team.first(find) or ({}, None)
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -182,7 +187,7 @@ class Checkpoints:
             due=False,
             weights=_without_prefix(tensors, "weights"),
             buffers=_own_buffers(tensors, state["means"], team),
-            training=from_json(state["training"], tensors),
+            training=unflatten(state["training"], tensors),
             cycle_sum=sum_of(tensors, state["cycles"]),
             running=_running_of_rank([Running(*each) for each in state["running"]], team),
             means=tuple(state["means"]),
@@ -293,5 +298,5 @@ def _running_of_rank(running: list[Running], team: Team) -> Running:
         return running[team.rank]
     if team.rank > 0:
         return Running()
-    loss, correct, samples, seconds = zip(*(astuple(each) for each in running), strict=True)
-    return Running(sum(loss), sum(correct), sum(samples), max(seconds))
+    loss, score, samples, seconds = zip(*(astuple(each) for each in running), strict=True)
+    return Running(sum(loss), sum(score), sum(samples), max(seconds))

@@ -27,6 +27,7 @@ from swap_hpc.train.evaluation import evaluate
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
 from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.state import flatten, optimizer_state
 from swap_hpc.train.step import backward
 
 MEMORY_WARNING = (
@@ -124,6 +125,7 @@ def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refin
                 "build its layer with sparse=False (nn.Embedding)"
             )
     optimizer.step()
+    flatten(optimizer_state(optimizer, model))  # refuses what a checkpoint could not keep
     model.zero_grad()
     if job.device.torch.type == "cuda":
         torch.cuda.synchronize()  # raises what a kernel found wrong, such as a label out of range

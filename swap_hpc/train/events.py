@@ -41,18 +41,16 @@ class Running:
     """One rank's sums over the steps of an epoch so far."""
 
     loss: float = 0.0  # summed over samples
-    correct: float = 0  # sum of the scores: a whole number where they are hits
+    score: float = 0  # summed over samples: with the metric accuracy, how many were right
     samples: int = 0
     seconds: float = 0.0  # of training
 
-    def plus(self, loss: float, correct: float, samples: int) -> "Running":
+    def plus(self, loss: float, score: float, samples: int) -> "Running":
         """Return these sums with those of one more step.
 
         Steps are added one by one, so that the sums do not depend on when they are checked.
         """
-        return Running(
-            self.loss + loss, self.correct + correct, self.samples + samples, self.seconds
-        )
+        return Running(self.loss + loss, self.score + score, self.samples + samples, self.seconds)
 
 
 class Position(NamedTuple):
@@ -120,7 +118,7 @@ class SyncPoint:
     # "evaluate" the average while the groups go on from their own weights; "continue" from the
     # average (post-local SGD); or "end" the refinement
     then: Literal["evaluate", "continue", "end"]
-    saves: bool = False  # where groups continue from the average: their save is due
+    save_is_due: bool = False  # of the groups, where they continue from the average
 
 
 @dataclass(frozen=True)

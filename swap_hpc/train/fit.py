@@ -213,13 +213,13 @@ class _Training:
         while self.at.step < steps:
             batch = following or next(stream)
             rate = rates[self.at.step]
-            loss, hits = self.stepper.compute_gradients(batch, rate, seeds[self.at.step])
+            loss, score = self.stepper.compute_gradients(batch, rate, seeds[self.at.step])
             ends = self.at.step + 1 == steps
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
             self.stepper.update()
             self.at = Position(self.at.epoch, self.at.step + 1)
-            self.check.add(StepLoss(loss, hits, len(batch[1]), rate, self._where))
+            self.check.add(StepLoss(loss, score, len(batch[1]), rate, self._where))
             self.job.control.heartbeat(self._where)
             syncs = sync_every is not None and (first + self.at.step) % sync_every == 0
             # The team checks its losses when enough of them have come, at the end of an epoch, and
@@ -253,5 +253,5 @@ class _Training:
 
 
 def _means(running: Running, team: Team) -> Evaluation:
-    loss, correct, samples = team.sums(running.loss, running.correct, running.samples)
-    return Evaluation(loss / samples, correct / samples)
+    loss, score, samples = team.sums(running.loss, running.score, running.samples)
+    return Evaluation(loss / samples, score / samples)

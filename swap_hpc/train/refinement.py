@@ -38,9 +38,9 @@ class Refinement:
             resume_from: where the group resumes from.
         """
         self.part = refinement_of(group)
-        self.model = model
+        self.model = model  # the copy, from its first step on: no group waits with one in memory
         self.cycle_sum = WeightSum()  # the weights at the ends of the cycles so far
-        self.steps = 0  # done
+        self.steps = 0  # done since the refinement began
         self._job, self._team, self._resume_from = job, team, resume_from
         self._last: SavePoint | None = None  # its tensors are those of the copy
         self._events: Generator[Epoch | SavePoint, None, None] | None = None
@@ -58,12 +58,14 @@ class Refinement:
                 self.model, job, self.part, self._team, self._resume_from, self.cycle_sum
             )
         steps_per_epoch = job.steps(job.recipe.refine)
+        events = self._events if self.steps < step else iter(())
         try:
-            for event in self._events if self.steps < step else ():
+            for event in events:
                 yield event
                 if isinstance(event, SavePoint):
                     self._last = event
                     self.steps = event.at.epoch * steps_per_epoch + event.at.step
+                    # After its last event training is left to end: it shuts Horovod down.
                     if step <= self.steps and not event.ended:
                         break
         except GeneratorExit:
@@ -80,7 +82,8 @@ class Refinement:
         """Add the weights at the ends of the cycles so far, and those inside an open cycle."""
         total.merge_(self.cycle_sum)
         refine = self._job.recipe.refine
-        if self.steps % (self._job.steps(refine) * refine.epochs):
+        is_inside_a_cycle = self.steps % (self._job.steps(refine) * refine.epochs) != 0
+        if is_inside_a_cycle:
             total.add_(self.model)
 
     @torch.no_grad()

@@ -1,11 +1,12 @@
 """The state of an optimizer, whatever it holds, as a tree that a checkpoint can keep.
 
 A tree is a tensor, a number, a truth value, text, None, or a list, tuple or dictionary of trees.
-In a checkpoint its tensors are tensors of the file, and the rest is JSON.
+In a checkpoint its tensors are tensors of the file, and the rest is JSON. A tensor that stands at
+several places of a tree is kept once, and is one tensor again when it is restored.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,12 +43,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
             state[key] = kept  # kept for the optimizer as a whole
             continue
         parameter = parameters[key]
-        state[names[parameter]] = kept
-        elsewhere += [
-            path
-            for path, tensor in tensors_in(kept, names[parameter])
-            if tensor.device != parameter.device
-        ]
+        name = names[parameter]
+        state[name] = kept
+        tensors = flatten(kept, name)[1]
+        elsewhere += [path for path, t in tensors.items() if t.device != parameter.device]
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in packed["param_groups"]
@@ -65,15 +64,20 @@ def restore_optimizer_(
     """
     parameters = dict(model.named_parameters())
     elsewhere = set(saved["elsewhere"])
+    copies: dict[int, Tensor] = {}  # of the saved tensors, by their identity
 
     def placed(tree: Any, path: str, parameter: nn.Parameter | None) -> Any:
         match tree:
             case Tensor():
-                if parameter is None or path in elsewhere:
-                    return tree.clone()
-                return _beside(tree, parameter)
+                if id(tree) not in copies:
+                    stays = parameter is None or path in elsewhere
+                    copies[id(tree)] = tree.clone() if stays else _beside(tree, parameter)
+                return copies[id(tree)]
             case dict():
-                return {key: placed(each, f"{path}/{key}", parameter) for key, each in tree.items()}
+                return {
+                    key: placed(each, f"{path}/{_component(key)}", parameter)
+                    for key, each in tree.items()
+                }
             case list() | tuple():
                 parts = [placed(each, f"{path}/{i}", parameter) for i, each in enumerate(tree)]
                 return type(tree)(parts)
@@ -87,49 +91,59 @@ def restore_optimizer_(
         group.update(placed(settings, "", None))
 
 
-def _beside(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+def _beside(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
     """Return a copy on the device of a parameter, in its memory format where the shapes agree."""
+    assert parameter is not None
     if tensor.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
     return tensor.to(parameter.device, copy=True)
 
 
-def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the path and the tensor of each tensor in a tree."""
-    match tree:
-        case Tensor():
-            yield path, tree
-        case dict():
-            for key, each in tree.items():
-                yield from tensors_in(each, f"{path}/{key}")
-        case list() | tuple():
-            for number, each in enumerate(tree):
-                yield from tensors_in(each, f"{path}/{number}")
-
-
-def as_json(tree: Any, path: str = "") -> Any:
-    """Return a tree as JSON can hold it, with the path of each tensor in its place.
+def flatten(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Divide a tree into JSON and tensors; `unflatten` is the reverse.
 
     Args:
         tree: the tree.
         path: where it stands in a larger one: the beginning of all paths.
 
+    Returns:
+        The tree as JSON can hold it, with its path in the place of each tensor; and path -> tensor.
+
     Raises:
         UserError: the tree holds something that a checkpoint cannot keep.
     """
-    match tree:
-        case Tensor():
-            return {"tensor": path}
-        case dict():
-            pairs = [[key, as_json(each, f"{path}/{key}")] for key, each in tree.items()]
-            for key, _ in pairs:
-                _check_plain(key, path)
-            return {"dict": pairs}
-        case list() | tuple():
-            kind = "list" if isinstance(tree, list) else "tuple"
-            return {kind: [as_json(each, f"{path}/{i}") for i, each in enumerate(tree)]}
-    _check_plain(tree, path)
-    return tree
+    tensors: dict[str, Tensor] = {}
+    paths: dict[int, str] = {}  # of the tensors, by their identity
+
+    def described(tree: Any, path: str) -> Any:
+        match tree:
+            case Tensor():
+                first = paths.setdefault(id(tree), path)
+                tensors[first] = tree
+                return {"tensor": first}
+            case dict():
+                for key in tree:
+                    _check_plain(key, path)
+                return {
+                    "dict": [
+                        [key, described(each, f"{path}/{_component(key)}")]
+                        for key, each in tree.items()
+                    ]
+                }
+            case list() | tuple():
+                kind = "list" if isinstance(tree, list) else "tuple"
+                return {kind: [described(each, f"{path}/{i}") for i, each in enumerate(tree)]}
+        _check_plain(tree, path)
+        return tree
+
+    return described(tree, path), tensors
+
+
+def _component(key: Any) -> str:
+    """Return a dictionary's key as a part of a path; no two keys of a dictionary share one."""
+    if isinstance(key, str):  # escaped as in a JSON pointer (RFC 6901)
+        return key.replace("~", "~0").replace("/", "~1").replace("#", "~2")
+    return f"#{key}"
 
 
 def _check_plain(value: Any, path: str) -> None:
@@ -140,20 +154,20 @@ def _check_plain(value: Any, path: str) -> None:
         )
 
 
-def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the tree that `as_json` described.
+def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the tree that `flatten` divided.
 
     Args:
-        value: the description.
-        tensors: the tensors of the tree by their paths.
+        value: the tree as JSON.
+        tensors: its tensors by their paths; they may be among others.
     """
     match value:
         case {"tensor": path}:
             return tensors[path]
         case {"dict": pairs}:
-            return {key: from_json(each, tensors) for key, each in pairs}
+            return {key: unflatten(each, tensors) for key, each in pairs}
         case {"list": parts}:
-            return [from_json(each, tensors) for each in parts]
+            return [unflatten(each, tensors) for each in parts]
         case {"tuple": parts}:
-            return tuple(from_json(each, tensors) for each in parts)
+            return tuple(unflatten(each, tensors) for each in parts)
     return value

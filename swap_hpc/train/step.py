@@ -29,7 +29,7 @@ class Stepper:
             seed: of the global generators, from which dropout draws.
 
         Returns:
-            The mean loss and the number of hits of the share, scalars on the device.
+            The mean loss and the sum of the scores of the share, scalars on the device.
         """
         seed_all(seed)
         for group in self.optimizer.param_groups:
@@ -54,10 +54,10 @@ def backward(
         parts: the share is computed in so many parts, one after the other.
 
     Returns:
-        The mean loss and the sum of the scores (hits) of the share, scalars on the device.
+        The mean loss and the sum of the scores of the share, scalars on the device.
     """
     objective = job.objective
-    losses, hits = [], []
+    losses, scores = [], []
     pieces: Iterable[Batch] = [batch]
     if parts > 1:
         pieces = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
@@ -68,7 +68,7 @@ def backward(
         loss = objective.loss(outputs, labels)
         (loss / parts if parts > 1 else loss).backward()
         losses.append(loss.detach())
-        hits.append(objective.score(outputs, labels).detach().sum())
+        scores.append(objective.score(outputs, labels).detach().sum())
     if parts == 1:
-        return losses[0], hits[0]
-    return torch.stack(losses).mean(), torch.stack(hits).sum()
+        return losses[0], scores[0]
+    return torch.stack(losses).mean(), torch.stack(scores).sum()

@@ -25,7 +25,7 @@ def synchronize(
     yield Averaged(model, sync)
     if sync.then == "continue":
         # all groups save here or none does: a run resumes all of them from one sync point
-        due = ranks.world.any(job.control.due(sync.saves))
+        due = ranks.world.any(job.control.due(sync.save_is_due))
         for copy in copies:
             yield copy.continue_from_(model, due)
         yield Continued(sync)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,10 +22,11 @@ from PIL import Image
 from swap_hpc.data import download, load, loader
 from swap_hpc.data.pack import pack
 from swap_hpc.data.sampling import evaluation_picks
+from swap_hpc.data.sources import SOURCES
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.schema import Data, DataName
 
 
 def loaded(**fields: Any) -> Any:
@@ -310,3 +311,7 @@ def test_cifar10_is_downloaded_verified_and_found_again(
     message = "cifar10 is not in .* and could not be downloaded .*swap-hpc data cifar10"
     with pytest.raises(UserError, match=message):
         loaded(name="cifar10", path=tmp_path / "data")
+
+
+def test_every_name_of_a_recipe_has_its_source() -> None:
+    assert set(get_args(DataName)) == set(SOURCES)

@@ -1,6 +1,7 @@
 """Every piece of an optimizer's state is saved, and comes back to the bit."""
 
 import collections
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.recipe.schema import Optimizer
+from swap_hpc.run import dry_step as dry_step_module
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.train import fit as fit_module
 from swap_hpc.train.events import NoSaves, SavePoint
 from swap_hpc.train.fit import fit
 from swap_hpc.train.optimizers import build_optimizer
-from swap_hpc.train.state import as_json, from_json, optimizer_state, restore_optimizer_, tensors_in
+from swap_hpc.train.state import flatten, optimizer_state, restore_optimizer_, unflatten
 
 ONE = Team.alone()
 OFFERED = get_args(Optimizer.model_fields["name"].annotation)
@@ -101,8 +104,9 @@ def test_all_state_comes_back_and_training_continues_to_the_bit(name: str, tmp_p
     stepped(optimizer, model, 3, seed=0)
     state = optimizer_state(optimizer, model)
     assert state["state"].keys() == dict(model.named_parameters()).keys()
-    tensors = {path: tensor.clone() for path, tensor in tensors_in(state)}
-    saved = from_json(as_json(state), tensors)
+    description, tensors = flatten(state)
+    copies = {path: tensor.clone() for path, tensor in tensors.items()}
+    saved = unflatten(json.loads(json.dumps(description)), copies)
 
     other = tiny.model(JOB)
     other.load_state_dict(model.state_dict())
@@ -166,8 +170,40 @@ def test_what_a_file_cannot_hold_is_refused_with_its_place() -> None:
     optimizer = Odd(model)
     stepped(optimizer, model, 1, seed=0)
     optimizer.state[next(model.parameters())]["history"]["queue"] = collections.deque([1.0])
-    message = (
-        "the optimizer keeps a deque at state/0.weight/history/queue, which a checkpoint cannot"
-    )
+    message = "the optimizer keeps a deque at 0.weight/history/queue, which a checkpoint cannot"
     with pytest.raises(UserError, match=message):
-        as_json(optimizer_state(optimizer, model))
+        flatten(optimizer_state(optimizer, model))
+
+
+def test_no_two_places_of_a_tree_share_a_path() -> None:
+    keys: list[Any] = ["a/b", "1", 1, "#1", "~1", "~", "/", "", None, "#None", 1.5, True]
+    tree: dict[Any, Any] = {key: torch.tensor(float(number)) for number, key in enumerate(keys)}
+    tree |= {"a": {"b": torch.tensor(99.0)}, "nested": [{"x": torch.tensor(98.0)}]}
+    description, tensors = flatten(tree)
+    assert_same(unflatten(json.loads(json.dumps(description)), tensors), tree)
+
+
+def test_a_shared_tensor_is_shared_again() -> None:
+    """An optimizer that counts in one tensor for two parameters goes on counting in one."""
+    model = tiny.model(JOB)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    first, second, *_ = model.parameters()
+    optimizer.state[first]["count"] = optimizer.state[second]["count"] = torch.zeros(())
+    description, tensors = flatten(optimizer_state(optimizer, model))
+    assert len(tensors) == 1
+    resumed = torch.optim.SGD(model.parameters(), lr=0.0)
+    restore_optimizer_(resumed, model, unflatten(description, tensors))
+    assert resumed.state[first]["count"] is resumed.state[second]["count"]
+
+
+def test_the_dry_step_refuses_it_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Queued(Odd):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+            for kept in self.state.values():
+                kept["queue"] = collections.deque([1.0])
+
+    monkeypatch.setattr(dry_step_module, "build_optimizer", lambda model, recipe: Queued(model))
+    key = Key.of(JOB.recipe.seed, PHASE_1)
+    with pytest.raises(UserError, match="the optimizer keeps a deque at 0.weight/queue"):
+        dry_step_module.dry_step(tiny.model(JOB), JOB, JOB.recipe.large_batch, key, ONE)
