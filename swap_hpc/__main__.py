@@ -22,7 +22,7 @@ from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Phase
-from swap_hpc.recipe.schema import DataName, from_disk, on_disk
+from swap_hpc.recipe.values import DataName, from_disk, on_disk
 from swap_hpc.run.checks import check_ranks, chosen_part
 from swap_hpc.run.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
 from swap_hpc.train.control import Control, ignore_stops

@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.schema import Recipe, from_disk
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.values import from_disk
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,146 +1,29 @@
 """The fields of a recipe: typed, validated and frozen.
 
 Batch sizes, epochs and learning rates are used as written, for any number of ranks: nothing is
-scaled silently. `run.part.check_ranks` checks the fields that depend on the number of ranks.
+scaled silently. `run.checks.check_ranks` checks the fields that depend on the number of ranks.
 """
 
 import math
-import os
-import re
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PlainSerializer,
-    PositiveFloat,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from swap_hpc.recipe.values import (
+    Count,
+    CountOrZero,
+    DataSource,
+    Fraction,
+    ImageSizes,
+    LossName,
+    MetricName,
+    Place,
+    Range,
+    Schedule,
+    check_finite,
 )
-
-from swap_hpc.recipe.schedule import Knots
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Sizes: TypeAlias = tuple[tuple[CountOrZero, Count], ...]
-
-
-def on_disk(text: Any) -> Any:
-    """Return text of a recipe as a file name: in any locale, its UTF-8 bytes name the file.
-
-    `from_disk` is the inverse. Anything but text is returned unchanged.
-    """
-    return os.fsdecode(text.encode()) if isinstance(text, str) else text
-
-
-def from_disk(name: str | Path) -> str:
-    """Return a file name as text for a recipe; the inverse of `on_disk`.
-
-    Raises:
-        UnicodeDecodeError: The name is not UTF-8.
-    """
-    return os.fsencode(name).decode()
-
-
-def _expand_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError("needs a path whose home directory exists") from None
-
-
-def _constant_as_knots(value: Any) -> Any:
-    """Return a plain number as a single knot at epoch 0, and a list of pairs as it is."""
-    if isinstance(value, int | float):
-        return [[0, value]]
-    if not isinstance(value, list | tuple) or not all(_is_pair(knot) for knot in value):
-        raise ValueError("needs a number, or pairs from an epoch on: [[0, 0.1], [8, 0.0]]")
-    return value
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2
-
-
-def _epochs_ascend(pairs: Knots | Sizes) -> bool:
-    return all(left < right for (left, _), (right, _) in pairwise(pairs))
-
-
-def _checked_knots(knots: Knots) -> Knots:
-    if not knots:
-        raise ValueError("needs at least one [epoch, value] pair")
-    if any(not math.isfinite(x) or x < 0 for knot in knots for x in knot):
-        raise ValueError("needs finite epochs and values of at least 0")
-    if not _epochs_ascend(knots):
-        raise ValueError("needs [epoch, value] pairs in ascending order of their epochs")
-    return knots
-
-
-def _checked_sizes(sizes: Sizes) -> Sizes:
-    if not sizes or sizes[0][0] != 0 or not _epochs_ascend(sizes):
-        raise ValueError(
-            "needs [epoch, pixels] pairs in ascending order of their epochs, the first at epoch 0"
-        )
-    return sizes
-
-
-def _checked_range(pair: tuple[float, float]) -> tuple[float, float]:
-    low, high = pair
-    if not 0 < low <= high:
-        raise ValueError("needs two positive numbers, the smaller one first")
-    return pair
-
-
-def _checked_name(*known: str) -> Callable[[str], str]:
-    """Return a validator for a name: one of `known`, or the import path of a user's function."""
-
-    def check(name: str) -> str:
-        if name not in known and not re.fullmatch(r"[\w.]+:\w+", name):
-            raise ValueError(f'needs {", ".join(known)} or "package.module:function"')
-        return name
-
-    return check
-
-
-def _check_finite(value: Any) -> None:
-    """Raise ValueError if a number in nested dictionaries and lists is NaN or infinite.
-
-    Runs write their recipe to JSON, which has neither.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number")
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            _check_finite(each)
-
-
-Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
-ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
-Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
-
-Place = Annotated[
-    Path,
-    BeforeValidator(on_disk),
-    AfterValidator(_expand_home),
-    PlainSerializer(from_disk, str, when_used="json"),
-]
-
-# Sources of images that the package reads itself.
-DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
-
-DataSource = Annotated[str, AfterValidator(_checked_name(*get_args(DataName)))]
-LossName = Annotated[str, AfterValidator(_checked_name("cross_entropy"))]
-MetricName = Annotated[str, AfterValidator(_checked_name("accuracy"))]
 
 
 class Section(BaseModel):
@@ -161,7 +44,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _arguments_are_finite(self) -> "Model":
-        _check_finite(self.arguments)
+        check_finite(self.arguments)
         return self
 
     @property
@@ -212,7 +95,7 @@ class Data(Section):
             raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
         if self.test_every and self.name != "folder":
             raise ValueError(f"test_every splits a folder of images: {self.name} comes split")
-        _check_finite(self.arguments)
+        check_finite(self.arguments)
         return self
 
     def size_at(self, epoch: int) -> int | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.recipe.loading import differing_fields, load_recipe
-from swap_hpc.recipe.schema import Recipe, on_disk
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.values import on_disk
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.study.study import Search, Study
 
