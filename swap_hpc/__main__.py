@@ -21,10 +21,11 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.recipe.loading import load_recipe
-from swap_hpc.recipe.phase import PHASE_1, Phase
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.values import DataName, from_disk, on_disk
 from swap_hpc.run.checks import check_ranks, chosen_part
 from swap_hpc.run.ending import fail, leave_unheard, nobody_reads, say, tell_launcher
+from swap_hpc.run.folder import phase_1_is_over
 from swap_hpc.train.control import Control, ignore_stops
 
 STARTED = time.perf_counter()  # the time from here to the first step is a run's set-up
@@ -108,8 +109,8 @@ def train(
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
     folder = out or Path("runs") / on_disk(parsed.name)
     part = world.agree(lambda: chosen_part(phase, group, parsed))
-    phase_1_is_over = phase_1_of is not None or _has_phase_1(folder, world)
-    world.agree(lambda: check_ranks(parsed, world.size, part, phase_1_is_over))
+    is_over = phase_1_of is not None or phase_1_is_over(folder, world)
+    world.agree(lambda: check_ranks(parsed, world.size, part, is_over))
     from swap_hpc.run import run
     from swap_hpc.run.display import Screen
     from swap_hpc.study import report
@@ -128,12 +129,6 @@ def _world() -> Any:
     if mismatch := launcher_mismatch(world):
         raise UserError(mismatch)
     return world
-
-
-def _has_phase_1(folder: Path, world: Any) -> bool:
-    """Return whether a run's folder holds the end of phase 1, as the first rank sees it."""
-    found = world.first((folder / f"{PHASE_1.name}.safetensors").is_file)
-    return bool(world.broadcast(found))
 
 
 @app.command()

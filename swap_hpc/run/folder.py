@@ -2,14 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swap_hpc.errors import Diverged, UserError
 from swap_hpc.recipe.loading import load_recipe
-from swap_hpc.recipe.phase import refinement_of
+from swap_hpc.recipe.phase import PHASE_1, refinement_of
 from swap_hpc.recipe.schema import Recipe
 
+if TYPE_CHECKING:  # which imports MPI
+    from swap_hpc.parallel.teams import Team
+
 Lines = list[dict[str, Any]]  # of a file of metrics
+
+
+def phase_1_is_over(run: Path, world: "Team") -> bool:
+    """Tell whether the first rank finds the end of phase 1 in a run's folder; collective."""
+    end = run / f"{PHASE_1.name}.safetensors"
+    return bool(world.broadcast(world.first(end.is_file)))
 
 
 def load_result(run: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from swap_hpc.run.display import Display
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.ending import tell_launcher
 from swap_hpc.run.environment import environment
+from swap_hpc.run.folder import phase_1_is_over
 from swap_hpc.run.lock import owning
 from swap_hpc.run.loop import train_and_record
 from swap_hpc.run.prepare import prepare
@@ -81,35 +82,10 @@ def train(
             # again: a job that had the folder until now may have completed the run
             if result := _complete(recipe, out, world, display):
                 return result
-            world.first(lambda: check_data(job, out))
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
-            if phase_1_of:
-                adopt_large_batch(phase_1_of, job, model, checkpoints, world)
-            world.agree(lambda: check_tensorboard(recipe))
-            world.first(lambda: claim(recipe, out, chosen))
-            facts = environment(world, node, job.device)
-            facts["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            facts["data"] = _facts(job)
-            world.first(lambda: write_json(out / environment_name(chosen), facts))
-            for line in _introduction(job, ranks, out):
-                display.say(line)
-            end_stalls(recipe.watchdog.minutes * 60)
-            tell_launcher("training")
-            end_of_phase_1 = out / f"{PHASE_1.name}.safetensors"
-            over = phase_1_of is not None or world.broadcast(world.first(end_of_phase_1.is_file))
-            with (
-                display.running(),
-                watching(control, recipe.watchdog.minutes, checkpoints.folder, ranks),
-                noting_divergence(out, chosen),
-            ):
-                control.heartbeat("the dry step before training")
-                model, warnings = _dry_step(model, job, ranks, chosen, bool(over))
-                for line in warnings:
-                    display.say(line)
-                averages = saved_averages(checkpoints, world)
-                assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
-                recorder = recorder_of(assignment, started, averages)
-                result = train_and_record(model, assignment, resume(assignment, recorder), recorder)
+            assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
+            _take_over(assignment, model, node, phase_1_of)
+            result = _train_watched(assignment, model, started, phase_1_of is not None)
             if result is None:
                 assert chosen is not None
                 display.say(f"{chosen.name} is done, for the run in {out}")
@@ -117,6 +93,57 @@ def train(
             world.first(lambda: write_json(out / "result.json", result))
             checkpoints.remove(world)
     return result
+
+
+def _take_over(
+    assignment: Assignment, model: nn.Module, node: Team, phase_1_of: Path | None
+) -> None:
+    """Check the run's folder, claim it, write this job's facts and say what begins; collective.
+
+    Raises:
+        UserError: on all ranks, what is in the folder does not belong to the run.
+    """
+    job, out, chosen = assignment.job, assignment.out, assignment.chosen
+    world = assignment.ranks.world
+    world.first(lambda: check_data(job, out))
+    if phase_1_of:
+        adopt_large_batch(phase_1_of, job, model, assignment.checkpoints, world)
+    world.agree(lambda: check_tensorboard(job.recipe))
+    world.first(lambda: claim(job.recipe, out, chosen))
+    facts = environment(world, node, job.device)
+    facts["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    facts["data"] = _facts(job)
+    world.first(lambda: write_json(out / environment_name(chosen), facts))
+    for line in _introduction(job, assignment.ranks, out):
+        assignment.display.say(line)
+
+
+def _train_watched(
+    assignment: Assignment, model: nn.Module, started: float, phase_1_is_adopted: bool
+) -> dict[str, Any] | None:
+    """Train from where the run's saves are, while the watchdog looks for ranks that hang.
+
+    Returns:
+        What `result.json` holds; None where this job's part does not complete the run.
+    """
+    job, ranks, out, chosen = assignment.job, assignment.ranks, assignment.out, assignment.chosen
+    checkpoints, display = assignment.checkpoints, assignment.display
+    minutes = job.recipe.watchdog.minutes
+    end_stalls(minutes * 60)
+    tell_launcher("training")
+    is_over = phase_1_is_adopted or phase_1_is_over(out, ranks.world)
+    with (
+        display.running(),
+        watching(job.control, minutes, checkpoints.folder, ranks),
+        noting_divergence(out, chosen),
+    ):
+        job.control.heartbeat("the dry step before training")
+        model, warnings = _dry_step(model, job, ranks, chosen, is_over)
+        for line in warnings:
+            display.say(line)
+        averages = saved_averages(checkpoints, ranks.world)
+        recorder = recorder_of(assignment, started, averages)
+        return train_and_record(model, assignment, resume(assignment, recorder), recorder)
 
 
 def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[str, Any] | None:
