@@ -122,7 +122,8 @@ def batchnorm(world: Team, peers: ModuleType) -> list[Comparison]:
     """Compare the refresh, its batches shared by the ranks, with `update_bn` on one rank."""
     with node_of(world) as node:
         device = use_device(world, node, "auto")
-    model = models.build(Model(name="resnet9", width=16), 10, 3, 0).to(device.torch)  # type: ignore[call-arg]
+    resnet9 = Model.model_validate({"name": "resnet9", "width": 16})
+    model = models.build(resnet9, 10, 3, 0).to(device.torch)
     batches = torch.randn(BATCHES, BATCH, 3, 32, 32, device=device.torch).unbind()
     clock = Clock(world)
 
