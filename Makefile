@@ -13,6 +13,8 @@ ARGS ?=
 FAULTS ?= 60
 MODELS ?= 300
 SEED ?= 0
+# Processes that run tests at the same time: tests wait for launchers and disks half of their time.
+JOBS ?= 2
 
 activate := . "$(VENV)/bin/activate"
 linters := ruff check . && ruff format --check . && mypy && lint-imports && codespell
@@ -22,7 +24,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help setup run test test-gpu test-slurm test-image test-bundle test-mpi bench soak fuzz pages lint doctor image bundle clean
+.PHONY: help setup run test test-gpu test-slurm test-image test-bundle test-sites test-mpi bench soak fuzz pages lint doctor image bundle clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -35,7 +37,7 @@ run: setup  ## train the recipe digits on 4 ranks (RECIPE=, RANKS=, ARGS="--set 
 	@$(activate) && mpirun -n $(RANKS) swap-hpc train $(RECIPE) $(ARGS)
 
 test: setup  ## lint, and run every test on 1 to 4 ranks (one on 8)
-	@$(activate) && $(linters) && python -m pytest $(ARGS)
+	@$(activate) && $(linters) && python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU, on a host with one (2 minutes); make test runs without GPUs
 	@$(activate) && python -m pytest tests/gpu $(ARGS)
@@ -49,8 +51,11 @@ test-image: setup  ## build the CPU image and train inside it (root, buildah, de
 test-bundle: setup  ## make a bundle, install it and train without any network (root; 5 minutes)
 	@$(activate) && python -m pytest tests/bundle $(ARGS)
 
+test-sites: setup  ## test-slurm, test-image and test-bundle, three processes at a time (15 minutes)
+	@$(activate) && python -m pytest -n 3 tests/cluster tests/image tests/bundle $(ARGS)
+
 test-mpi: setup  ## test the environment's MPI: two ranks, signals, exit codes, a chain of faults, srun (root; 5 minutes)
-	@$(activate) && python -m pytest -m mpi tests/parallel tests/commands tests/cluster $(ARGS)
+	@$(activate) && python -m pytest -m mpi -n $(JOBS) tests/parallel tests/commands tests/cluster $(ARGS)
 
 bench: setup  ## measure each part beside its usual alternative, and list missed targets (20 minutes, on an idle machine)
 	@$(activate) && swap-hpc bench all $(ARGS)

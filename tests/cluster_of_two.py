@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -55,7 +56,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={spool}/%n
 TmpFS={folder}/tmp-%n
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
@@ -73,6 +74,7 @@ SlurmdTimeout=10
 SlurmctldTimeout=30
 InactiveLimit=0
 MinJobAge=3600
+FirstJobId={first_job}
 """
 NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} "
@@ -88,6 +90,8 @@ class Cluster:
     """The daemons of a cluster whose files lie in `folder`."""
 
     folder: Path
+    # Slurm makes sockets in it, whose paths may have no more than 107 characters.
+    spool: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurmd-")))
     control_port: int = 0
     ports: dict[str, int] = field(default_factory=dict)
     daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
@@ -125,7 +129,15 @@ class Cluster:
     def _configure(self) -> None:
         """Write Slurm's configuration."""
         host = socket.gethostname()
-        configuration = CONFIGURATION.format(host=host, port=self.control_port, folder=self.folder)
+        # Open MPI names its shared memory after the node and the job: clusters that run at the same
+        # time need other numbers.
+        configuration = CONFIGURATION.format(
+            host=host,
+            port=self.control_port,
+            folder=self.folder,
+            spool=self.spool,
+            first_job=1 + 1000 * (os.getpid() % 60000),
+        )
         for name, port in self.ports.items():
             configuration += NODE.format(name=name, port=port)
         configuration += PARTITION.format(nodes=",".join(NODES))
@@ -149,9 +161,9 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Boot a node, with an empty spool: killed steps leave PMIx's sockets there."""
-        for name in (f"spool-{node}", f"tmp-{node}"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / name).mkdir()
+        for path in (self.spool / node, self.folder / f"tmp-{node}"):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
         inside = f'hostname "{node}" && exec slurmd -D -N "{node}"'
         self._begin(node, ["unshare", "--uts", "sh", "-c", inside])
 
@@ -174,7 +186,7 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """End all jobs and daemons. Only the folder stays."""
+        """End all jobs and daemons. Only `folder` stays."""
         started = [node for node in NODES if node in self.daemons]
         jobs = [pid for node in started for pid in _processes_of(self.daemons[node])]
         self._call("scancel", "--signal=KILL", "--full", "--user=root")
@@ -187,6 +199,7 @@ class Cluster:
                 daemon.kill()
         for pid in jobs:
             _kill(pid)
+        shutil.rmtree(self.spool, ignore_errors=True)
 
     # A user's commands
 
