@@ -43,7 +43,7 @@ MADE_OF_THE_CODE = r"<!-- made by .*?<!-- end of .*?-->"  # tests/unit/test_page
 ELSEWHERE = {
     "make run": (".ci/run", "part run"),
     "make test": (".ci/run", "part test"),
-    'make test ARGS="tests/unit"': ("Makefile", "-n $(JOBS) $(ARGS)"),
+    'make test ARGS="tests/unit"': ("Makefile", "-n $(JOBS) --no-loadscope-reorder $(ARGS)"),
     "make test-gpu": ("Makefile", "pytest tests/gpu"),
     "make test-slurm": ("Makefile", "tests/cluster tests/image"),
     "make test-image": ("Makefile", "tests/cluster tests/image"),
