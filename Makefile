@@ -51,7 +51,7 @@ test-image: setup  ## build the CPU image and train inside it (root, buildah, de
 test-bundle: setup  ## make a bundle, install it and train without any network (root; 5 minutes)
 	@$(activate) && python -m pytest tests/bundle $(ARGS)
 
-test-sites: setup  ## test-slurm, test-image and test-bundle, three processes at a time (15 minutes)
+test-sites: setup  ## test-slurm, test-image and test-bundle, at the same time (root; 20 minutes)
 	@$(activate) && python -m pytest -n 3 tests/cluster tests/image tests/bundle $(ARGS)
 
 test-mpi: setup  ## test the environment's MPI: two ranks, signals, exit codes, a chain of faults, srun (root; 5 minutes)

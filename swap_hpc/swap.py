@@ -24,7 +24,11 @@ from swap_hpc.train.sync import synchronize
 def swap(
     model: nn.Module, job: Job, ranks: Ranks, resume_from: Saves = FROM_THE_BEGINNING
 ) -> Generator[Event, None, None]:
-    """Train `model` in place: at the end it is the averaged model, the same on all ranks."""
+    """Train `model`, as built on this rank's device, in place; collective over all ranks.
+
+    At the end it is the averaged model (that of phase 1 if `refine.epochs` is 0), the same on all
+    ranks. The events on the way are those of `swap_hpc.train.events`; errors are those of `fit`.
+    """
     recipe = job.recipe
 
     # Phase 1: all ranks train one model, with large batches.

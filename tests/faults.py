@@ -4,7 +4,7 @@ r"""`swap-hpc ...` in which one rank meets a fault at one place of the run.
         train digits ...
 
 The fault is real: a signal, an exception, a process that stands still. This program only chooses
-the moment. It also makes ranks have a sync check at every step.
+the moment. It also makes ranks have a team check at every step.
 """
 
 import json
@@ -23,7 +23,7 @@ from swap_hpc import __main__ as cli
 from swap_hpc import swap
 from swap_hpc.parallel import atomic, launcher
 from swap_hpc.run import loop
-from swap_hpc.train import control, sync_check
+from swap_hpc.train import control, team_check
 
 KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
@@ -115,7 +115,7 @@ def _launcher() -> int:
 
 def install(fault: Fault) -> None:
     """Replace functions of the package by versions that meet the fault."""
-    sync_check.CHECK_SECONDS = 0.0
+    team_check.CHECK_SECONDS = 0.0
     heartbeat, average, events = control.Control.heartbeat, swap.average_weights_, swap.swap
 
     def watched_heartbeat(self: control.Control, where: str) -> None:

@@ -415,9 +415,9 @@ def end_horovod() -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Have a sync check at every step, and let no watchdog outlive a run that was stopped."""
+    """Have a team check at every step, and let no watchdog outlive a run that was stopped."""
     from swap_hpc.run import run
-    from swap_hpc.train import sync_check
+    from swap_hpc.train import team_check
 
     watching = run.watching
 
@@ -432,7 +432,7 @@ def patched() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(run, "watching", ending))
-        stack.enter_context(patch.object(sync_check, "CHECK_SECONDS", 0.0))
+        stack.enter_context(patch.object(team_check, "CHECK_SECONDS", 0.0))
         yield
 
 

@@ -68,9 +68,10 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
     This is phase 3 of SWAP (Gupta, Akle Serrano, DeCoste, arXiv 2001.02312); batch norm is left to
     `refresh_batchnorm_`.
 
-    Averaged are the parameters (also frozen, complex and 16-bit ones) and the running means of
-    layers other than batch norm. They are summed in float64, divided, and rounded once to their own
-    type, so that the result does not depend on the number or the layout of the ranks.
+    Averaged are the parameters (also frozen, complex and 16-bit ones) and the running statistics
+    (buffers `running_*`) of layers other than batch norm. They are summed in float64, divided, and
+    rounded once to their own type, so that the result does not depend on the number or the layout
+    of the ranks, except for the last bits of float64 weights.
 
     Everything else becomes what the first rank's first model has: other buffers, what
     `get_extra_state` returns, and batch norm's statistics and the vectors of power iterations,
@@ -84,7 +85,8 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
             keep.
         peers: the ranks whose weights are averaged.
         total: the sum of the models that this rank contributes; by default it contributes `model`.
-            An empty sum contributes nothing; the first rank's must not be empty.
+            An empty sum contributes nothing; the first rank's must not be empty. Its models have
+            the names and shapes of `model`.
 
     Raises:
         ValueError: on all ranks, the names, shapes or types of two ranks differ.

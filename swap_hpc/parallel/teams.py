@@ -25,7 +25,7 @@ class Team:
     """A communicator, and the few collectives that the package needs.
 
     Every method but `alone` and `world` is collective: all ranks of the team must call it, in the
-    same order. A team of one makes no MPI call.
+    same order. In a team of one, no method but `free` makes an MPI call.
 
     Args:
         comm: any intracommunicator of mpi4py.
@@ -130,8 +130,12 @@ class Team:
     def first_while_others_sleep(self, function: Callable[[], T]) -> T:
         """Return `function()`, called on the first rank alone, on all ranks.
 
-        The other ranks give their cores away meanwhile, to a function that uses many threads.
+        The other ranks give their cores away meanwhile, to a function that uses many threads. An
+        error of `function` is raised on the first rank alone, and the others wait until the job is
+        ended.
         """
+        if self.size == 1:
+            return function()
         result = function() if self.rank == 0 else None
         request = self.comm.Ibarrier()
         while not request.Test():

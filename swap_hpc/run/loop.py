@@ -18,8 +18,20 @@ def train_and_record(
 ) -> dict[str, Any] | None:
     """Train `model` as a recipe says, from where its saves are.
 
+    Args:
+        model: as built, on this rank's device; it is trained in place.
+        assignment: this job's share of the run.
+        saves: where the run resumes from.
+        recorder: writes what happens.
+
     Returns:
         What `result.json` holds; None where this job's part does not complete the run.
+
+    Raises:
+        Diverged: as `swap` does.
+        RunError: as `swap` and `Recorder.record` do.
+        Stopped: on all ranks, one of them was asked to stop, and all is saved.
+        UserError: as `Recorder.record` and `Resume.load` do.
     """
     recorder.begin()
     events = swap(model, assignment.job, assignment.ranks, saves)

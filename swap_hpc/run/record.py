@@ -48,8 +48,9 @@ class Recorder:
     journal: Journal
     watch: Stopwatch
     averages: list[Line]  # evaluations of the average before the end, so far
-    trained_on: int  # ranks of phase 1
-    refined_on: dict[Part, int | None]  # ranks of each group's refinement; None: several numbers
+    phase_1_ranks: int
+    # of each group's refinement; None: the number changed between starts
+    refine_ranks: dict[Part, int | None]
     _is_saved: bool = False  # at the last save point
     _snapshot_is_due: bool = False  # at the next one
 
@@ -61,6 +62,7 @@ class Recorder:
         """
         self.watch.own["setup"] = perf_counter() - self.watch.started
         self._agree_on_stop(self.assignment.job.control.stop)
+        # A phase without epochs is never resumed, which would begin its lines anew.
         if not self.assignment.job.recipe.large_batch.epochs and PHASE_1 in self.journal.lines:
             self.journal.begin(PHASE_1, [])
 
@@ -72,10 +74,10 @@ class Recorder:
             return
         before = saved.notes["ranks"]
         if part == PHASE_1:
-            self.trained_on = before if saved.point.ended else self.trained_on
+            self.phase_1_ranks = before if saved.point.ended else self.phase_1_ranks
         else:
             is_one_number = saved.point.ended or before == self.assignment.ranks.world.size
-            self.refined_on[part] = before if is_one_number else None
+            self.refine_ranks[part] = before if is_one_number else None
         self.watch.resume_from(saved.notes["seconds"])
         self.assignment.display.resumed(saved.point)
 
@@ -85,6 +87,7 @@ class Recorder:
         Raises:
             RunError: on all ranks, a file cannot be written.
             Stopped: on all ranks, one of them was asked to stop, and all is saved.
+            UserError: on all ranks, the optimizer keeps something that a file cannot hold.
         """
         match event:
             case Epoch():
@@ -126,15 +129,15 @@ class Recorder:
         self.journal.end()
         world = self.assignment.ranks.world
         digest = check_equal(model, world)
-        numbers = world.allgather(set(self.refined_on.values()))
-        refined_on = {number for mine in numbers for number in mine}
-        is_one_number = len(refined_on) == 1 and self.assignment.chosen is None
+        numbers = world.allgather(set(self.refine_ranks.values()))
+        refine_ranks = {number for mine in numbers for number in mine}
+        is_one_number = len(refine_ranks) == 1 and self.assignment.chosen is None
         return result_of(
             self.assignment.job.recipe,
             self.journal.lines,
             self.watch.slowest(world),
             self.assignment.job.device.peak_memory(),
-            (self.trained_on, refined_on.pop() if is_one_number else None),
+            (self.phase_1_ranks, refine_ranks.pop() if is_one_number else None),
             digest,
             world,
         )
@@ -177,7 +180,7 @@ class Recorder:
 
     def _notes(self, part: Part) -> dict[str, Any]:
         """Return what is saved beside a part's save point, for `resume`."""
-        ranks = self.refined_on.get(part, self.assignment.ranks.world.size)
+        ranks = self.refine_ranks.get(part, self.assignment.ranks.world.size)
         return {
             "ranks": None if refines_one_group(self.assignment.chosen) else ranks,
             "lines": self.journal.lines[part],
@@ -189,7 +192,10 @@ class Recorder:
         return self.assignment.job.control.stop and sync.then != "continue"
 
     def _agree_on_stop(self, stops: bool) -> None:
-        """Wait for all ranks.
+        """Stop the run on all ranks if any rank wants to; collective over the world.
+
+        Args:
+            stops: this rank wants to, and what it holds is saved.
 
         Raises:
             Stopped: on all ranks, one of them was asked to stop.
@@ -245,9 +251,9 @@ def recorder_of(assignment: Assignment, started: float, averages: list[Line]) ->
     parts = [refinement_of(number) for number in assignment.ranks.groups]
     teams = dict.fromkeys(parts, group)
     if not refines_one_group(assignment.chosen):
-        teams = {PHASE_1: world, **teams}  # otherwise the file of all groups is other jobs'
+        teams = {PHASE_1: world, **teams}  # otherwise another job owns metrics/world.jsonl
     recipe = assignment.job.recipe
     board = Board(assignment.out / "tensorboard", recipe) if recipe.tensorboard else None
     journal = Journal(assignment.out / "metrics", teams, board)
-    refined_on: dict[Part, int | None] = dict.fromkeys(parts, world.size)
-    return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refined_on)
+    refine_ranks: dict[Part, int | None] = dict.fromkeys(parts, world.size)
+    return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refine_ranks)

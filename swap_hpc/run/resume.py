@@ -25,7 +25,7 @@ class Resume:
     # Groups that continue from their average have to stand at one step: this one. None: each
     # group resumes from its own newest save.
     common: Position | None
-    synced: int  # sync points of the groups that are over
+    synced: int  # sync points that the groups have passed
 
     def load(self, part: Part, team: Team) -> SavePoint | None:
         """Return the save point that a part resumes from, and take over its record.
@@ -44,7 +44,8 @@ class Resume:
                 f"it: first {_options(part)}"
             )
         if part == PHASE_1 and not has_ended:
-            # the command line checks it too, but its end may have been lost, on other ranks
+            # The command line skips this check where large_batch.safetensors exists, but the save
+            # that belongs to it may be lost, and the number of ranks another.
             check_ranks(self.assignment.job.recipe, team.size, self.assignment.chosen)
         self.recorder.resume(part, saved)
         return saved.point if saved else None

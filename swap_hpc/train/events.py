@@ -88,7 +88,7 @@ class Saves(Protocol):
 
     @property
     def synced(self) -> int:
-        """The number of sync points of the groups that are over."""
+        """The number of sync points that the groups have passed."""
 
     def load(self, part: Part, team: Team) -> SavePoint | None:
         """Return the save point that a part resumes from, None where it begins anew.

@@ -33,7 +33,7 @@ from swap_hpc.train.models import fill_
 from swap_hpc.train.optimizers import build_optimizer
 from swap_hpc.train.state import optimizer_state, restore_optimizer_
 from swap_hpc.train.step import Stepper
-from swap_hpc.train.sync_check import StepLoss, SyncCheck, check_finite
+from swap_hpc.train.team_check import StepLoss, TeamCheck, check_finite
 
 BEGINNING = Position(0, 0)
 
@@ -61,14 +61,16 @@ def fit(
         cycle_sum: the weights at the end of each cycle of a refinement are added to it.
 
     Yields:
-        First a `SavePoint` that says where the part stands. Then each `Epoch` at its end, followed
-        by a `SavePoint`. Inside an epoch a `SavePoint` where the team agrees that one of its ranks
-        is due to save, or was asked to stop; see `sync_check` for how often they agree.
+        Nothing if the part has no epochs. Otherwise first a `SavePoint` that says where the part
+        stands; it is the only one if the part has ended. Then, for each epoch, an `Epoch` and a
+        `SavePoint` at its end. Inside an epoch, a `SavePoint` at each step after which the groups
+        continue from their average, and wherever the team agrees that one of its ranks is due to
+        save or was asked to stop; see `team_check` for how often they agree.
 
     Raises:
         Diverged: on all ranks of the team, a loss, or a weight that is due to be saved, is not
             finite.
-        RunError: on all ranks of the team, the weights of two ranks differ at such a save.
+        RunError: on all ranks of the team, the weights of two ranks differ where a save is due.
     """
     broadcast_weights_(model, team)
     settings = job.settings(part)
@@ -90,7 +92,7 @@ def fit(
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
         stepper = Stepper(forward, optimizer, job, settings.accumulate)
         training = _Training(
-            model, stepper, job, part, team, cycle_sum, SyncCheck(team, job.control)
+            model, stepper, job, part, team, cycle_sum, TeamCheck(team, job.control)
         )
         if start:
             training.restore_(start)
@@ -108,7 +110,7 @@ class _Training:
     part: Part
     team: Team
     cycle_sum: WeightSum
-    check: SyncCheck
+    check: TeamCheck
     at: Position = BEGINNING
     ended: bool = False
 
@@ -206,7 +208,8 @@ class _Training:
         sync_every = self.job.settings(self.part).average_every_steps
         saves_every = self.job.recipe.checkpoint.epochs
         is_saved_at_end = saves_every > 0 and (self.at.epoch + 1) % saves_every == 0
-        # Drawn together: each alone costs ten times as much between a model's operators.
+        # The epoch's seeds are drawn at once: one draw per step, between the model's operators,
+        # costs ten times as much.
         first = self.at.epoch * steps
         seeds = [self._key.torch_seed(first + step, self.team.rank) for step in range(steps)]
         following: Batch | None = None

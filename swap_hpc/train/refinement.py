@@ -38,7 +38,9 @@ class Refinement:
             resume_from: where the group resumes from.
         """
         self.part = refinement_of(group)
-        self.model = model  # the copy, from its first step on: no group waits with one in memory
+        # The model of phase 1 until training begins, then this group's copy of it: a group that
+        # waits for its turn holds none in memory.
+        self.model = model
         self.cycle_sum = WeightSum()  # the weights at the ends of the cycles so far
         self.steps = 0  # done since the refinement began
         self._job, self._team, self._resume_from = job, team, resume_from
@@ -49,7 +51,7 @@ class Refinement:
         """Train until that many steps of the refinement are done; do nothing if they are.
 
         Raises:
-            RunError: the copy was resumed from after that step.
+            RunError: the copy has already passed that step, since it resumed from a later save.
         """
         job = self._job
         if self._events is None:
@@ -79,7 +81,10 @@ class Refinement:
         self.model.zero_grad()  # frees the memory of the gradients
 
     def add_to_(self, total: WeightSum) -> None:
-        """Add the weights at the ends of the cycles so far, and those inside an open cycle."""
+        """Add to `total` this copy's weights at the end of each cycle that is over.
+
+        Where a cycle is under way, its present weights are added, too.
+        """
         total.merge_(self.cycle_sum)
         refine = self._job.recipe.refine
         is_inside_a_cycle = self.steps % (self._job.steps(refine) * refine.epochs) != 0
@@ -95,6 +100,9 @@ class Refinement:
         Args:
             model: holds the average of the groups' weights.
             due: the point is to be saved.
+
+        Raises:
+            Diverged: a weight is not finite, and the point is due to be saved.
         """
         assert self._last is not None
         weights = averaged_tensors(self.model)

@@ -1,4 +1,4 @@
-"""The state of an optimizer, whatever it holds, as a tree that a checkpoint can keep.
+"""The state of any optimizer, as a tree that a checkpoint can keep.
 
 A tree is a tensor, a number, a truth value, text, None, or a list, tuple or dictionary of trees.
 In a checkpoint its tensors are tensors of the file, and the rest is JSON. A tensor that stands at

@@ -13,15 +13,17 @@ from swap_hpc.train.objective import as_float32
 
 @dataclass(frozen=True)
 class Stepper:
-    """What takes the steps of a phase."""
+    """Takes the training steps of one part of a run."""
 
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     job: Job
-    accumulate: int  # parts in which a rank's share of a batch is computed
+    accumulate: int  # equal parts into which a rank's share of a batch is cut
 
     def compute_gradients(self, batch: Batch, rate: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of this rank's share of a step.
+        """Compute the gradients of this rank's share of a step, in place of those before.
+
+        The global generators are seeded and the learning rate is set first.
 
         Args:
             batch: images (n, C, H, W) float32 and labels (n,) int64, or what the data set yields.
@@ -51,7 +53,8 @@ def backward(
         forward: the model.
         batch: the share: inputs and targets.
         job: the run's; it has the objective and the precision.
-        parts: the share is computed in so many parts, one after the other.
+        parts: equal parts into which the share is cut, computed one after the other; a divisor of
+            the number of its samples.
 
     Returns:
         The mean loss and the sum of the scores of the share, scalars on the device.

@@ -46,7 +46,8 @@ def test_a_run_on_own_data_gives_the_same_on_one_rank(tmp_path: Path) -> None:
 
 def test_the_loop_with_swap_ends_alike_on_all_ranks_and_better_than_without() -> None:
     plain = command(sys.executable, "plain_loop.py", cwd=EXAMPLES)
-    done = command(sys.executable, "-m", "mpi4py", "swap_loop.py", ranks=2, cwd=EXAMPLES)
+    line = (sys.executable, "-m", "mpi4py", "tests/examples/swap_loop.py")
+    done = command(*line, ranks=2, cwd=EXAMPLES.parents[1])
     assert plain.code == done.code == 0, plain.stderr + done.stderr
     first, second = done.stdout.splitlines()
     assert first == second and float(first.split()[1]) > float(plain.stdout.split()[1])

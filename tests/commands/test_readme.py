@@ -66,9 +66,9 @@ ELSEWHERE = {
     "mpirun -n 2 swap-hpc train mine.toml": ("tests/commands/test_readme.py", "mine.toml"),
     "cd tests/examples": ("tests/commands/test_examples.py", "cwd=EXAMPLES"),
     "mpirun -n 2 swap-hpc train discs.toml": ("tests/commands/test_examples.py", "discs.toml"),
-    "mpirun -n 4 python -m mpi4py swap_loop.py": (
+    "mpirun -n 4 python -m mpi4py tests/examples/swap_loop.py": (
         "tests/commands/test_examples.py",
-        '"mpi4py", "swap_loop.py"',
+        '"mpi4py", "tests/examples/swap_loop.py"',
     ),
     "mpirun -n 16 swap-hpc pack DIR SHARDS": ("tests/commands/test_imagenet_run.py", '"pack"'),
     "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": (

@@ -18,7 +18,7 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.swap import swap
-from swap_hpc.train import sync_check
+from swap_hpc.train import team_check
 from swap_hpc.train.control import Control
 from swap_hpc.train.events import (
     Averaged,
@@ -41,8 +41,8 @@ NORMED: dict[str, Any] = {
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a sync check at every step, which tells whether a save is due."""
-    monkeypatch.setattr(sync_check, "CHECK_SECONDS", 0.0)
+    """Have a team check at every step, which tells whether a save is due."""
+    monkeypatch.setattr(team_check, "CHECK_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def folder(world: Team, tmp_path: Path) -> Path | None:
 
 
 def eager(job: Job) -> Job:
-    """Return the job with a save due at every sync check."""
+    """Return the job with a save due at every team check."""
     return replace(job, control=Control(save_seconds=0.0))
 
 
@@ -252,13 +252,13 @@ def test_one_rank_that_is_asked_stops_all_at_the_same_step(world: Team, every_st
     assert world.allgather(points) == [points] * world.size
 
 
-def test_more_sync_checks_change_nothing(
+def test_more_team_checks_change_nothing(
     world: Team, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, records = tiny.job(**NORMED), []
     with grid(world, 1) as ranks:
         for seconds in (0.0, 1e9):
-            monkeypatch.setattr(sync_check, "CHECK_SECONDS", seconds)
+            monkeypatch.setattr(team_check, "CHECK_SECONDS", seconds)
             records.append(Record())
             run(eager(job) if seconds == 0 else job, ranks, folder / str(seconds), records[-1])
     assert records[0] == records[1]

@@ -1,4 +1,4 @@
-"""Sync checks: the ranks of a team agree on losses, saves and stops, every few seconds.
+"""Team checks: the ranks of a team agree on losses, saves and stops, every few seconds.
 
 Reading a loss makes the host wait for the device, and agreeing makes the ranks wait for each other.
 So the losses of many steps are checked at once. What is trained does not depend on when that
@@ -35,7 +35,7 @@ class StepLoss:
 
 
 @dataclass
-class SyncCheck:
+class TeamCheck:
     """The losses of a part of the run, checked by its team."""
 
     team: Team
