@@ -13,7 +13,7 @@ from launch import settings, swap_hpc
 
 SHORT = settings(
     "precision=fp32",
-    "model.name=torchvision:shufflenet_v2_x0_5",
+    "model.name=torchvision:resnet18",
     "data.image_size=[[0,32],[1,40]]",
     "large_batch.epochs=2",
     "large_batch.batch_size=240",
