@@ -114,6 +114,8 @@ class Cluster:
 
     def start(self) -> None:
         """Start all daemons, and wait until both nodes are idle."""
+        # Otherwise Slurm would requeue every job without an end.
+        assert len(str(self.spool)) <= 60, f"{self.spool}: TMPDIR is too long for Slurm's sockets"
         self.control_port, *ports = _free_ports(1 + len(NODES))
         self.ports = dict(zip(NODES, ports, strict=True))
         (self.folder / "state").mkdir(parents=True)

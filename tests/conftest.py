@@ -1,12 +1,9 @@
 """Settings of all tests: one thread per process, and no GPU except for the tests of GPUs."""
 
 import os
-import re
 from pathlib import Path
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks have to fit on two cores
 
@@ -25,18 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
     ]
     if not all(path == GPU_TESTS or GPU_TESTS in path.parents for path in chosen):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """With `-n 2`, give each process whole files, and all items of one number of ranks."""
-    return _Scheduling(config, log)
-
-
-class _Scheduling(LoadScopeScheduling):
-    """Keep together what shares something: the fixtures of a file, an `mpirun`."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        if file.startswith("tests/parallel/") and (ranks := re.search(r"\d+ ranks", nodeid)):
-            return ranks[0]
-        return file
+    # An environment for users, as on a host with GPUs, may have pytest alone.
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.import_plugin("scheduling")
