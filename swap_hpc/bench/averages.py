@@ -15,7 +15,7 @@ from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.parallel.devices import use_device
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Model
+from swap_hpc.recipe.inputs import Model
 from swap_hpc.train import models
 
 BATCHES, BATCH = 24, 256  # that the refresh takes, all ranks together

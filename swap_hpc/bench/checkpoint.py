@@ -14,7 +14,8 @@ from swap_hpc.parallel.grid import Ranks, grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.phase import PHASE_1, refinement_of
-from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.prepare import prepare

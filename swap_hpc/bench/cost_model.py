@@ -17,7 +17,8 @@ Evaluations, and sync points of the groups before the last one, are left out.
 import math
 from dataclasses import dataclass
 
-from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Refine
 
 # Bytes of a number: gradients are sent as float32, sums of weights as float64.
 GRADIENT, SUM = 4, 8

@@ -19,8 +19,9 @@ from swap_hpc.data.sampling import Key, training_picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.inputs import Augment, Data, Model
 from swap_hpc.recipe.phase import Phase
-from swap_hpc.recipe.schema import Augment, Data, Model, Optimizer
+from swap_hpc.recipe.training import Optimizer
 from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.optimizers import build_optimizer

@@ -24,7 +24,7 @@ from swap_hpc.parallel.devices import choose_device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Phase
-from swap_hpc.recipe.schema import LargeBatch, Refine
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.train.events import Epoch
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Batch, Job

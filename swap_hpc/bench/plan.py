@@ -17,8 +17,9 @@ from swap_hpc.bench.cost_model import (
     team_size,
 )
 from swap_hpc.errors import UserError
+from swap_hpc.recipe.inputs import Data, Model
 from swap_hpc.recipe.markdown import markdown_table
-from swap_hpc.recipe.schema import Data, Model, Recipe
+from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.train import models

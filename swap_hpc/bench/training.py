@@ -21,9 +21,11 @@ from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.inputs import Model
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
-from swap_hpc.recipe.schema import LargeBatch, Model, Optimizer, Recipe, Refine
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine
 from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.events import Epoch

@@ -9,7 +9,7 @@ from swap_hpc.data.splits import Arrays, Batches, Files, Graph
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.grid import first_then_rest
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 
 # What a folder of the user's own data must hold, by the name of the data set.
 LOCAL = {

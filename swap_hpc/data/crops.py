@@ -16,7 +16,7 @@ from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.sampling import DRAWS, Picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.data.transfer import to_device
-from swap_hpc.recipe.schema import Augment
+from swap_hpc.recipe.inputs import Augment
 
 STEPS_AT_ONCE = 16
 BYTES_AT_ONCE = 2**26  # of float32 images; always at least one batch

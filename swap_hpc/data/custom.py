@@ -10,7 +10,7 @@ from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.imports import imported
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 
 
 def load_custom(data: Data) -> Dataset:

@@ -16,7 +16,7 @@ from swap_hpc.data.encoded import Encoded, decode_whole, file_content
 from swap_hpc.data.pieces import Piece
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
-from swap_hpc.recipe.schema import Augment
+from swap_hpc.recipe.inputs import Augment
 
 # What a graph takes in for one batch: arrays, or lists of them, with an entry for each sample.
 Feed = Iterator[tuple[Any, ...]]

@@ -28,7 +28,7 @@ from swap_hpc.data.splits import Arrays, Batches, Split
 from swap_hpc.data.transfer import to_device
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.devices import Device
-from swap_hpc.recipe.schema import Augment
+from swap_hpc.recipe.inputs import Augment
 
 Batch = tuple[Tensor, Tensor]  # images and labels, or a user's inputs and targets
 

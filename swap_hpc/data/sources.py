@@ -18,7 +18,7 @@ from swap_hpc.data.pieces import pixels_within
 from swap_hpc.data.shards import CLASSES, find_shards, read_classes
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # names here and in torchvision
 

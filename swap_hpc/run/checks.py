@@ -6,7 +6,8 @@ phase 1, then one for each group, then one that averages.
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase
-from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Refine
 
 
 def chosen_part(phase: str | None, group: int | None, recipe: Recipe) -> Part | None:

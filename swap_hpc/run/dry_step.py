@@ -20,7 +20,7 @@ from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.imports import place_of
-from swap_hpc.recipe.schema import LargeBatch, Refine
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.run.state_dict_checks import check_state_dict
 from swap_hpc.run.unsaved_state import changed_names, unsaved_state, unsaved_warning
 from swap_hpc.train.evaluation import evaluate

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.loading import one_line, read_toml
-from swap_hpc.recipe.schema import Section
+from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Count, on_disk
 
 SHIPPED = Path(__file__).parent

@@ -19,7 +19,8 @@ from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import assign_
 from swap_hpc.recipe.phase import Part, Phase
-from swap_hpc.recipe.schema import LargeBatch, Recipe, Refine
+from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.train import models
 from swap_hpc.train.control import Control
 from swap_hpc.train.events import SyncPoint

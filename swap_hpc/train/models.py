@@ -12,7 +12,7 @@ from swap_hpc.data.seeding import seed_all
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.tensors import is_dense
 from swap_hpc.recipe.imports import imported
-from swap_hpc.recipe.schema import Model
+from swap_hpc.recipe.inputs import Model
 from swap_hpc.train.resnet9 import ResNet9
 
 Builder = Callable[..., Any]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swap_hpc.recipe.schema import Optimizer
+from swap_hpc.recipe.training import Optimizer
 
 
 def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:

@@ -28,8 +28,8 @@ from swap_hpc.parallel import gradients
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.horovod import load_horovod
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.inputs import Augment
 from swap_hpc.recipe.phase import PHASE_1, Phase
-from swap_hpc.recipe.schema import Augment
 from swap_hpc.run.prepare import choose_algorithms
 from swap_hpc.train.fit import fit
 from swap_hpc.train.optimizers import Sgd

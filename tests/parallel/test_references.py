@@ -14,7 +14,7 @@ from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Phase
-from swap_hpc.recipe.schema import LargeBatch, Refine
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.swap import swap
 from swap_hpc.train.events import LargeBatchEnded
 from swap_hpc.train.job import Batch, Job

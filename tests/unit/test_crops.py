@@ -12,8 +12,8 @@ from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.sampling import Key, Picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
+from swap_hpc.recipe.inputs import Augment
 from swap_hpc.recipe.phase import Phase
-from swap_hpc.recipe.schema import Augment
 
 CPU = Device(torch.device("cpu"), 1)
 SAMPLES, BATCH = 301, 50

@@ -26,7 +26,7 @@ from swap_hpc.data.sources import SOURCES
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 from swap_hpc.recipe.values import DataName
 
 

@@ -12,7 +12,7 @@ from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.sources import folder
 from swap_hpc.data.splits import Arrays
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 
 
 def images(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), number: int = 3) -> Path:

@@ -14,8 +14,8 @@ from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.sampling import Key, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError
+from swap_hpc.recipe.inputs import Augment
 from swap_hpc.recipe.phase import Phase
-from swap_hpc.recipe.schema import Augment
 
 
 def normalised(dataset: Dataset, images: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.schema import Model
+from swap_hpc.recipe.inputs import Model
 from swap_hpc.train import models
 
 NARROW = Model.model_validate({"name": "resnet9", "width": 4})

@@ -15,7 +15,7 @@ from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
-from swap_hpc.recipe.schema import Optimizer
+from swap_hpc.recipe.training import Optimizer
 from swap_hpc.run import dry_step as dry_step_module
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.train import fit as fit_module

@@ -24,7 +24,7 @@ from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Files, Shards
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Augment, Data
+from swap_hpc.recipe.inputs import Augment, Data
 from swap_hpc.recipe.values import DataName
 
 SAMPLES = 7 * 5

@@ -27,7 +27,7 @@ from swap_hpc.data.shards import LABELS, find_shards
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Augment, Data
+from swap_hpc.recipe.inputs import Augment, Data
 from swap_hpc.recipe.values import DataName
 
 ONE = Team.alone()

@@ -16,7 +16,7 @@ from swap_hpc.data.folders import folder_files
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.schema import Data
+from swap_hpc.recipe.inputs import Data
 
 
 def make(root: Path, *names: str) -> Path:

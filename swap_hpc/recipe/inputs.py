@@ -1,0 +1,110 @@
+"""The fields of a recipe that describe the model, the data and their augmentation."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, model_validator
+
+from swap_hpc.recipe.section import Section
+from swap_hpc.recipe.values import (
+    Count,
+    CountOrZero,
+    DataSource,
+    ImageSizes,
+    Place,
+    Range,
+    check_finite,
+)
+
+
+class Model(Section):
+    """The model: the name of its builder and, as further keys, the builder's arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+    """Builder of the model: `resnet9`, `torchvision:NAME`, `timm:NAME` (if timm is installed) or
+    `package.module:function`. It is called with the section's further keys as arguments."""
+    weights: Place | None = None
+    """A `.safetensors` file with the initial weights; none: the builder's own initialisation."""
+
+    @model_validator(mode="after")
+    def _arguments_are_finite(self) -> "Model":
+        check_finite(self.arguments)
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The builder's arguments: all keys of the section that are not fields."""
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    """The data set, and how its images are read."""
+
+    name: DataSource
+    """Source of the images: a built-in data set (`digits`, `cifar10`, `cifar100`, `synthetic`), a
+    `folder` of images, `webdataset` shards, or `package.module:function`."""
+    arguments: dict[str, Any] = Field(default={})
+    """Keyword arguments of your own function in `name`, which is called with `path` first."""
+    path: Place = Path("data")
+    """Folder that holds the data or receives the download; the option `--data` sets it."""
+    test_every: Annotated[int, Field(ge=2)] | None = None
+    """For a `folder` with one subfolder per class and no splits: hold out every N-th image of each
+    class (sorted by name) as the test split. None: the folder has `train` and `test`."""
+    validation: CountOrZero = 0
+    """Training samples to hold out, always the same ones; they replace the test split in all
+    evaluations. 0: train on all samples and evaluate on the test split."""
+    image_size: ImageSizes | None = None
+    """Side of training images in pixels, or `[epoch, pixels]` pairs, each valid from its epoch of
+    the run on; the refinement begins at epoch `large_batch.epochs`. None: the size of the files,
+    which must all have the same one."""
+    evaluation_size: Count | None = None
+    """Side of evaluated images in pixels, for files that are read in every epoch. None: the last
+    `image_size`."""
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the evaluated centre square as a fraction of the image's shorter side; 1 keeps the
+    largest square."""
+    memory_gib: NonNegativeFloat = 4.0
+    """Memory for decoded image files, in GiB per rank. A data set that fits is decoded once and
+    kept; a larger one, or one with several image sizes, is read in every epoch. Decoding uses up
+    to an eighth of it at a time, but at least 96 MiB or one image."""
+    classes: Count = 10
+    """Number of classes of the `synthetic` data."""
+    samples: Count = 1024
+    """Number of training samples of the `synthetic` data, which has a quarter as many test
+    samples."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_source(self) -> "Data":
+        if self.arguments and ":" not in self.name:
+            raise ValueError(f"arguments are for a function of your own: {self.name} takes none")
+        if self.test_every and self.name != "folder":
+            raise ValueError(f"test_every splits a folder of images: {self.name} comes split")
+        check_finite(self.arguments)
+        return self
+
+    def size_at(self, epoch: int) -> int | None:
+        """Return the side of training images in pixels in an epoch of the run, counted from 0."""
+        sizes = [pixels for begin, pixels in self.image_size or () if begin <= epoch]
+        return sizes[-1] if sizes else None
+
+    @property
+    def last_size(self) -> int | None:
+        """The side of training images in pixels at the end of the run."""
+        return self.image_size[-1][1] if self.image_size else None
+
+
+class Augment(Section):
+    """The augmentation of training images, of data in memory or of files read in every epoch."""
+
+    pad: CountOrZero = 0
+    """In memory: pixels added on each side by reflection, before a random crop back to the
+    original size."""
+    flip: bool = False
+    """Mirror each image horizontally with probability 1/2, in memory and from files."""
+    cutout: CountOrZero = 0
+    """In memory: side in pixels of a square, set to the data set's mean after the crop."""
+    crop_area: Range = (0.08, 1.0)
+    """From files: smallest and largest area of the crop, as fractions of the image's area."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """From files: smallest and largest aspect ratio of the crop, width / height."""

@@ -1,0 +1,90 @@
+"""The fields of a recipe that describe the optimizer and the two phases of training."""
+
+from typing import ClassVar, Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+
+from swap_hpc.recipe.section import Section
+from swap_hpc.recipe.values import Count, CountOrZero, Fraction, Schedule
+
+
+class Optimizer(Section):
+    """The optimizer of both phases: SGD, or LARS for very large batches."""
+
+    name: Literal["sgd", "lars"] = "sgd"
+    """`sgd`, or `lars` (arXiv 1708.03888)."""
+    momentum: Fraction = 0.9
+    """Momentum; its buffer starts at zero in each phase."""
+    nesterov: bool = True
+    """Use Nesterov momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """L2 regularisation: this fraction of the weights is added to their gradient."""
+    decay_vectors: bool = True
+    """Also decay batch-norm parameters and biases. False: they are not decayed, and LARS updates
+    them as SGD does."""
+    trust: PositiveFloat = 0.001
+    """LARS: norm of a step relative to the norm of the weights, at a learning rate of 1."""
+    fused: bool = False
+    """SGD: update several tensors in one kernel, which takes fewer launches on a GPU. It rounds
+    differently."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_optimizer(self) -> "Optimizer":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true needs a momentum above 0")
+        if self.fused and self.name != "sgd":
+            raise ValueError(f"fused is for sgd only: {self.name} has no fused step")
+        return self
+
+
+class _Phase(Section):
+    batch_size: Count
+    """Samples per step over all ranks of the phase's team: the world in phase 1, a group in phase
+    2."""
+    epochs: CountOrZero
+    """Epochs: at most this many in phase 1, exactly this many per cycle of the refinement. 0 skips
+    the phase."""
+    learning_rate: Schedule
+    """Learning rate: a constant, or `[epoch, value]` knots with linear interpolation at every
+    step."""
+    accumulate: Count = 1
+    """Parts into which a rank cuts its share of a batch; their gradients are added up. More parts
+    need less memory, and batch norm sees smaller batches."""
+
+
+class LargeBatch(_Phase):
+    """Phase 1: all ranks train one model, for at most `epochs`."""
+
+    cycles: ClassVar[int] = 1
+    average_every_steps: ClassVar[int | None] = None
+    stop_accuracy: Fraction | None = None
+    """Training accuracy at which the phase ends: the mean over an epoch's augmented samples. None:
+    it runs for all `epochs`."""
+    batchnorm_batch_size: Count | None = None
+    """Samples per rank that batch norm must see at once: a rank's share of the batch, divided by
+    `accumulate`. A number of ranks that gives another size is refused. None: any is accepted."""
+
+
+class Refine(_Phase):
+    """Phase 2: each group trains its own copy for `epochs` per cycle; 0: plain SGD alone."""
+
+    stop_accuracy: ClassVar[float | None] = None
+    cycles: Count = 1
+    """Number of cycles. The learning-rate schedule restarts with each, and each adds a group's
+    weights at its end to the average."""
+    evaluate_average: CountOrZero = 0
+    """Epochs between evaluations of the averaged model during the refinement, for which the groups
+    wait for each other. 0: only at the end."""
+    average_every_steps: Count | None = None
+    """Steps between averages of the groups' weights, from which all groups continue, each with its
+    own momentum and batch-norm statistics: post-local SGD (Lin et al., arXiv 1808.07217). None: the
+    groups are averaged at the end only."""
+
+    @model_validator(mode="after")
+    def _one_way_to_average(self) -> "Refine":
+        if self.average_every_steps and (self.cycles > 1 or self.evaluate_average):
+            raise ValueError(
+                "average_every_steps needs one schedule to the end: "
+                "set cycles = 1 and evaluate_average = 0"
+            )
+        return self
