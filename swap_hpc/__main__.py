@@ -174,7 +174,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _say_result(result: Any) -> None:
     for note in result.notes:
         say(note)
-    accuracy, loss = 100 * result.test.accuracy, result.test.loss
+    accuracy, loss = 100 * result.test.main, result.test.loss
     say(f"{result.file}: test accuracy {accuracy:.2f} %, test loss {loss:.4f}")
     say(f"weights_sha256 {result.weights_sha256}")
 

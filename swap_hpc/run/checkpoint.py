@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ class Checkpoints:
             buffers=_own_buffers(tensors, state["means"], team),
             training=unflatten(state["training"], tensors),
             cycle_sum=sum_of(tensors, state["cycles"]),
-            running=_running_of_rank([Running(*each) for each in state["running"]], team),
+            running=_running_of_rank([_running(each) for each in state["running"]], team),
             means=tuple(state["means"]),
         )
         return Saved(point, state["notes"])
@@ -292,11 +292,19 @@ def _without_prefix(tensors: Tensors, part: str) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
+def _running(saved: Sequence[Any]) -> Running:
+    loss, sums, samples, seconds = saved
+    # Saves of earlier versions hold the sum of the one metric as a number.
+    return Running(loss, tuple(sums) if isinstance(sums, list) else (sums,), samples, seconds)
+
+
 def _running_of_rank(running: list[Running], team: Team) -> Running:
     """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
     if len(running) == team.size:
         return running[team.rank]
     if team.rank > 0:
         return Running()
-    loss, score, samples, seconds = zip(*(astuple(each) for each in running), strict=True)
-    return Running(sum(loss), sum(score), sum(samples), max(seconds))
+    total = Running()
+    for each in running:
+        total = total.plus(each.loss, each.sums, each.samples)
+    return replace(total, seconds=max(each.seconds for each in running))

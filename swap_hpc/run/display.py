@@ -63,7 +63,7 @@ class Display:
 
     def average(self, epoch: int, test: Evaluation) -> None:
         """Show the average of the groups before the end of their refinement."""
-        self.say(f"{'average':<12} epoch {epoch:>3}  test {test.accuracy:.4f}")
+        self.say(f"{'average':<12} epoch {epoch:>3}  test {test.main:.4f}")
 
     def epoch(self, epoch: Epoch) -> None:
         """Show an epoch, and that it is the last one if its accuracy ends the phase."""
@@ -81,16 +81,15 @@ class Display:
                 self.tasks[name] = self.bars.add_task(name, total=total, figures="")
             self.bars.update(self.tasks[name], completed=epoch.epoch, figures=_figures(epoch))
         stop = phase.stop_accuracy
-        if stop is not None and epoch.train.accuracy >= stop and epoch.epoch < total:
+        if stop is not None and epoch.train.main >= stop and epoch.epoch < total:
             self.say(f"{name} ends here: large_batch.stop_accuracy = {stop} is reached")
 
 
 def _figures(epoch: Epoch) -> str:
-    test = f"  test {epoch.test.accuracy:.4f}" if epoch.test else ""
+    test = f"  test {epoch.test.main:.4f}" if epoch.test else ""
     speed = epoch.images / epoch.train_seconds
     return (
-        f"train {epoch.train.accuracy:.4f}{test}  lr {epoch.learning_rate:.4g}  "
-        f"{speed:,.0f} images/s"
+        f"train {epoch.train.main:.4f}{test}  lr {epoch.learning_rate:.4g}  {speed:,.0f} images/s"
     )
 
 

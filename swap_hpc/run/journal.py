@@ -16,7 +16,6 @@ from swap_hpc.train.events import Epoch, Evaluation
 
 def epoch_fields(epoch: Epoch) -> Line:
     """Return an epoch as a line of metrics. Times are in seconds, accuracies are fractions."""
-    test = epoch.test or Evaluation(None, None)  # type: ignore[arg-type]
     return {
         "phase": epoch.part.phase.value,
         "group": epoch.part.group,
@@ -24,9 +23,9 @@ def epoch_fields(epoch: Epoch) -> Line:
         "epoch": epoch.epoch,
         "learning_rate": epoch.learning_rate,
         "train_loss": epoch.train.loss,
-        "train_accuracy": epoch.train.accuracy,
-        "test_loss": test.loss,
-        "test_accuracy": test.accuracy,
+        "train_accuracy": epoch.train.main,
+        "test_loss": epoch.test.loss if epoch.test else None,
+        "test_accuracy": epoch.test.main if epoch.test else None,
         "images": epoch.images,
         "images_per_second": epoch.images / epoch.train_seconds,
         "train_seconds": epoch.train_seconds,
@@ -84,7 +83,7 @@ class Journal:
             "model": model,
             **position,
             "test_loss": result.loss,
-            "test_accuracy": result.accuracy,
+            "test_accuracy": result.main,
         }
         self.add(PHASE_1, line)
         return line
@@ -115,7 +114,9 @@ class Journal:
     def last_test(self, part: Part) -> Evaluation | None:
         """Return the test figures of a part's last line, None where it has no line."""
         lines = self.lines[part]
-        return Evaluation(lines[-1]["test_loss"], lines[-1]["test_accuracy"]) if lines else None
+        if not lines:
+            return None
+        return Evaluation(lines[-1]["test_loss"], {"accuracy": lines[-1]["test_accuracy"]})
 
     def _phase_1_epochs(self) -> int:
         lines = self.lines.get(PHASE_1, [])

@@ -124,7 +124,7 @@ class _Errors:
         fill_parameters_(self.model, weights)
         with self.job.autocast():
             refresh_batchnorm_(self.model, self.job.batchnorm_batches(self.alone), self.alone)
-        train, test = (1 - evaluate_job(self.model, job, self.alone).accuracy for job in self.jobs)
+        train, test = (1 - evaluate_job(self.model, job, self.alone).main for job in self.jobs)
         return train, test
 
 

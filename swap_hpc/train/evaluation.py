@@ -1,4 +1,4 @@
-"""The loss and accuracy of a model on test samples that a team of ranks shares."""
+"""The loss and the metrics of a model on samples that a team of ranks shares."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a training loop of the user's own needs no DALI
 def evaluate(
     model: nn.Module, batches: "Iterable[Batch]", team: Team, objective: Objective = CLASSIFICATION
 ) -> Evaluation:
-    """Return the mean loss and accuracy of `model` over the samples of all ranks. Collective.
+    """Return the mean loss and the metrics of `model` over the samples of all ranks. Collective.
 
     Losses are summed in float64 over the batches and the ranks. The model is in evaluation mode
     meanwhile; afterwards each module has its own mode back.
@@ -31,30 +31,30 @@ def evaluate(
             on the model's device; a rank may have none. With another objective, whatever the model
             and the objective take.
         team: the ranks whose samples count together.
-        objective: the loss and the score that are measured; by default cross-entropy, in nats, and
-            the share of right answers.
+        objective: the loss and the metrics that are measured; by default cross-entropy, in nats,
+            and the share of right answers.
 
     Returns:
-        The mean loss and the mean score, called accuracy, over all samples; the same on all ranks.
+        The mean loss and the metrics over all samples; the same on all ranks.
 
     Raises:
         ValueError: on all ranks, no rank has a sample.
     """
-    losses, scores, samples = [], [], 0
+    losses, sums, samples = [], [], 0
     with evaluating(model):
         for images, labels in batches:
             outputs = as_float32(model(images))
             with torch.autocast(labels.device.type, enabled=False):  # as in training
                 losses.append(objective.total_loss(outputs, labels))
-                scores.append(objective.score(outputs, labels).sum(dtype=torch.float64))
+                sums.append(objective.sums(outputs, labels))
             samples += len(labels)
     # Sums stay on the device until here, so that the host does not wait for it at every batch.
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
-    score = torch.stack(scores).sum().item() if scores else 0.0
-    total_loss, total_score, total_samples = team.sums(loss, score, samples)
+    mine = torch.stack(sums).sum(0).tolist() if sums else [0.0] * objective.size
+    total_loss, total_samples, *totals = team.sums(loss, samples, *mine)
     if not total_samples:
         raise ValueError("no rank has a sample to evaluate on: give batches to at least one")
-    return Evaluation(total_loss / total_samples, total_score / total_samples)
+    return objective.evaluation(total_loss, totals, total_samples)
 
 
 def evaluate_job(model: nn.Module, job: "Job", team: Team) -> Evaluation:

@@ -1,6 +1,8 @@
 """What training yields: epochs to report, save points to resume from, and the ends of phases."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -16,7 +18,17 @@ class Evaluation:
     """Means over samples."""
 
     loss: float
-    accuracy: float  # in [0, 1]
+    metrics: Mapping[str, float]  # by name; the first one is the main one
+
+    @property
+    def main(self) -> float:
+        """The main metric."""
+        return next(iter(self.metrics.values()))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers, in [0, 1]; KeyError where another metric was measured."""
+        return self.metrics["accuracy"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,17 @@ class Running:
     """One rank's sums over the steps of an epoch so far."""
 
     loss: float = 0.0  # summed over samples
-    score: float = 0  # summed over samples: with the metric accuracy, how many were right
+    sums: tuple[float, ...] = ()  # of the metrics, over samples; empty before the first step
     samples: int = 0
     seconds: float = 0.0  # of training
 
-    def plus(self, loss: float, score: float, samples: int) -> "Running":
+    def plus(self, loss: float, sums: Sequence[float], samples: int) -> "Running":
         """Return these sums with those of one more step.
 
         Steps are added one by one, so that the sums do not depend on when they are checked.
         """
-        return Running(self.loss + loss, self.score + score, self.samples + samples, self.seconds)
+        total = tuple(map(sum, zip_longest(self.sums, sums, fillvalue=0.0)))
+        return Running(self.loss + loss, total, self.samples + samples, self.seconds)
 
 
 class Position(NamedTuple):

@@ -30,6 +30,7 @@ from swap_hpc.train.events import (
 )
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
+from swap_hpc.train.objective import Objective
 from swap_hpc.train.optimizers import build_optimizer
 from swap_hpc.train.state import optimizer_state, restore_optimizer_
 from swap_hpc.train.step import Stepper
@@ -154,13 +155,13 @@ class _Training:
         settings, job, team = self.job.settings(self.part), self.job, self.team
         cycle, epoch_in_cycle = divmod(self.at.epoch, settings.epochs)
         seconds = self.check.running.seconds
-        train = _means(self.check.running, team)
+        train = _means(self.check.running, job.objective, team)
         average_buffers_(self.model, team)
         share_extra_states_(self.model, team)
         trained = perf_counter()
         self.at, self.check.running = Position(self.at.epoch + 1, 0), Running()
         target = settings.stop_accuracy
-        reached = target is not None and train.accuracy >= target
+        reached = target is not None and train.main >= target
         self.ended = reached or self.at.epoch == settings.epochs * settings.cycles
         ends_cycle = reached or self.at.epoch % settings.epochs == 0
         every = job.recipe.evaluate.every
@@ -216,13 +217,13 @@ class _Training:
         while self.at.step < steps:
             batch = following or next(stream)
             rate = rates[self.at.step]
-            loss, score = self.stepper.compute_gradients(batch, rate, seeds[self.at.step])
+            loss, sums = self.stepper.compute_gradients(batch, rate, seeds[self.at.step])
             ends = self.at.step + 1 == steps
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
             self.stepper.update()
             self.at = Position(self.at.epoch, self.at.step + 1)
-            self.check.add(StepLoss(loss, score, len(batch[1]), rate, self._where))
+            self.check.add(StepLoss(loss, sums, len(batch[1]), rate, self._where))
             self.job.control.heartbeat(self._where)
             syncs = sync_every is not None and (first + self.at.step) % sync_every == 0
             # The team checks its losses when enough of them have come, at the end of an epoch, and
@@ -255,6 +256,8 @@ class _Training:
         return point
 
 
-def _means(running: Running, team: Team) -> Evaluation:
-    loss, score, samples = team.sums(running.loss, running.score, running.samples)
-    return Evaluation(loss / samples, score / samples)
+def _means(running: Running, objective: Objective, team: Team) -> Evaluation:
+    # A rank that resumed on another number of ranks may have no sample of the epoch yet.
+    mine = running.sums or [0.0] * objective.size
+    loss, samples, *sums = team.sums(running.loss, running.samples, *mine)
+    return objective.evaluation(loss, sums, samples)

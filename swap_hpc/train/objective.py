@@ -1,9 +1,10 @@
-"""The loss that is trained and the score that is reported: classification's, or a user's own."""
+"""The loss that is trained and the metrics that are reported: classification's, or a user's own."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,8 @@ from torch.nn import functional as F
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.imports import imported
 from swap_hpc.recipe.schema import Recipe
-
-# (outputs, targets) -> values. The outputs are the model's, in float32 if they are floating-point.
-Measure: TypeAlias = Callable[[Any, Tensor], Tensor]
+from swap_hpc.train.events import Evaluation
+from swap_hpc.train.metrics import ACCURACY, Measure, Metric, mean_of
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,35 @@ class Objective:
 
     loss: Measure  # scalar, the mean over the samples: for training
     total_loss: Measure  # scalar, the sum over the samples: for evaluation
-    score: Measure  # (n,), one value per sample, larger is better: files call its mean the accuracy
+    metrics: tuple[Metric, ...] = (ACCURACY,)  # the first one is the main one
+
+    @property
+    def size(self) -> int:
+        """The number of sums that all metrics need together."""
+        return sum(metric.size for metric in self.metrics)
+
+    def sums(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return what a batch adds to the sums of all metrics, (size,) float64."""
+        found = [metric.sums(outputs, targets) for metric in self.metrics]
+        return found[0].double() if len(found) == 1 else torch.cat(found).double()
+
+    def evaluation(self, loss: float, sums: Sequence[float], samples: float) -> Evaluation:
+        """Return the means over samples.
+
+        Args:
+            loss: the sum of the losses.
+            sums: (size,), those of all metrics; empty where there is no sample.
+            samples: their number.
+        """
+        ends = [*accumulate(metric.size for metric in self.metrics)]
+        values = {
+            metric.name: metric.value(sums[end - metric.size : end], samples)
+            for metric, end in zip(self.metrics, ends, strict=True)
+        }
+        return Evaluation(loss / samples, values)
 
 
-def is_right(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return (n,) bool: True where the largest of (n, classes) logits is that of the target."""
-    return outputs.argmax(1) == targets
-
-
-CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="sum"), is_right)
+CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="sum"))
 
 
 def objective(recipe: Recipe, classes: int) -> Objective:
@@ -42,15 +62,15 @@ def objective(recipe: Recipe, classes: int) -> Objective:
             something else than `Objective` describes, or the model's outputs are not logits of
             `classes`.
     """
-    score = CLASSIFICATION.score if recipe.metric == "accuracy" else _own_score(recipe.metric)
+    metrics = (ACCURACY if recipe.metric == "accuracy" else _own_metric(recipe.metric),)
     if recipe.loss == "cross_entropy":
-        return Objective(_cross_entropy(recipe, classes), CLASSIFICATION.total_loss, score)
+        return Objective(_cross_entropy(recipe, classes), CLASSIFICATION.total_loss, metrics)
     loss = _own_loss(recipe.loss)
 
     def total_loss(outputs: Any, targets: Tensor) -> Tensor:
         return loss(outputs, targets) * len(targets)
 
-    return Objective(loss, total_loss, score)
+    return Objective(loss, total_loss, metrics)
 
 
 def _cross_entropy(recipe: Recipe, classes: int) -> Measure:
@@ -83,7 +103,7 @@ def _own_loss(path: str) -> Measure:
     return loss
 
 
-def _own_score(path: str) -> Measure:
+def _own_metric(path: str) -> Metric:
     function = imported(path, "the metric")
 
     @torch.no_grad()
@@ -96,7 +116,7 @@ def _own_score(path: str) -> Measure:
             )
         return values
 
-    return score
+    return mean_of(score, path.partition(":")[2])
 
 
 def _described(value: Any) -> str:

@@ -31,7 +31,7 @@ class Stepper:
             seed: of the global generators, from which dropout draws.
 
         Returns:
-            The mean loss and the sum of the scores of the share, scalars on the device.
+            The mean loss, a scalar, and the sums of the metrics of the share, (k,), on the device.
         """
         seed_all(seed)
         for group in self.optimizer.param_groups:
@@ -57,10 +57,10 @@ def backward(
             the number of its samples.
 
     Returns:
-        The mean loss and the sum of the scores of the share, scalars on the device.
+        The mean loss, a scalar, and the sums of the metrics of the share, (k,), on the device.
     """
     objective = job.objective
-    losses, scores = [], []
+    losses, sums = [], []
     pieces: Iterable[Batch] = [batch]
     if parts > 1:
         pieces = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
@@ -71,7 +71,7 @@ def backward(
         loss = objective.loss(outputs, labels)
         (loss / parts if parts > 1 else loss).backward()
         losses.append(loss.detach())
-        scores.append(objective.score(outputs, labels).detach().sum())
+        sums.append(objective.sums(outputs, labels).detach())
     if parts == 1:
-        return losses[0], scores[0]
-    return torch.stack(losses).mean(), torch.stack(scores).sum()
+        return losses[0], sums[0]
+    return torch.stack(losses).mean(), torch.stack(sums).sum(0)

@@ -28,7 +28,7 @@ class StepLoss:
     """What a step leaves on the device, to be checked later."""
 
     loss: Tensor  # scalar, the mean over this rank's samples
-    score: Tensor  # scalar, the sum of the scores of this rank's samples
+    sums: Tensor  # (k,), the sums of the metrics over this rank's samples
     samples: int  # of this rank
     rate: float  # learning rate
     where: str  # phase, epoch and step, for messages
@@ -70,7 +70,7 @@ class TeamCheck:
         """
         steps, self._unchecked = self._unchecked, []
         losses = torch.stack([step.loss for step in steps]).tolist()
-        scores = torch.stack([step.score for step in steps]).tolist()
+        sums = torch.stack([step.sums for step in steps]).tolist()
         seconds = perf_counter() - self._started
         bad = [each for each in zip(steps, losses, strict=True) if not math.isfinite(each[1])]
         failed, due, per_step = self.team.maximum(
@@ -78,8 +78,8 @@ class TeamCheck:
         )
         if failed:
             self.team.agree(lambda: _refuse(*bad[0]) if bad else None)
-        for step, loss, score in zip(steps, losses, scores, strict=True):
-            self.running = self.running.plus(loss * step.samples, score, step.samples)
+        for step, loss, mine in zip(steps, losses, sums, strict=True):
+            self.running = self.running.plus(loss * step.samples, mine, step.samples)
         self.running = replace(self.running, seconds=self.running.seconds + seconds)
         self._steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS / per_step)))
         return bool(due)

@@ -23,6 +23,7 @@ from swap_hpc.train.evaluation import evaluate, evaluate_job
 from swap_hpc.train.events import Epoch, SavePoint
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Batch, Job
+from swap_hpc.train.metrics import mean_of
 from swap_hpc.train.objective import Objective
 from swap_hpc.train.optimizers import Sgd
 
@@ -254,7 +255,9 @@ def test_an_evaluations_measures_are_computed_in_float32(world: Team) -> None:
 
     job = tiny.job(precision="bf16")
     objective = Objective(
-        measured, lambda outputs, targets: measured(outputs, targets).sum(), measured
+        measured,
+        lambda outputs, targets: measured(outputs, targets).sum(),
+        (mean_of(measured, "zero"),),
     )
     with job.autocast():
         evaluate(tiny.model(job), job.test_batches(world), world, objective)

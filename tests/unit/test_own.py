@@ -142,7 +142,8 @@ def test_a_users_own_loss_and_score_are_used(own: ModuleType) -> None:
     objective = tiny.job(loss="own_parts:loss", metric="own_parts:near").objective
     outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1])
     assert objective.loss(outputs, targets) == 2 and objective.total_loss(outputs, targets) == 4
-    assert objective.score(outputs, targets).tolist() == pytest.approx([1, 1 / 3])
+    assert objective.sums(outputs, targets).tolist() == pytest.approx([1 + 1 / 3])
+    assert objective.evaluation(4, [1 + 1 / 3], 2).metrics == pytest.approx({"near": 2 / 3})
 
 
 def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
@@ -161,7 +162,7 @@ def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
         tiny.job(loss="own_parts:number").objective.total_loss(outputs, targets)
     scalar = r"returned a tensor \[\] float32: .* a tensor \[4\], is needed"
     with pytest.raises(UserError, match=f"the metric own_parts:mean {scalar}"):
-        tiny.job(metric="own_parts:mean").objective.score(outputs, targets)
+        tiny.job(metric="own_parts:mean").objective.sums(outputs, targets)
 
 
 def test_custom_batches_may_be_a_list_and_must_be_those_asked_for() -> None:
