@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.section import models_in
 from swap_hpc.recipe.values import from_disk
 
 if sys.version_info >= (3, 11):
@@ -148,7 +149,8 @@ def one_line(error: Any, model: type[BaseModel]) -> str:
         error: An item of `ValidationError.errors()`.
         model: The model of the whole file; it names the valid fields beside an unknown one.
     """
-    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    parts = [part for part in error["loc"] if isinstance(part, str) and not _is_tag(part)]
+    where = ".".join(parts)
     if error["type"] == "extra_forbidden":
         valid = ", ".join(_fields_beside(error["loc"], model))
         return f"unknown field {where}; valid here: {valid}"
@@ -165,10 +167,15 @@ def _fields_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> l
     for part in location[:-1]:
         if part not in section.model_fields:
             continue  # the key of a dictionary, or the index of a tuple
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        section = next(t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel))
+        models = models_in(section.model_fields[part].annotation)
+        tagged = [each for each in models if f"<{each.__name__}>" in location]
+        section = (tagged or models)[0]
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _is_tag(part: str) -> bool:
+    """Tell whether a part of a location names a member of a union, as in `<Cosine>`."""
+    return part.startswith("<")
 
 
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:

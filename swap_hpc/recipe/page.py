@@ -1,7 +1,8 @@
 """The page of recipes: every field, from the schema. Imports neither torch nor MPI."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -9,6 +10,7 @@ from pydantic.fields import FieldInfo
 from swap_hpc.recipe.loading import shipped_recipes
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.section import models_in
 
 HEAD = """# Recipes
 
@@ -41,7 +43,29 @@ def page() -> str:
             summary = _one_line(section.__doc__)
             table = _table(section.model_fields, section)
             lines += ["", f"## [{name}]", "", summary, "", table]
+    for name, section in _tables_within(Recipe):
+        lines += ["", f"### {name}", "", _one_line(section.__doc__), ""]
+        lines.append(_table(section.model_fields, section))
     return "\n".join(lines) + "\n"
+
+
+def _tables_within(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the heading and the model of each table that is the value of a section's field."""
+    seen: set[type[BaseModel]] = set()
+    for name, field in model.model_fields.items():
+        section = _section(field)
+        for inner, of_section in section.model_fields.items() if section else ():
+            for table in models_in(of_section.annotation):
+                if table not in seen:
+                    seen.add(table)
+                    yield _heading(name, inner, table), table
+
+
+def _heading(section: str, field: str, table: type[BaseModel]) -> str:
+    if shape := table.model_fields.get("shape"):
+        (value,) = get_args(shape.annotation)
+        return f'{field} = {{ shape = "{value}", ... }}'
+    return f"[[{section}.{field}]]"
 
 
 def _first_line(file: Path) -> str:
@@ -63,6 +87,7 @@ def _table(fields: dict[str, FieldInfo], model: type[BaseModel]) -> str:
     rows = [
         (f"`{name}`", _kind(schema[name]), _default(field), _one_line(field.description))
         for name, field in fields.items()
+        if name != "shape"  # the heading has it
     ]
     return markdown_table(("field", "type", "default", "meaning"), rows)
 
@@ -71,11 +96,17 @@ def _kind(schema: dict[str, Any]) -> str:
     """Return the type of a field and its bounds, from its JSON schema."""
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
-    if "anyOf" in schema:
-        return " or ".join(_kind(each) for each in schema["anyOf"] if each.get("type") != "null")
+    if "$ref" in schema:
+        return "table"
+    if either := schema.get("anyOf") or schema.get("oneOf"):
+        kinds = (_kind(each) for each in either if each.get("type") != "null")
+        return " or ".join(dict.fromkeys(kinds))
     if schema["type"] == "array":
         # A pair of numbers has "prefixItems" instead of "items".
-        return "`[epoch, value]` pairs" if "items" in schema else "two numbers"
+        items = schema.get("items")
+        if items is None:
+            return "two numbers"
+        return "`[epoch, value]` pairs" if "prefixItems" in items else f"list of {_kind(items)}"
     name = TYPES[schema["type"]]
     low, above, high = (schema.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
     if high is not None:

@@ -4,8 +4,9 @@ from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
+from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at
 from swap_hpc.recipe.section import Section
-from swap_hpc.recipe.values import Count, CountOrZero, Fraction, Schedule
+from swap_hpc.recipe.values import Count, CountOrZero, Fraction
 
 
 class Optimizer(Section):
@@ -45,11 +46,26 @@ class _Phase(Section):
     """Epochs: at most this many in phase 1, exactly this many per cycle of the refinement. 0 skips
     the phase."""
     learning_rate: Schedule
-    """Learning rate: a constant, or `[epoch, value]` knots with linear interpolation at every
-    step."""
+    """Learning rate, evaluated at every step: a constant; `[epoch, value]` knots with linear
+    interpolation; or a table of one of the shapes below. Epochs may be shares of the phase's
+    `epochs`: `[["0%", 0.0], ["10%", 0.1], ["100%", 0.0]]`."""
     accumulate: Count = 1
     """Parts into which a rank cuts its share of a batch; their gradients are added up. More parts
     need less memory, and batch norm sees smaller batches."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "_Phase":
+        if self.epochs:
+            check_schedule(self.learning_rate, self.epochs)
+        return self
+
+    def rate(self, epoch: float) -> float:
+        """Return the learning rate.
+
+        Args:
+            epoch: Epochs since the phase, or its cycle, began; fractions are allowed.
+        """
+        return rate_at(self.learning_rate, epoch, self.epochs)
 
 
 class LargeBatch(_Phase):

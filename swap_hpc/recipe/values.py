@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from swap_hpc.recipe.schedule import Knots
-
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -42,8 +40,12 @@ def _expand_home(path: Path) -> Path:
         raise ValueError("needs a path whose home directory exists") from None
 
 
-def _constant_as_knots(value: Any) -> Any:
-    """Return a plain number as a single knot at epoch 0, and a list of pairs as it is."""
+def constant_as_pairs(value: Any) -> Any:
+    """Return a plain number as a single pair at epoch 0, and a list of pairs as it is.
+
+    Raises:
+        ValueError: It is neither.
+    """
     if isinstance(value, int | float):
         return [[0, value]]
     if not isinstance(value, list | tuple) or not all(_is_pair(knot) for knot in value):
@@ -55,18 +57,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
 
 
-def _epochs_ascend(pairs: Knots | Sizes) -> bool:
+def _epochs_ascend(pairs: Sizes) -> bool:
     return all(left < right for (left, _), (right, _) in pairwise(pairs))
-
-
-def _checked_knots(knots: Knots) -> Knots:
-    if not knots:
-        raise ValueError("needs at least one [epoch, value] pair")
-    if any(not math.isfinite(x) or x < 0 for knot in knots for x in knot):
-        raise ValueError("needs finite epochs and values of at least 0")
-    if not _epochs_ascend(knots):
-        raise ValueError("needs [epoch, value] pairs in ascending order of their epochs")
-    return knots
 
 
 def _checked_sizes(sizes: Sizes) -> Sizes:
@@ -109,8 +101,7 @@ def check_finite(value: Any) -> None:
             check_finite(each)
 
 
-Schedule = Annotated[Knots, BeforeValidator(_constant_as_knots), AfterValidator(_checked_knots)]
-ImageSizes = Annotated[Sizes, BeforeValidator(_constant_as_knots), AfterValidator(_checked_sizes)]
+ImageSizes = Annotated[Sizes, BeforeValidator(constant_as_pairs), AfterValidator(_checked_sizes)]
 Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
 
 Place = Annotated[

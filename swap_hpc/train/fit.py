@@ -14,10 +14,9 @@ from swap_hpc.average.state import entries_of, split_state, state_of
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Memory
-from swap_hpc.parallel.gradients import gradient_averaging
+from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part, Phase
-from swap_hpc.recipe.schedule import interpolate
 from swap_hpc.train.evaluation import evaluate_job
 from swap_hpc.train.events import (
     FROM_THE_BEGINNING,
@@ -50,8 +49,8 @@ def fit(
     """Train `model` in place, on batches shared by the ranks of `team`.
 
     The optimizer's state is fresh at the beginning of the part and kept over its cycles; the
-    learning rate is interpolated at every step. Training ends after all epochs, or with the first
-    one whose training accuracy reaches `stop_accuracy`.
+    learning rate is computed at every step. Training ends after all epochs, or with the first one
+    whose training accuracy reaches `stop_accuracy`.
 
     Args:
         model: on this rank's device; the first rank's weights are given to all.
@@ -86,12 +85,12 @@ def fit(
         if start.ended:
             yield replace(start, due=False)
             return
-    optimizer = build_optimizer(model, job.recipe.optimizer)
-    with gradient_averaging(model, team, job.device, settings.accumulate) as average_gradients:
+    plain = build_optimizer(model, job.recipe.optimizer)
+    with averaged_gradients(model, plain, team, job.device, settings.accumulate) as optimizer:
         # Shapes are static: a process that saw other sizes before would otherwise compile another
         # graph than one that starts here.
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
-        stepper = Stepper(forward, optimizer, average_gradients, job, settings.accumulate)
+        stepper = Stepper(forward, optimizer, job, settings.accumulate)
         training = _Training(
             model, stepper, job, part, team, cycle_sum, TeamCheck(team, job.control)
         )
@@ -140,10 +139,7 @@ class _Training:
         stream = job.training_batches(settings, self._key, self.team, *self.at)
         while not self.ended:
             epoch_in_cycle = self.at.epoch % settings.epochs
-            rates = [
-                interpolate(settings.learning_rate, epoch_in_cycle + step / steps)
-                for step in range(steps)
-            ]
+            rates = [settings.rate(epoch_in_cycle + step / steps) for step in range(steps)]
             due = yield from self._steps(stream, rates)
             epoch = self._end_epoch(steps)
             yield epoch
@@ -176,7 +172,7 @@ class _Training:
             part=self.part,
             cycle=cycle + 1,
             epoch=self.at.epoch,
-            learning_rate=interpolate(settings.learning_rate, epoch_in_cycle + 1),
+            learning_rate=settings.rate(epoch_in_cycle + 1),
             train=train,
             test=test,
             images=steps * settings.batch_size,

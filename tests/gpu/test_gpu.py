@@ -117,13 +117,12 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(
     for team in (together, together, Team.alone()):
         model = tiny.model(job).cuda()
         sgd = Sgd(model.parameters(), lr=0.1)
-        averaging = gradients.gradient_averaging(model, team, GPU)
-        with use_deterministic_cudnn(), averaging as average_gradients:
+        averaged = gradients.averaged_gradients(model, sgd, team, GPU)
+        with use_deterministic_cudnn(), averaged as optimizer:
             for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
-                sgd.zero_grad()
+                optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
-                average_gradients()
-                sgd.step()
+                optimizer.step()
         weights.append(tiny.weights(model.cpu()))
     assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[2])
 

@@ -12,7 +12,6 @@ from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Phase
-from swap_hpc.recipe.schedule import interpolate
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
@@ -39,7 +38,7 @@ def by_hand(job: Job, update: Update, smoothing: float = 0.0) -> nn.Module:
         targets = F.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
         loss = -(targets * F.log_softmax(model(images), 1)).sum(1).mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        rate = interpolate(phase.learning_rate, step / job.steps(phase))
+        rate = phase.rate(step / job.steps(phase))
         with torch.no_grad():
             for p, g, v in zip(model.parameters(), gradients, velocity, strict=True):
                 p.sub_(update(p, g, v, rate))
@@ -138,7 +137,7 @@ def test_batch_norm_sees_a_part(world: Team) -> None:
     expected = tiny.model(job)
     optimizer = build_optimizer(expected, job.recipe.optimizer)
     for step, (images, labels) in enumerate(job.training_batches(phase, KEY, Team.alone())):
-        optimizer.param_groups[0]["lr"] = interpolate(phase.learning_rate, step / job.steps(phase))
+        optimizer.param_groups[0]["lr"] = phase.rate(step / job.steps(phase))
         optimizer.zero_grad()
         for part in (slice(0, 12), slice(12, 24)):
             (F.cross_entropy(expected(images[part]), labels[part]) / 2).backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.parallel.gradients import BUCKETS, gradient_averaging, gradient_buckets
+from swap_hpc.parallel.gradients import BUCKETS, averaged_gradients, gradient_buckets
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 
@@ -47,12 +47,11 @@ def on_ranks(build: Callable[[], nn.Module], world: Team, parts: int = 1) -> nn.
         parts: backward passes per step.
     """
     model, sgd = built(build)
-    with gradient_averaging(model, world, tiny.CPU, parts) as average_gradients:
+    with averaged_gradients(model, sgd, world, tiny.CPU, parts) as optimizer:
         for step in range(STEPS):
-            sgd.zero_grad()
+            optimizer.zero_grad()
             backward(model, world.rank, step, parts)
-            average_gradients()
-            sgd.step()
+            optimizer.step()
     return model
 
 

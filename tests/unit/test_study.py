@@ -103,6 +103,15 @@ def test_the_papers_rows_have_its_epochs_and_batches() -> None:
     assert (half.groups, half.large_batch.epochs, half.refine.epochs) == (2, 22, 6)
 
 
+def test_a_search_fills_the_peak_of_a_shape(tmp_path: Path) -> None:
+    knots = '"refine.learning_rate=[[0, {rate}], [4, 0.0]]"'
+    shape = """'refine.learning_rate={ shape = "cosine", peak = {rate}, warmup = "5%" }'"""
+    made = plan(tmp_path, TINY.replace(knots, shape))
+    made.check()
+    peaks = {trial.rate: trial.recipe.refine.rate(0.2) for trial in made.trials() if trial.rate}
+    assert peaks == {0.05: 0.05, 0.1: 0.1}
+
+
 WRONG = [
     ("ranks = 2", "ranks = 3", "3 ranks"),
     ('run = "first"', 'run = "second"', "second: not among first, swap"),
@@ -166,7 +175,7 @@ def test_the_best_rate_on_the_validation_samples_is_reported(tmp_path: Path) -> 
         (name, seed) for seed in (0, 1, 2) for name in ("first", "swap")
     ]
     swap = reported[1]
-    assert swap.recipe.refine.learning_rate[0] == (0.0, 0.1) and swap.recipe.data.validation == 0
+    assert swap.recipe.refine.rate(0) == 0.1 and swap.recipe.data.validation == 0
     assert swap.line[-2:] == ("--from", str(reported[0].folder))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swap_hpc.recipe.loading import load_recipe
-from swap_hpc.recipe.schedule import Knots, interpolate
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.run.folder import Lines, load_run, read_lines
 from swap_hpc.study.figures.labels import Label, label_right, place_labels
 from swap_hpc.study.figures.style import (
@@ -133,22 +133,20 @@ def _accuracies(lines: Lines, begin: int, before: Sequence[tuple[float, float]] 
 
 
 def _draw_learning_rate(axis: "Axes", run: _Run) -> None:
-    recipe = run.recipe
     if run.large_batch:
-        phase = recipe.large_batch
+        phase = run.recipe.large_batch
         steps = _steps(run.large_batch, phase.batch_size)
-        epochs = len(run.large_batch)
-        rates = learning_rates(phase.learning_rate, epochs, phase.epochs, steps, 0)
-        axis.plot(*rates, color=LARGE_BATCH)
+        axis.plot(*learning_rates(phase, len(run.large_batch), steps, 0), color=LARGE_BATCH)
     if run.groups:
-        # all groups have one schedule: the one that is furthest shows the most of it
-        furthest = max(run.groups, key=len)
-        steps = _steps(furthest, recipe.refine.batch_size)
-        rates = learning_rates(
-            recipe.refine.learning_rate, len(furthest), recipe.refine.epochs, steps, run.begin
-        )
-        axis.plot(*rates, color=GROUPS)
+        axis.plot(*_refinement_rates(run), color=GROUPS)
     axis.set_ylim(0, None)
+
+
+def _refinement_rates(run: _Run) -> Curve:
+    """Return the learning rate of every step of the refinement, so far."""
+    # all groups have one schedule: the one that is furthest shows the most of it
+    furthest, refine = max(run.groups, key=len), run.recipe.refine
+    return learning_rates(refine, len(furthest), _steps(furthest, refine.batch_size), run.begin)
 
 
 def _steps(lines: Lines, batch_size: int) -> int:
@@ -156,18 +154,17 @@ def _steps(lines: Lines, batch_size: int) -> int:
     return max(int(line["images"]) for line in lines) // batch_size
 
 
-def learning_rates(knots: Knots, epochs: int, cycle: int, steps: int, begin: int) -> Curve:
+def learning_rates(phase: LargeBatch | Refine, epochs: int, steps: int, begin: int) -> Curve:
     """Return the learning rate of every step, and the epoch of the run at which the step begins.
 
     Args:
-        knots: the schedule, which restarts with each cycle.
+        phase: has the schedule, which restarts with each cycle.
         epochs: the number that was run, over all cycles.
-        cycle: epochs of a cycle.
         steps: steps of an epoch.
         begin: the epoch of the run at which the phase begins.
     """
     times = [(epoch, step / steps) for epoch in range(epochs) for step in range(steps)]
-    rates = [interpolate(knots, epoch % cycle + part) for epoch, part in times]
+    rates = [phase.rate(epoch % phase.epochs + part) for epoch, part in times]
     return [begin + epoch + part for epoch, part in times], rates
 
 
@@ -179,8 +176,8 @@ def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
     margin = 0.08 * (max(values) - min(values)) + 0.1
     top.set_xlim(run.begin, run.end)
     top.set_ylim(min(values) - margin, max(values) + margin)
-    highest = max(rate for _, rate in run.recipe.refine.learning_rate)
-    bottom.set_ylim(0, 1.1 * highest or 1)
+    _, rates = _refinement_rates(run)
+    bottom.set_ylim(0, 1.1 * max(rates) or 1)
 
 
 def _draw_ends(axis: "Axes", run: _Run) -> None:
