@@ -25,11 +25,23 @@ class Model(Section):
     """Builder of the model: `resnet9`, `torchvision:NAME`, `timm:NAME` (if timm is installed) or
     `package.module:function`. It is called with the section's further keys as arguments."""
     weights: Place | None = None
-    """A `.safetensors` file with the initial weights; none: the builder's own initialisation."""
+    """File with the initial weights, of this or another program: `.safetensors`, or `.pt`, `.pth`
+    of `torch.save`, of which nothing is executed. The run says what it took from where. None: the
+    builder's own initialisation."""
+    weights_entry: str | None = None
+    """Entry of the file in `weights` that holds the state dict, as in `state_dict_ema` or
+    `state.model`. None: the usual ones, `state_dict`, `model`, ..., or the whole file."""
+    weights_except: tuple[str, ...] = ()
+    """Patterns of names that are not loaded, as in `["head.*"]` for a head of another size: in the
+    model they stay as initialised, in the file they are not used."""
 
     @model_validator(mode="after")
-    def _arguments_are_finite(self) -> "Model":
+    def _fields_fit_together(self) -> "Model":
         check_finite(self.arguments)
+        if self.weights_entry and not self.weights:
+            raise ValueError("weights_entry is an entry of the file in weights: name that, too")
+        if self.weights_except and not self.weights:
+            raise ValueError("weights_except leaves out names of weights: name their file, too")
         return self
 
     @property

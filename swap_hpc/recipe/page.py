@@ -101,6 +101,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if either := schema.get("anyOf") or schema.get("oneOf"):
         kinds = (_kind(each) for each in either if each.get("type") != "null")
         return " or ".join(dict.fromkeys(kinds))
+    if schema.get("items", {}).get("type") == "string":
+        return "list of texts"
     if schema["type"] == "array":
         # A pair of numbers has "prefixItems" instead of "items".
         items = schema.get("items")

@@ -15,12 +15,11 @@ from swap_hpc.parallel.devices import BF16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.run.weights import load_weights_
 from swap_hpc.train.job import Job
 
 
 def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
-    """Return the job that a recipe describes and its model as training begins; collective.
+    """Return the job that a recipe describes and its model as the builder makes it; collective.
 
     Args:
         recipe: what to train, and how.
@@ -41,7 +40,7 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     choose_algorithms(recipe)
     dataset = load(recipe.data, world, device.threads)
     job = Job(recipe, dataset, device)
-    model = world.agree(lambda: _model(job))
+    model = world.agree(job.build)
     world.agree(lambda: _check_sizes(recipe, dataset, model))
     world.agree(lambda: job.objective)  # a user's own loss may not be importable
     return job, model
@@ -105,13 +104,6 @@ def choose_algorithms(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory that nobody wrote, so filling it first would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _model(job: Job) -> nn.Module:
-    model = job.build()
-    if job.recipe.model.weights:
-        load_weights_(model, job.recipe.model.weights)
-    return model
 
 
 def _check_sizes(recipe: Recipe, dataset: Dataset, model: nn.Module) -> None:

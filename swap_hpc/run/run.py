@@ -29,6 +29,7 @@ from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.ending import tell_launcher
 from swap_hpc.run.environment import environment
 from swap_hpc.run.folder import phase_1_is_over
+from swap_hpc.run.initial import begin_with_weights_
 from swap_hpc.run.lock import owning
 from swap_hpc.run.loop import train_and_record
 from swap_hpc.run.prepare import prepare
@@ -84,7 +85,12 @@ def train(
                 return result
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
             assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
+            notes = []
+            if phase_1_of is None:
+                notes = begin_with_weights_(model, job, out, checkpoints, world)
             _take_over(assignment, model, node, phase_1_of)
+            for line in notes:
+                display.say(line)
             result = _train_watched(assignment, model, started, phase_1_of is not None)
             if result is None:
                 assert chosen is not None

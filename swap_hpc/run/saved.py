@@ -149,9 +149,8 @@ def recipe_in(run: Path, data: Path | None) -> Recipe:
 
 def prepare_saved(recipe: Recipe, world: Team) -> tuple[Job, nn.Module]:
     """Return a job, and its model, whose weights are still to be filled in."""
-    without_weights = recipe.model.model_copy(update={"weights": None})
     with node_of(world) as node:
-        return prepare(recipe.model_copy(update={"model": without_weights}), world, node)
+        return prepare(recipe, world, node)
 
 
 def _chosen(run: Path, recipe: Recipe, groups: Sequence[int] | None) -> list[int]:

@@ -86,14 +86,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         Unreadable: the file is damaged or does not exist.
         RunError: the system cannot read it now.
     """
-    if path.is_dir():
-        raise Unreadable("a folder: name a .safetensors file in it")
-    if not path.is_file():
-        raise Unreadable("No such file")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
@@ -108,16 +101,42 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     return tensors, header
 
 
+def check_readable(path: Path) -> None:
+    """Check that a path is that of a file that can be opened.
+
+    Raises:
+        Unreadable: it is a folder, or there is nothing.
+        RunError: the system cannot open it now.
+    """
+    if path.is_dir():
+        raise Unreadable("a folder: name a .safetensors file in it")
+    if not path.is_file():
+        raise Unreadable("No such file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Tell whether a file begins as .safetensors files do: the length of its header, and that."""
+    return start[8:9] == b"{"
+
+
 def _kind_of_other_file(path: Path) -> str | None:
-    """Return what kind of file it is if its first bytes are those of `torch.save`, else None."""
-    zip_file, pickle = b"PK\x03\x04", b"\x80"  # torch.save's new format and its old one
+    """Return what a file is whose first bytes are not those of a .safetensors file, else None."""
     with path.open("rb") as file:
-        if not file.read(4).startswith((zip_file, pickle)):
-            return None
-    return (
-        "a file of torch.save, whose loading can run code: if you trust it, write its state dict "
-        "with safetensors.torch.save_file(torch.load(FILE), NEW)"
-    )
+        start = file.read(80)
+    if not start:
+        return "an empty file"
+    if is_safetensors(start):
+        return None
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # today's format of torch.save, and its old one
+        return "a file of torch.save, where a .safetensors file is needed"
+    first_line = re.match(rb"[\t -~]+(?=\r?\n|$)", start)
+    if first_line:
+        return f"a text file, no weights: it begins with {first_line[0].decode()!r}"
+    return "no file of weights, neither .safetensors nor of torch.save"
 
 
 def read_header(path: Path) -> dict[str, str]:

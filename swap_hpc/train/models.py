@@ -1,5 +1,6 @@
 """Models by name, or by the import path of a user's function."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from swap_hpc.errors import UserError
 from swap_hpc.parallel.tensors import is_dense
 from swap_hpc.recipe.imports import imported
 from swap_hpc.recipe.inputs import Model
+from swap_hpc.recipe.wording import shortened
+from swap_hpc.train.mismatch import mismatch
 from swap_hpc.train.resnet9 import ResNet9
 
 Builder = Callable[..., Any]
@@ -172,17 +175,25 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         source: The origin of the weights, for messages: "runs/x/swap.safetensors".
 
     Raises:
-        UserError: The state dict does not fit the model.
+        UserError: The state dict does not fit the model; the message names what differs.
     """
     try:
         whole = {name: decoded(value) if is_extra(name) else value for name, value in state.items()}
-        model.load_state_dict(_with_tied(model, whole))
+        model.load_state_dict(with_tied(model, whole))
     except Exception as error:  # a user's `set_extra_state` may raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the weights {source} do not fit this model: {reason}") from None
+        why = _why(error, model, state)
+        raise UserError(f"the weights {source} do not fit this model: {why}") from None
 
 
-def _with_tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def _why(error: Exception, model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return why torch refused a state dict."""
+    names = ""
+    if re.search(r"size mismatch for |(Missing|Unexpected) key", str(error)):
+        names = str(mismatch(model, with_tied(model, state)))
+    return names or shortened(str(error), 300)
+
+
+def with_tied(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state dict with the missing names of tied tensors filled in."""
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.numel()}
     given = {_place(tensor): name for name, tensor in own.items() if name in state}

@@ -46,7 +46,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_model(nn.Linear(3, 4), file, HEADER, Team.alone())
-    with pytest.raises(UserError, match=f"the weights {file} do not fit this model: .*mismatch"):
+    with pytest.raises(
+        UserError, match=f"the weights {file} do not fit this model: weight is .4, 3. in"
+    ):
         load_weights_(nn.Linear(3, 5), file)
 
 
@@ -55,18 +57,8 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot read the weights {file}: No such file"):
         load_weights_(nn.Linear(3, 4), file)
     file.write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match=f"cannot read the weights {file}: truncated or damaged"):
+    with pytest.raises(UserError, match=f"cannot read the weights {file}: a text file, no"):
         load_weights_(nn.Linear(3, 4), file)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_of_torch_save_is_recognized(tmp_path: Path, zipped: bool) -> None:
-    file = tmp_path / "resnet.pth"
-    torch.save(nn.Linear(3, 4).state_dict(), file, _use_new_zipfile_serialization=zipped)
-    line = f"cannot read the weights {file}: a file of torch.save, whose loading can run code"
-    with pytest.raises(UserError, match=line) as error:
-        load_weights_(nn.Linear(3, 4), file)
-    assert "\n" not in str(error.value)
 
 
 def test_the_second_name_of_tied_weights_may_be_missing(tmp_path: Path) -> None:
