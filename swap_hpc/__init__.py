@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from swap_hpc.parallel.grid import grid
     from swap_hpc.parallel.teams import Team
     from swap_hpc.train.evaluation import evaluate
+    from swap_hpc.train.metrics import Metric
 
 __version__ = "0.1.0"
 __all__ = [
     "Batches",
     "Dataset",
     "Graph",
+    "Metric",
     "Team",
     "average_weights_",
     "evaluate",
@@ -31,6 +33,7 @@ _MODULES = {
     "Batches": "data",
     "Dataset": "data",
     "Graph": "data",
+    "Metric": "train.metrics",
     "Team": "parallel.teams",
     "average_weights_": "average.uniform",
     "evaluate": "train.evaluation",

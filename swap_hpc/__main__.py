@@ -21,6 +21,7 @@ import typer
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.metrics import with_unit
 from swap_hpc.recipe.phase import Phase
 from swap_hpc.recipe.values import DataName, from_disk, on_disk
 from swap_hpc.run.checks import check_ranks, chosen_part
@@ -156,7 +157,7 @@ def evaluate(
     ],
     data: DataDir = None,
 ) -> None:
-    """Print the test accuracy and loss of a saved model."""
+    """Print the test metrics and loss of a saved model."""
     world = _world()
     from swap_hpc.run import saved
 
@@ -174,8 +175,8 @@ def _numbers(option: str, text: str) -> list[int]:
 def _say_result(result: Any) -> None:
     for note in result.notes:
         say(note)
-    accuracy, loss = 100 * result.test.main, result.test.loss
-    say(f"{result.file}: test accuracy {accuracy:.2f} %, test loss {loss:.4f}")
+    metrics = [f"test {name} {with_unit(name, each)}" for name, each in result.test.metrics.items()]
+    say(f"{result.file}: {', '.join(metrics)}, test loss {result.test.loss:.4f}")
     say(f"weights_sha256 {result.weights_sha256}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from swap_hpc.data.splits import Arrays, Split
+from swap_hpc.data.splits import Arrays, Batches, Split
 from swap_hpc.errors import UserError
 
 # "val" in ASCII. The key does not depend on the recipe's seed: runs with different seeds, which
@@ -42,6 +42,11 @@ class Dataset:
     std: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
     pixels_at_once: int = 2**25
+
+    @property
+    def noun(self) -> str:
+        """What the samples are called: "images", or "samples" where a user's code makes them."""
+        return "samples" if isinstance(self.train, Batches) else "images"
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:

@@ -120,6 +120,11 @@ def _kind(schema: dict[str, Any]) -> str:
     return name
 
 
+def _plain(values: tuple[Any, ...]) -> list[Any]:
+    """Return values as TOML has them."""
+    return [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
+
+
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
@@ -129,5 +134,6 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
-        return f"`{[round(each, 3) for each in value]}`"
+        parts = [round(v, 3) if isinstance(v, float) else v for v in _plain(value)]
+        return f"`{parts}`"
     return f"`{value}`"

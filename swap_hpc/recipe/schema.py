@@ -5,15 +5,16 @@ scaled silently. `run.checks.check_ranks` checks the fields that depend on the n
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import NonNegativeFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, model_validator
 
 from swap_hpc.recipe.inputs import Augment, Data, Model
+from swap_hpc.recipe.metrics import MetricChoice, Metrics, as_list, checked_metrics
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine
-from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName, MetricName
+from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName
 
 
 class BatchNorm(Section):
@@ -95,9 +96,14 @@ class Recipe(Section):
     loss: LossName = "cross_entropy"
     """Training loss, (outputs, targets) -> scalar mean over the samples: `cross_entropy` or
     `package.module:function`."""
-    metric: MetricName = "accuracy"
-    """Score, (outputs, targets) -> (n,) with one value per sample, larger is better: `accuracy` or
-    `package.module:function`. Files call its mean the accuracy."""
+    metrics: Annotated[Metrics, BeforeValidator(as_list), AfterValidator(checked_metrics)] = (
+        MetricChoice(name="accuracy"),
+    )
+    """What is reported besides the loss; the first one is the main metric, by which choices are
+    made. `accuracy`, `top5`, `class_accuracy` (the mean over the classes; files have each class),
+    or `package.module:function`: (outputs, targets) -> (n,) with one value per sample, whose mean
+    is reported under the function's name, or a `swap_hpc.Metric`. Larger values are better; of
+    `{ name = "package.module:function", smaller_is_better = true }` smaller ones."""
     label_smoothing: Fraction = 0.0
     """Label smoothing of the training loss in both phases; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -115,6 +121,17 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     watchdog: Watchdog = Watchdog()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_metric(cls, fields: Any) -> Any:
+        """Accept `metric = NAME`, which recipes had when there was one metric."""
+        if not isinstance(fields, dict) or "metric" not in fields:
+            return fields
+        if "metrics" in fields:
+            raise ValueError("metric and metrics exclude each other: list all in metrics")
+        rest = {name: value for name, value in fields.items() if name != "metric"}
+        return rest | {"metrics": fields["metric"]}
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Recipe":
         if self.large_batch.epochs == 0 and self.refine.epochs == 0:
@@ -130,11 +147,21 @@ class Recipe(Section):
             raise ValueError(
                 "label_smoothing applies to cross_entropy only: smooth the labels in your own loss"
             )
+        if self.metrics[0].smaller_is_better and self.large_batch.stop_accuracy is not None:
+            raise ValueError(
+                f"large_batch.stop_accuracy ends a phase at a value from below, and smaller values "
+                f"of {self.metrics[0].key} are better: leave it out, or list another metric first"
+            )
         if self.large_batch.epochs == 0 and self.model.weights is None:
             raise ValueError(
                 "large_batch.epochs = 0 refines a model that exists: name its file in model.weights"
             )
         return self
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics in files, the main one first."""
+        return [metric.key for metric in self.metrics]
 
     def to_toml(self) -> str:
         """Return the complete recipe, with all defaults, as TOML that `load_recipe` reads."""

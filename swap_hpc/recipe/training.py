@@ -74,8 +74,8 @@ class LargeBatch(_Phase):
     cycles: ClassVar[int] = 1
     average_every_steps: ClassVar[int | None] = None
     stop_accuracy: Fraction | None = None
-    """Training accuracy at which the phase ends: the mean over an epoch's augmented samples. None:
-    it runs for all `epochs`."""
+    """Training accuracy, or whatever the main metric is, at which the phase ends: the mean over an
+    epoch's augmented samples. None: it runs for all `epochs`."""
     batchnorm_batch_size: Count | None = None
     """Samples per rank that batch norm must see at once: a rank's share of the batch, divided by
     `accumulate`. A number of ranks that gives another size is refused. None: any is accepted."""

@@ -116,4 +116,4 @@ DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "syn
 
 DataSource = Annotated[str, AfterValidator(_checked_name(*get_args(DataName)))]
 LossName = Annotated[str, AfterValidator(_checked_name("cross_entropy"))]
-MetricName = Annotated[str, AfterValidator(_checked_name("accuracy"))]
+MetricName = Annotated[str, AfterValidator(_checked_name("accuracy", "top5", "class_accuracy"))]

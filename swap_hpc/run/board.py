@@ -10,16 +10,10 @@ from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.lines import Line
 
-# The fields of a line that become curves.
-FIELDS = (
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "learning_rate",
-    "images_per_second",
-    "peak_memory_mib",
-)
+# The fields of a line that become curves, besides the losses and metrics of each split.
+FIELDS = ("learning_rate", "images_per_second", "peak_memory_mib")
+
+SPLITS = ("train", "validation", "test")
 
 AVERAGE = "average"  # the name of the averaged model's curves
 
@@ -79,7 +73,8 @@ class Board:
         name = AVERAGE if is_of_average else part
         if name not in self.writers:
             self.writers[name] = SummaryWriter(str(self.folder / name))
-        for key in FIELDS:
+        measured = ("loss", *self.recipe.metric_names)
+        for key in (*(f"{split}_{name}" for split in SPLITS for name in measured), *FIELDS):
             if line.get(key) is not None:
                 self.writers[name].add_scalar(key, line[key], self._epoch(line, first))
         self.writers[name].flush()

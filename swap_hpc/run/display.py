@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.launcher import launched
+from swap_hpc.recipe.metrics import SHARES, shown
 from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.train.events import Epoch, Evaluation, SavePoint
@@ -34,6 +35,7 @@ class Display:
         self.recipe = recipe
         self.is_first = ranks.world.rank == 0
         self.console = console
+        self.noun = "images"  # what the data set's samples are called
         shows_bars = self.is_first and console.is_terminal and _on_terminal()
         self.bars = Progress(
             TextColumn("{task.description:<12}"),
@@ -63,34 +65,43 @@ class Display:
 
     def average(self, epoch: int, test: Evaluation) -> None:
         """Show the average of the groups before the end of their refinement."""
-        self.say(f"{'average':<12} epoch {epoch:>3}  test {test.main:.4f}")
+        self.say(f"{'average':<12} epoch {epoch:>3}  {_main('test', test)}")
 
     def epoch(self, epoch: Epoch) -> None:
         """Show an epoch, and that it is the last one if its accuracy ends the phase."""
         name = str(epoch.part)
         phase = self.recipe.large_batch if epoch.part == PHASE_1 else self.recipe.refine
-        total = phase.epochs * phase.cycles
+        total, figures = phase.epochs * phase.cycles, _figures(epoch, self.noun)
         if self.bars.disable:
             seconds_left = (total - epoch.epoch) * (epoch.train_seconds + epoch.evaluate_seconds)
             self.say(
-                f"{name:<12} epoch {epoch.epoch:>3}/{total}  {_figures(epoch)}  "
+                f"{name:<12} epoch {epoch.epoch:>3}/{total}  {figures}  "
                 f"{_clock(seconds_left)} left in the phase"
             )
         else:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(name, total=total, figures="")
-            self.bars.update(self.tasks[name], completed=epoch.epoch, figures=_figures(epoch))
+            self.bars.update(
+                self.tasks[name], completed=epoch.epoch, figures=_figures(epoch, self.noun)
+            )
         stop = phase.stop_accuracy
         if stop is not None and epoch.train.main >= stop and epoch.epoch < total:
             self.say(f"{name} ends here: large_batch.stop_accuracy = {stop} is reached")
 
 
-def _figures(epoch: Epoch) -> str:
-    test = f"  test {epoch.test.main:.4f}" if epoch.test else ""
+def _figures(epoch: Epoch, noun: str) -> str:
+    test = f"  {_main('test', epoch.test)}" if epoch.test else ""
     speed = epoch.images / epoch.train_seconds
     return (
-        f"train {epoch.train.main:.4f}{test}  lr {epoch.learning_rate:.4g}  {speed:,.0f} images/s"
+        f"{_main('train', epoch.train)}{test}  lr {epoch.learning_rate:.4g}  {speed:,.0f} {noun}/s"
     )
+
+
+def _main(split: str, result: Evaluation) -> str:
+    """Return the main metric by its name; accuracies are fractions here."""
+    name = next(iter(result.metrics))
+    digits = f"{result.main:.4f}" if name in SHARES else shown(name, result.main)
+    return f"{split} {name} {digits}"
 
 
 def _on_terminal() -> bool:

@@ -64,8 +64,10 @@ def load_run(run: Path) -> dict[str, Any]:
             "large_batch": len(phase_1),
             "refine": recipe.refine.epochs * recipe.refine.cycles,
         },
-        "test_accuracy": _by_model("test_accuracy", phase_1_end, ends, averaged),
-        "test_loss": _by_model("test_loss", phase_1_end, ends, averaged),
+        **{
+            f"test_{name}": _by_model(f"test_{name}", phase_1_end, ends, averaged)
+            for name in (*recipe.metric_names, "loss")
+        },
         "seconds": {},
         "state": _state(run, recipe, len(phase_1), groups),
     }

@@ -1,7 +1,8 @@
 """The metrics of a run: `metrics/world.jsonl`, `metrics/group-000.jsonl` and so on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from swap_hpc.data.sampling import EVALUATION
@@ -10,22 +11,21 @@ from swap_hpc.parallel.atomic import write_text
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.run.board import Board
-from swap_hpc.run.lines import Line
+from swap_hpc.run.lines import Line, evaluation_in, figures
 from swap_hpc.train.events import Epoch, Evaluation
 
 
 def epoch_fields(epoch: Epoch) -> Line:
     """Return an epoch as a line of metrics. Times are in seconds, accuracies are fractions."""
+    metrics = [*epoch.train.metrics]
     return {
         "phase": epoch.part.phase.value,
         "group": epoch.part.group,
         "cycle": epoch.cycle,
         "epoch": epoch.epoch,
         "learning_rate": epoch.learning_rate,
-        "train_loss": epoch.train.loss,
-        "train_accuracy": epoch.train.main,
-        "test_loss": epoch.test.loss if epoch.test else None,
-        "test_accuracy": epoch.test.main if epoch.test else None,
+        **figures("train", replace(epoch.train, by_class={}), metrics),
+        **figures("test", epoch.test, metrics),
         "images": epoch.images,
         "images_per_second": epoch.images / epoch.train_seconds,
         "train_seconds": epoch.train_seconds,
@@ -72,7 +72,7 @@ class Journal:
 
         Args:
             model: "large_batch", "average" (before the end) or "swap".
-            result: its loss and accuracy.
+            result: its loss and metrics.
             position: the epoch of the refinement, before its end.
 
         Returns:
@@ -82,8 +82,7 @@ class Journal:
             "phase": EVALUATION,
             "model": model,
             **position,
-            "test_loss": result.loss,
-            "test_accuracy": result.main,
+            **figures("test", result, result.metrics),
         }
         self.add(PHASE_1, line)
         return line
@@ -111,12 +110,10 @@ class Journal:
         for part, lines in self.lines.items():
             self.begin(part, lines)
 
-    def last_test(self, part: Part) -> Evaluation | None:
+    def last_test(self, part: Part, metrics: Iterable[str]) -> Evaluation | None:
         """Return the test figures of a part's last line, None where it has no line."""
         lines = self.lines[part]
-        if not lines:
-            return None
-        return Evaluation(lines[-1]["test_loss"], {"accuracy": lines[-1]["test_accuracy"]})
+        return evaluation_in(lines[-1], "test", metrics) if lines else None
 
     def _phase_1_epochs(self) -> int:
         lines = self.lines.get(PHASE_1, [])

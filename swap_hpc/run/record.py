@@ -213,7 +213,8 @@ class Recorder:
         self.watch.lap()
         if refines_one_group(self.assignment.chosen):
             return  # another job has written what follows
-        test = self.journal.last_test(PHASE_1)
+        metrics = self.assignment.job.recipe.metric_names
+        test = self.journal.last_test(PHASE_1, metrics)
         if test is None:  # the phase has no epoch: the model came from a file
             test = evaluate_job(model, self.assignment.job, self.assignment.ranks.world)
             self.watch.lap("evaluate")

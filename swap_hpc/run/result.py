@@ -48,8 +48,11 @@ def result_of(
             "large_batch": len(first),
             "refine": recipe.refine.epochs * recipe.refine.cycles,
         },
-        "train_accuracy": {"large_batch": first[-1]["train_accuracy"] if first else None},
-        "test_accuracy": _figures("test_accuracy", finals, ends),
+        **{
+            f"train_{name}": {"large_batch": first[-1][f"train_{name}"] if first else None}
+            for name in recipe.metric_names
+        },
+        **{f"test_{name}": _figures(f"test_{name}", finals, ends) for name in recipe.metric_names},
         "test_loss": _figures("test_loss", finals, ends),
         "seconds": dict(seconds),
         "images_per_second": {

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from swap_hpc.data import Arrays
+from swap_hpc.data import Arrays, Batches
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.grid import Ranks, grid, node_of, single_row
@@ -78,6 +78,7 @@ def train(
             return result
         job, model = prepare(recipe, world, node)
         job = replace(job, control=control)
+        display.noun = job.dataset.noun
         control.save_as(recipe.checkpoint)
         with owning(out, chosen, world):
             # again: a job that had the folder until now may have completed the run
@@ -213,10 +214,12 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     world = ranks.world
     is_in_memory = isinstance(data.train, Arrays)
     where = "in memory" if is_in_memory else "read and decoded in every epoch"
+    if isinstance(data.train, Batches):
+        where = f"made by {recipe.data.name}"
     lines = [
         f"{recipe.name}: {count(world.size, 'rank')}, {count(recipe.groups, 'group')}, "
         f"{device.name}, {count(device.threads, 'thread')} per rank, {recipe.precision}; "
-        f"{len(data.train):,} training and {len(data.test):,} test images, {where}; into {out}"
+        f"{len(data.train):,} training and {len(data.test):,} test {data.noun}, {where}; into {out}"
     ]
     lines += data.notes
     if device.is_shared(world):

@@ -1,4 +1,4 @@
-"""Train and test error on planes through the weights of a run.
+"""Train and test error, or loss, on planes through the weights of a run.
 
 The planes are those of the SWAP paper's figures (section 4), after Garipov et al. 2018.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.metrics import SHARES
 from swap_hpc.run.saved import prepare_saved, recipe_in
 from swap_hpc.study.figures.landscape import draw_landscape
 from swap_hpc.study.planes import (
@@ -54,6 +55,9 @@ def landscape(
 ) -> Path:
     """Evaluate grids of models; write `landscape.json` and `landscape.png` into the run's folder.
 
+    Measured is the error, 1 - accuracy, where the main metric is a share of right answers, else the
+    loss.
+
     One plane goes through the end of phase 1, group 0 and the average. With three groups or more,
     a second one goes through three of them. At each point batch norm is re-estimated on at most
     `samples` augmented training images. The ranks share the points.
@@ -85,6 +89,7 @@ def landscape(
         "recipe": recipe.name,
         "seed": recipe.seed,
         "samples": samples,
+        **({"measured": "loss"} if errors.measured == "loss" else {}),
         "planes": [_measure(plane, vectors, points, errors, world, progress) for plane in planes],
     }
     world.first(lambda: write_json(run / "landscape.json", content))
@@ -112,20 +117,24 @@ def _with_less_batchnorm(job: Job, samples: int) -> Job:
 
 
 class _Errors:
-    """Measures the error rates of models on fixed training and test images."""
+    """Measures the errors, or the losses, of models on fixed training and test samples."""
 
     def __init__(self, model: nn.Module, job: Job, samples: int):
         self.model, self.job, self.alone = model, job, Team.alone()
         splits = (job.dataset.train, job.dataset.test)
         self.jobs = [with_test_samples(job, split, samples) for split in splits]
+        is_share = job.recipe.metric_names[0] in SHARES
+        self.measured: Literal["error", "loss"] = "error" if is_share else "loss"
 
     def at(self, weights: Tensor) -> tuple[float, float]:
-        """Return train and test error, as fractions, of the model with these parameters (P,)."""
+        """Return train and test error, or loss, of the model with these parameters (P,)."""
         fill_parameters_(self.model, weights)
         with self.job.autocast():
             refresh_batchnorm_(self.model, self.job.batchnorm_batches(self.alone), self.alone)
-        train, test = (1 - evaluate_job(self.model, job, self.alone).main for job in self.jobs)
-        return train, test
+        results = [evaluate_job(self.model, job, self.alone) for job in self.jobs]
+        if self.measured == "loss":
+            return results[0].loss, results[1].loss
+        return 1 - results[0].main, 1 - results[1].main
 
 
 class _Progress:
@@ -173,14 +182,14 @@ def _measure(
         "title": plane.title,
         "x": x,
         "y": y,
-        "train_error": surfaces[0].tolist(),
-        "test_error": surfaces[1].tolist(),
-        "models": _models(places, plane.names, found[len(grid) :]),
+        f"train_{errors.measured}": surfaces[0].tolist(),
+        f"test_{errors.measured}": surfaces[1].tolist(),
+        "models": _models(places, plane.names, found[len(grid) :], errors.measured),
     }
 
 
 def _models(
-    places: dict[str, tuple[float, float]], names: Sequence[str], errors: np.ndarray
+    places: dict[str, tuple[float, float]], names: Sequence[str], errors: np.ndarray, measured: str
 ) -> list[dict[str, Any]]:
     """Return the models of a plane.
 
@@ -188,14 +197,15 @@ def _models(
         places: (x, y) of all of them.
         names: those that lie in the plane. The error of any other model is not that of its
             projection, and is left out.
-        errors: (3, 2): train and test error of these, as fractions.
+        errors: (3, 2): train and test error, or loss, of these.
+        measured: "error" or "loss".
     """
     known = dict(zip(names, errors.tolist(), strict=True))
     models = []
     for name, (x, y) in places.items():
         train, test = known.get(name, (None, None))
         model = {"name": name, "x": x, "y": y, "in_plane": name in known}
-        models.append(model | {"train_error": train, "test_error": test})
+        models.append(model | {f"train_{measured}": train, f"test_{measured}": test})
     return models
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from swap_hpc.recipe.metrics import scale
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.study.plan import Plan, Trial
 from swap_hpc.study.study import Model, Row
@@ -21,8 +22,8 @@ class Line:
     workers: int
     """Groups, where the row shows refined models; else ranks."""
     ranks: int
-    accuracy: dict[int, float] = field(default_factory=dict)
-    """Fractions, by seed."""
+    values: dict[int, float] = field(default_factory=dict)
+    """The main metric on the test split, by seed; accuracies are fractions."""
     seconds: dict[int, float] = field(default_factory=dict)
     """Of training, as run on `ranks` ranks, by seed."""
     parallel_seconds: dict[int, float] = field(default_factory=dict)
@@ -31,12 +32,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Difference:
-    """The accuracy of one row less that of another, paired by seed."""
+    """The main metric of one row less that of another, paired by seed."""
 
     first: str
     second: str
     points: float
-    """The mean, in percentage points."""
+    """The mean; of an accuracy in percentage points."""
     half_width: float | None
     """Half of the 95 % confidence interval (Student's t); None with one seed."""
     seeds: int
@@ -63,7 +64,7 @@ def _line(plan: Plan, row: Row, trials: Sequence[Trial]) -> Line:
         seed = trial.recipe.seed
         # groups that a rank refined one after the other
         in_turn = max(1, recipe.groups // trial.ranks)
-        line.accuracy[seed] = result["test_accuracy"][row.model]
+        line.values[seed] = result[f"test_{plan.metric.key}"][row.model]
         line.seconds[seed] = _seconds(result, row.model, 1)
         line.parallel_seconds[seed] = _seconds(result, row.model, in_turn)
     return line
@@ -108,18 +109,21 @@ def _seconds(result: dict[str, Any], model: Model, in_turn: int) -> float:
 
 def differences(plan: Plan, table: Sequence[Line]) -> Iterator[Difference]:
     """Yield the differences that the study asks for, over the seeds that both rows have."""
-    by_method = {line.method: line.accuracy for line in table}
+    by_method = {line.method: line.values for line in table}
+    factor = scale(plan.metric.key)
     for first, second in plan.study.differences:
         one, other = by_method[first], by_method[second]
         seeds = [seed for seed in one if seed in other]
         if seeds:
-            points = mean(100 * (one[seed] - other[seed]) for seed in seeds)
-            half_width = _half_width([one[seed] for seed in seeds], [other[seed] for seed in seeds])
+            points = mean(factor * (one[seed] - other[seed]) for seed in seeds)
+            half_width = _half_width(
+                [factor * one[seed] for seed in seeds], [factor * other[seed] for seed in seeds]
+            )
             yield Difference(first, second, points, half_width, len(seeds))
 
 
 def _half_width(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Return half of the interval of the difference, in points, for accuracies as fractions."""
+    """Return half of the interval of the difference."""
     if len(ours) < 2:
         return None
     # scipy takes a second to import
@@ -129,4 +133,4 @@ def _half_width(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
         # equal differences: the test statistic is unreliable then, but the width is right, 0
         warnings.simplefilter("ignore", RuntimeWarning)
         low, high = ttest_rel(ours, theirs).confidence_interval(0.95)
-    return 100 * float(high - low) / 2
+    return float(high - low) / 2

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.recipe.metrics import MetricChoice
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.values import on_disk
 from swap_hpc.run.checks import check_ranks
@@ -109,35 +111,63 @@ class Plan:
         rates = self.study.runs[name].rates
         if len(rates) < 2:
             return rates[0] if rates else None
-        best = max(rates, key=lambda rate: self.accuracy(name, rate))
-        if self.accuracy(name, best) == -math.inf:
+        best = rates[0]
+        for rate in rates[1:]:
+            if self.metric.better(self.found(name, rate), self.found(name, best)):
+                best = rate
+        if not math.isfinite(self.found(name, best)):
             raise UserError(f"{name}: every rate of the search diverged: give it lower ones")
         return best
 
-    def accuracy(self, name: str, rate: float) -> float:
-        """Return the mean accuracy of a run's trials at a rate, on validation samples.
+    @cached_property
+    def metric(self) -> MetricChoice:
+        """The main metric of all rows.
 
-        It is minus infinity if one of them diverged.
+        Raises:
+            UserError: two rows have different ones.
+        """
+        seed = self.study.seeds[0]
+        found = {
+            row.run: self._trial(row.run, seed, self._any_rate(row.run), None).recipe.metrics[0]
+            for row in self.study.rows
+        }
+        first, *others = found.values()
+        if differing := [each for each in others if each != first]:
+            raise UserError(
+                f"the rows are measured by {first.key} and by {differing[0].key}: "
+                "give all runs the same main metric, the first of metrics"
+            )
+        return first
+
+    def _any_rate(self, name: str) -> float | None:
+        rates = self.study.runs[name].rates
+        return rates[0] if rates else None
+
+    def found(self, name: str, rate: float) -> float:
+        """Return the mean of the main metric over a run's trials at a rate, on validation samples.
+
+        It is infinite, and worse than any other, if one of them diverged.
 
         Raises:
             RunError: a trial is not complete.
         """
-        return mean(self._accuracies(name, rate))
+        return mean(self._found(name, rate))
 
-    def _accuracies(self, name: str, rate: float) -> Iterator[float]:
+    def _found(self, name: str, rate: float) -> Iterator[float]:
         for trial in self.trials():
             if (trial.name, trial.rate) != (name, rate):
                 continue
             result = trial.result
             if result is None and not trial.diverged:
                 raise RunError(f"{trial.folder}: this trial of the search has not ended")
-            yield final_accuracy(result) if result else -math.inf
+            worst = math.inf if self.metric.smaller_is_better else -math.inf
+            yield final_value(result, self.metric.key) if result else worst
 
     def check(self) -> None:
         """Raise UserError for whatever in the study cannot run, before anything does."""
-        for name, run in self.study.runs.items():
-            rate = run.rates[0] if run.rates else None
-            trial = self._trial(name, self.study.seeds[0], rate, None)
+        _ = self.metric
+        for name in self.study.runs:
+            trial = self._trial(name, self.study.seeds[0], self._any_rate(name), None)
             _check_ranks(trial)
             self._check_rows(trial)
         for trial in self.trials():
@@ -197,7 +227,7 @@ def _check_ranks(trial: Trial) -> None:
     check_ranks(trial.recipe, trial.ranks, phase_1_is_over="--from" in trial.line)
 
 
-def final_accuracy(result: dict[str, Any]) -> float:
-    """Return the accuracy of the model that a run ends with."""
-    accuracy = result["test_accuracy"]
-    return accuracy["averaged"] if accuracy["averaged"] is not None else accuracy["large_batch"]
+def final_value(result: dict[str, Any], metric: str) -> float:
+    """Return a metric of the model that a run ends with."""
+    found = result[f"test_{metric}"]
+    return found["averaged"] if found["averaged"] is not None else found["large_batch"]

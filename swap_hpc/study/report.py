@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from swap_hpc.parallel.atomic import write_text
 from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.metrics import heading, metric_names, shown
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.folder import load_run
 from swap_hpc.study.figures.curves import draw_curves
@@ -22,20 +23,20 @@ from swap_hpc.study.figures.trajectory import draw_trajectory
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a result as Markdown: the accuracies, then the seconds of each phase if complete.
+    """Return a result as Markdown: the metrics, then the seconds of each phase if complete.
 
     Args:
         result: what `run.folder.load_run` returns.
     """
-    accuracy, loss, seconds = result["test_accuracy"], result["test_loss"], result["seconds"]
-    rows = [("end of phase 1 (large batch)", accuracy["large_batch"], loss["large_batch"])]
-    if accuracy["groups"]:
-        rows += zip(_names(result), accuracy["groups"], loss["groups"], strict=True)
-        before, after = "mean of groups (before averaging)", "**averaged (SWAP)**"
-        rows.append((before, accuracy["mean_of_groups"], loss["mean_of_groups"]))
-        rows.append((after, accuracy["averaged"], loss["averaged"]))
-    shown = [(name, _percent(share), _decimal(value)) for name, share, value in rows]
-    parts = [_head(result), markdown_table(("model", "test accuracy %", "test loss"), shown)]
+    seconds = result["seconds"]
+    metrics = metric_names(result)
+    columns = [
+        *((f"test {heading(name)}", _column(result[f"test_{name}"], name)) for name in metrics),
+        ("test loss", _column(result["test_loss"], "loss")),
+    ]
+    rows = zip(_models(result), *(cells for _, cells in columns), strict=True)
+    head = ("model", *(title for title, _ in columns))
+    parts = [_head(result), markdown_table(head, [*rows])]
     if seconds:
         row = [f"{each:.1f}" for each in seconds.values()]
         parts += ["seconds (the slowest rank's):", markdown_table([*seconds], [row])]
@@ -55,8 +56,16 @@ def _head(result: dict[str, Any]) -> str:
     )
 
 
+def _models(result: dict[str, Any]) -> list[str]:
+    """Return the names of the rows."""
+    first = "end of phase 1 (large batch)"
+    if not result["test_loss"]["groups"]:
+        return [first]
+    return [first, *_names(result), "mean of groups (before averaging)", "**averaged (SWAP)**"]
+
+
 def _names(result: dict[str, Any]) -> list[str]:
-    """Return the names of the rows, one for each group and cycle."""
+    """Return the names of the groups' rows, one for each group and cycle."""
     cycles = range(1, result["cycles"] + 1)
     groups = range(result["groups"])
     if len(cycles) == 1:
@@ -64,12 +73,14 @@ def _names(result: dict[str, Any]) -> list[str]:
     return [f"group {group}, cycle {cycle}" for group in groups for cycle in cycles]
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _column(figures: dict[str, Any], name: str) -> list[str]:
+    """Return the cells of one figure of all models, in the order of `_models`."""
+    values = [figures["large_batch"]]
+    if figures["groups"]:
+        values += [*figures["groups"], figures["mean_of_groups"], figures["averaged"]]
+    if name == "loss":
+        return ["-" if value is None else f"{value:.4f}" for value in values]
+    return [shown(name, value) for value in values]
 
 
 def write_report(run: Path) -> Path:
@@ -88,7 +99,7 @@ def write_report(run: Path) -> Path:
     draw_curves(run, curves)
     redrawn = _redraw(run)
     text = f"# {run.resolve().name}\n\n{table(result)}\n\n"
-    text += f"![accuracy and learning rate]({curves.name})\n"
+    text += f"![{metric_names(result)[0]} and learning rate]({curves.name})\n"
     text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in redrawn)
     write_text(run / "report.md", text)
     write_text(run / "report.html", _page(run, text, [curves, *redrawn]))

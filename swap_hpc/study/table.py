@@ -12,6 +12,7 @@ from typing import Any
 
 from swap_hpc.parallel.atomic import write_json, write_text
 from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.metrics import SHARES, heading, scale, shown
 from swap_hpc.study.figures.methods import draw_methods
 from swap_hpc.study.numbers import Difference, Line, differences, lines
 from swap_hpc.study.plan import Plan
@@ -29,28 +30,34 @@ def write(plan: Plan) -> Path:
         The path of `study.md`.
     """
     study, table = plan.study, lines(plan)
-    write_text(plan.out / "study.md", text(plan) + "\n![accuracy of every row](study.png)\n")
+    figure = f"\n![{plan.metric.key} of every row](study.png)\n"
+    write_text(plan.out / "study.md", text(plan) + figure)
     content: dict[str, Any] = {
         "title": study.title,
-        "rows": [asdict(line) for line in table],
+        "rows": [_named(asdict(line), plan.metric.key) for line in table],
         "differences": [asdict(gap) for gap in differences(plan, table)],
         "rates": {name: plan.rate(name) for name in study.runs},
     }
     write_json(plan.out / "study.json", content)
     before = {row.method for row in study.rows if row.model == "mean_of_groups"}
-    draw_methods(study.title, table, before, plan.out / "study.png")
+    draw_methods(study.title, table, before, plan.metric.key, plan.out / "study.png")
     return plan.out / "study.md"
+
+
+def _named(line: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return a row with its values under the metric's name."""
+    return {metric if key == "values" else key: value for key, value in line.items()}
 
 
 def text(plan: Plan) -> str:
     """Return the study as Markdown: its table, the differences, the search, the note."""
     study, table = plan.study, lines(plan)
     computed = any(line.workers > line.ranks for line in table)
-    parts = [f"# {study.title}", _seeds(table), _rows(table, computed)]
+    parts = [f"# {study.title}", _seeds(table), _rows(table, plan.metric.key, computed)]
     if computed:
         parts.append(ABOUT_SECONDS)
     if gaps := [*differences(plan, table)]:
-        parts += ["## Differences", _differences(gaps)]
+        parts += ["## Differences", _differences(gaps, plan.metric.key)]
     if study.search:
         parts += ["## Search of the learning rate", _search(plan)]
     if study.note:
@@ -59,22 +66,23 @@ def text(plan: Plan) -> str:
 
 
 def _seeds(table: Sequence[Line]) -> str:
-    counts = sorted({len(line.accuracy) for line in table})
+    counts = sorted({len(line.values) for line in table})
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"Mean and standard deviation over {number} seed{'s' * (counts[-1] != 1)}."
 
 
-def _rows(table: Sequence[Line], computed: bool) -> str:
+def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
     """Return the table; `computed` adds the column of seconds with a rank per worker."""
-    head = ["method", "epochs", "workers", "test accuracy %", "seconds"]
+    head = ["method", "epochs", "workers", f"test {heading(metric)}", "seconds"]
     if computed:
         head[-1] += " on " + _ranks(table)
         head.append("seconds with a rank per worker")
     rows = []
     for line in table:
-        accuracy = spread([100 * share for share in line.accuracy.values()], 2)
+        digits = 2 if metric in SHARES else 4
+        values = spread([scale(metric) * value for value in line.values.values()], digits)
         seconds = spread([*line.seconds.values()], 0)
-        cells = [line.method, line.epochs, str(line.workers), accuracy, seconds]
+        cells = [line.method, line.epochs, str(line.workers), values, seconds]
         if computed:
             note = " (computed)" if line.workers > line.ranks else ""
             cells.append(spread([*line.parallel_seconds.values()], 0) + note)
@@ -95,8 +103,9 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{middle} ± {stdev(values):,.{digits}f}" if len(values) > 1 else middle
 
 
-def _differences(gaps: Sequence[Difference]) -> str:
-    head = ("accuracy", "points, mean", "95 % interval (paired by seed)")
+def _differences(gaps: Sequence[Difference], metric: str) -> str:
+    mean_of = "points, mean" if metric in SHARES else "mean"
+    head = (metric, mean_of, "95 % interval (paired by seed)")
     rows = [(f"{gap.first} - {gap.second}", f"{gap.points:+.2f}", _interval(gap)) for gap in gaps]
     return markdown_table(head, rows)
 
@@ -108,8 +117,9 @@ def _interval(gap: Difference) -> str:
 
 
 def _search(plan: Plan) -> str:
-    """Return the accuracies on the validation samples, by run and rate, the chosen one bold."""
-    head = ("run", "rate: accuracy % on validation samples", "best at the range's edge")
+    """Return the metric on the validation samples, by run and rate, the chosen one bold."""
+    metric = plan.metric.key
+    head = ("run", f"rate: {heading(metric)} on validation samples", "best at the range's edge")
     rows = []
     for name, run in plan.study.runs.items():
         if len(run.rates) < 2:
@@ -117,9 +127,9 @@ def _search(plan: Plan) -> str:
         best = plan.rate(name)
         cells = []
         for rate in run.rates:
-            accuracy = plan.accuracy(name, rate)
-            shown = f"{100 * accuracy:.2f}" if math.isfinite(accuracy) else "diverged"
-            cells.append(f"{rate:g}: **{shown}**" if rate == best else f"{rate:g}: {shown}")
+            value = plan.found(name, rate)
+            text = shown(metric, value) if math.isfinite(value) else "diverged"
+            cells.append(f"{rate:g}: **{text}**" if rate == best else f"{rate:g}: {text}")
         edge = "yes" if best in (min(run.rates), max(run.rates)) else "no"
         rows.append((name, ", ".join(cells), edge))
     return markdown_table(head, rows)

@@ -19,6 +19,8 @@ class Evaluation:
 
     loss: float
     metrics: Mapping[str, float]  # by name; the first one is the main one
+    # of the metrics that have them, the figure of each class, None for one without a sample
+    by_class: Mapping[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def main(self) -> float:

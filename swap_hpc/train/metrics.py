@@ -16,38 +16,44 @@ class Metric:
     """A figure of a model, made of sums over samples.
 
     Only the sums pass from batch to batch and between ranks. So a metric needs the same memory for
-    any number of samples, and it is the same on any number of ranks.
+    any number of samples, and it is the same on any number of ranks. F1, R2, a correlation or a
+    confusion matrix can be made of sums. A figure that needs all outputs at once, such as the exact
+    area under the ROC curve, cannot: make it of a histogram's counts, or from the file of
+    `swap-hpc evaluate --predictions`.
 
     Attributes:
-        sums: (outputs, targets) of a batch -> (size,), what its samples add to the sums.
+        sums: (outputs, targets) of a batch -> (size,), what its samples add to the sums. They are
+            added up in float64.
         value: (sums over all samples, number of samples) -> the figure.
         size: the number of sums.
-        name: its name in tables and files; a recipe replaces it by the name in the import path.
-        smaller_is_better: false for an accuracy, true for an error.
-        is_share: the figure lies in [0, 1] and is shown in percent.
+        name: its name in files; in a recipe it is the name in the import path.
+        by_class: (sums, number of samples) -> the figure of each class, None for one without a
+            sample; or None: the metric has no such figures.
     """
 
     sums: Measure
     value: Callable[[Sequence[float], float], float]
     size: int = 1
     name: str = ""
-    smaller_is_better: bool = False
-    is_share: bool = False
+    by_class: Callable[[Sequence[float], float], list[float | None]] | None = None
+
+    def __call__(self, outputs: Any, targets: Tensor) -> float:
+        """Return the figure of these samples alone."""
+        return self.value(self.sums(outputs, targets).tolist(), len(targets))
 
 
-def mean_of(score: Measure, name: str, is_share: bool = False) -> Metric:
+def mean_of(score: Measure, name: str) -> Metric:
     """Return the metric that is the mean of a score.
 
     Args:
-        score: (outputs, targets) -> (n,), one value per sample, larger is better.
+        score: (outputs, targets) -> (n,), one value per sample.
         name: of the metric.
-        is_share: the scores lie in [0, 1].
     """
 
     def sums(outputs: Any, targets: Tensor) -> Tensor:
         return score(outputs, targets).sum(dtype=torch.float64)[None]
 
-    return Metric(sums, _mean, name=name, is_share=is_share)
+    return Metric(sums, _mean, name=name)
 
 
 def _mean(sums: Sequence[float], samples: float) -> float:
@@ -59,4 +65,34 @@ def is_right(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.argmax(1) == targets
 
 
-ACCURACY = mean_of(is_right, "accuracy", is_share=True)
+def is_among_5(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return (n,) bool: True where the target's is one of the 5 largest of (n, classes) logits."""
+    return (outputs.topk(5, dim=1).indices == targets[:, None]).any(1)
+
+
+ACCURACY = mean_of(is_right, "accuracy")
+TOP5 = mean_of(is_among_5, "top5")
+
+
+def class_accuracy(classes: int) -> Metric:
+    """Return the mean over the classes of each one's share of right answers.
+
+    It is also called balanced accuracy: a rare class counts as much as a common one. A class
+    without a sample is left out.
+    """
+
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        right = outputs.new_zeros(2, classes, dtype=torch.float64)
+        right[0].index_add_(0, targets, is_right(outputs, targets).double())
+        right[1].index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
+        return right.flatten()
+
+    def by_class(sums: Sequence[float], samples: float) -> list[float | None]:
+        pairs = zip(sums[:classes], sums[classes:], strict=True)
+        return [right / number if number else None for right, number in pairs]
+
+    def value(sums: Sequence[float], samples: float) -> float:
+        known = [share for share in by_class(sums, samples) if share is not None]
+        return sum(known) / len(known)
+
+    return Metric(sums, value, 2 * classes, "class_accuracy", by_class)

@@ -1,7 +1,7 @@
 """The loss that is trained and the metrics that are reported: classification's, or a user's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,7 +14,7 @@ from swap_hpc.errors import UserError
 from swap_hpc.recipe.imports import imported
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.train.events import Evaluation
-from swap_hpc.train.metrics import ACCURACY, Measure, Metric, mean_of
+from swap_hpc.train.metrics import ACCURACY, TOP5, Measure, Metric, class_accuracy, mean_of
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ class Objective:
             sums: (size,), those of all metrics; empty where there is no sample.
             samples: their number.
         """
-        ends = [*accumulate(metric.size for metric in self.metrics)]
-        values = {
-            metric.name: metric.value(sums[end - metric.size : end], samples)
-            for metric, end in zip(self.metrics, ends, strict=True)
-        }
-        return Evaluation(loss / samples, values)
+        ends = accumulate(metric.size for metric in self.metrics)
+        values: dict[str, float] = {}
+        by_class: dict[str, list[float | None]] = {}
+        for metric, end in zip(self.metrics, ends, strict=True):
+            own = sums[end - metric.size : end]
+            values[metric.name] = float(metric.value(own, samples))
+            if metric.by_class:
+                by_class[metric.name] = metric.by_class(own, samples)
+        return Evaluation(loss / samples, values, by_class)
 
 
 CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="sum"))
@@ -62,7 +65,7 @@ def objective(recipe: Recipe, classes: int) -> Objective:
             something else than `Objective` describes, or the model's outputs are not logits of
             `classes`.
     """
-    metrics = (ACCURACY if recipe.metric == "accuracy" else _own_metric(recipe.metric),)
+    metrics = tuple(_metric(metric.name, classes) for metric in recipe.metrics)
     if recipe.loss == "cross_entropy":
         return Objective(_cross_entropy(recipe, classes), CLASSIFICATION.total_loss, metrics)
     loss = _own_loss(recipe.loss)
@@ -103,8 +106,41 @@ def _own_loss(path: str) -> Measure:
     return loss
 
 
+def _metric(name: str, classes: int) -> Metric:
+    if name == "accuracy":
+        return ACCURACY
+    if name == "class_accuracy":
+        return class_accuracy(classes)
+    if name != "top5":
+        return _own_metric(name)
+    if classes <= 5:
+        raise UserError(f"the metric top5 is 1 for {classes} classes: leave it out of metrics")
+    return TOP5
+
+
 def _own_metric(path: str) -> Metric:
-    function = imported(path, "the metric")
+    found = imported(path, "the metric")
+    name = path.partition(":")[2]
+    if isinstance(found, Metric):
+        return replace(found, name=name, sums=_checked_sums(found, path))
+    return mean_of(_own_score(found, path), name)
+
+
+def _checked_sums(metric: Metric, path: str) -> Measure:
+    @torch.no_grad()
+    def sums(outputs: Any, targets: Tensor) -> Tensor:
+        values = metric.sums(outputs, targets)
+        if not isinstance(values, Tensor) or values.shape != (metric.size,):
+            raise UserError(
+                f"the sums of the metric {path} are {_described(values)}: "
+                f"its size says a tensor [{metric.size}]"
+            )
+        return values
+
+    return sums
+
+
+def _own_score(function: Measure, path: str) -> Measure:
 
     @torch.no_grad()
     def score(outputs: Any, targets: Tensor) -> Tensor:
@@ -116,7 +152,7 @@ def _own_metric(path: str) -> Metric:
             )
         return values
 
-    return mean_of(score, path.partition(":")[2])
+    return score
 
 
 def _described(value: Any) -> str:

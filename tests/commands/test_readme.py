@@ -129,7 +129,7 @@ KINDS_ELSEWHERE = {
 }
 
 # Blocks of code that are files: their names, and what each page calls them by.
-FILES = {"python": {"nets.py", "use.py"}, "toml": {"mine.toml"}}
+FILES = {"python": {"nets.py", "use.py", "r2.py"}, "toml": {"mine.toml"}}
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -26,6 +26,7 @@ SECTIONS = {
         "swap_hpc:average_weights_",
         "swap_hpc:refresh_batchnorm_",
         "swap_hpc:evaluate",
+        "swap_hpc:Metric",
     ),
     "For data of your own": (
         "swap_hpc:Dataset",

@@ -130,7 +130,7 @@ def test_the_zero_bytes_of_phase_2_are_seen(tmp_path: Path, figures: list[Figure
 def drawn_study(name: str, file: Path) -> list[Line]:
     plan = Plan(load_study(name), RUNS / name)
     table = lines(plan)
-    draw_methods(plan.study.title, table, {"SWAP before averaging"}, file)
+    draw_methods(plan.study.title, table, {"SWAP before averaging"}, "accuracy", file)
     return table
 
 
@@ -140,7 +140,7 @@ def test_a_study_shows_means_and_spreads(name: str, tmp_path: Path, figures: lis
     axis = figures[0].axes[0]
     drawn = {tuple(np.asarray(line.get_ydata(), float).round(9)) for line in axis.lines}
     for line in table:
-        accuracy = 100 * np.array([*line.accuracy.values()])
+        accuracy = 100 * np.array([*line.values.values()])
         mean, spread = accuracy.mean(), accuracy.std(ddof=1)
         assert (mean.round(9),) in drawn
         assert ((mean - spread).round(9), (mean + spread).round(9)) in drawn

@@ -188,10 +188,10 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
         complete(trial, *((0.80 + seed / 100, (0.7, 0.8)) if trial.name == "swap" else (None,)))
     phase_1, before, after = numbers.lines(made)
     assert (phase_1.epochs, after.epochs) == ("7", "7 + 4")
-    assert phase_1.accuracy == {0: 0.5, 1: 0.5, 2: 0.5}
+    assert phase_1.values == {0: 0.5, 1: 0.5, 2: 0.5}
     assert phase_1.seconds[0] == phase_1.parallel_seconds[0] == 100
-    assert before.accuracy[1] == pytest.approx(0.75) and before.seconds[0] == 140
-    assert after.accuracy[2] == pytest.approx(0.82) and after.seconds[0] == 143
+    assert before.values[1] == pytest.approx(0.75) and before.seconds[0] == 140
+    assert after.values[2] == pytest.approx(0.82) and after.seconds[0] == 143
     # four groups on two ranks: two in turn, so that with a rank for each phase 2 takes half as long
     assert after.parallel_seconds[0] == 123
     (gap,) = numbers.differences(made, [phase_1, before, after])

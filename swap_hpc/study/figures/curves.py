@@ -1,4 +1,4 @@
-"""The figure of a run: test accuracy and learning rate against epochs."""
+"""The figure of a run: its main metric and the learning rate against epochs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.metrics import axis_label, scale
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.run.folder import Lines, load_run, read_lines
@@ -36,6 +37,19 @@ class _Run:
     averages: Lines  # evaluations of the averaged model during phase 2
 
     @property
+    def metric(self) -> str:
+        """The name of the main metric."""
+        return self.recipe.metric_names[0]
+
+    @property
+    def ends(self) -> dict[str, float | None]:
+        """The main metric after phase 1, before averaging and after, as it is shown."""
+        found = self.result[f"test_{self.metric}"]
+        factor = scale(self.metric)
+        names = ("large_batch", "mean_of_groups", "averaged")
+        return {n: None if found[n] is None else factor * found[n] for n in names}
+
+    @property
     def begin(self) -> int:
         """The epoch at which phase 2 begins."""
         return int(self.result["epochs"]["large_batch"])
@@ -47,7 +61,7 @@ class _Run:
 
 
 def draw_curves(run: Path, file: Path) -> None:
-    """Draw the accuracy of phase 1, of every group and of the average, above the learning rate.
+    """Draw the main metric of phase 1, every group and the average, above the learning rate.
 
     Phase 2 has a second pair of axes with a scale of its own. The run need not be complete.
 
@@ -69,10 +83,10 @@ def draw_curves(run: Path, file: Path) -> None:
             2, 2 if both else 1, sharex="col", squeeze=False, height_ratios=(2.3, 1)
         )
         for top, bottom in axes.T:
-            _draw_accuracy(top, shown)
+            _draw_metric(top, shown)
             _draw_learning_rate(bottom, shown)
             count_epochs(bottom)
-        axes[0, 0].set_ylabel("test accuracy (%)")
+        axes[0, 0].set_ylabel(axis_label("test", shown.metric))
         axes[1, 0].set_ylabel("learning rate")
         if both:
             mark_phases(axes[0, 0], shown.begin, ("phase 1: large batch", "phase 2"))
@@ -96,39 +110,41 @@ def _read(run: Path) -> _Run:
     )
 
 
-def _draw_accuracy(axis: "Axes", run: _Run) -> None:
-    accuracy = run.result["test_accuracy"]
-    axis.plot(*_accuracies(run.large_batch, 0), ".-", color=LARGE_BATCH)
+def _draw_metric(axis: "Axes", run: _Run) -> None:
+    averaged = run.ends["averaged"]
+    axis.plot(*_values(run, run.large_batch, 0), ".-", color=LARGE_BATCH)
     fork = _fork(run)
     for lines in run.groups:
-        axis.plot(*_accuracies(lines, run.begin, fork), ".-", color=GROUPS, lw=1, ms=3)
+        axis.plot(*_values(run, lines, run.begin, fork), ".-", color=GROUPS, lw=1, ms=3)
     if run.averages:
-        epochs, values = _accuracies(run.averages, run.begin, fork)
-        if accuracy["averaged"] is not None:
-            epochs, values = [*epochs, run.end], [*values, 100 * accuracy["averaged"]]
+        epochs, values = _values(run, run.averages, run.begin, fork)
+        if averaged is not None:
+            epochs, values = [*epochs, run.end], [*values, averaged]
         axis.plot(epochs, values, color=SWAP)
-    if accuracy["averaged"] is not None:
-        averaged = 100 * accuracy["averaged"]
+    if averaged is not None:
         axis.plot(run.end, averaged, "*", color=SWAP, ms=10, mew=0, clip_on=False, zorder=4)
 
 
 def _fork(run: _Run) -> list[tuple[float, float]]:
     """Return the point at which the groups part: the end of phase 1, where it was evaluated."""
-    accuracy = run.result["test_accuracy"]["large_batch"]
-    return [] if accuracy is None else [(run.begin, 100 * accuracy)]
+    value = run.ends["large_batch"]
+    return [] if value is None else [(run.begin, value)]
 
 
-def _accuracies(lines: Lines, begin: int, before: Sequence[tuple[float, float]] = ()) -> Curve:
-    """Return epochs of the run and percentages, where they were measured.
+def _values(
+    run: _Run, lines: Lines, begin: int, before: Sequence[tuple[float, float]] = ()
+) -> Curve:
+    """Return epochs of the run and the main metric, where it was measured, in percent if a share.
 
     Args:
+        run: the run.
         lines: a part of the run.
         begin: the epoch of the run at which this part begins.
         before: points to begin with.
     """
-    measured = [line for line in lines if line["test_accuracy"] is not None]
-    points = [(begin + line["epoch"], 100 * line["test_accuracy"]) for line in measured]
-    points = [*before, *points]
+    key, factor = f"test_{run.metric}", scale(run.metric)
+    measured = [line for line in lines if line[key] is not None]
+    points = [*before, *((begin + line["epoch"], factor * line[key]) for line in measured)]
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -169,11 +185,10 @@ def learning_rates(phase: LargeBatch | Refine, epochs: int, steps: int, begin: i
 
 
 def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
-    accuracy = run.result["test_accuracy"]
-    values = [y for lines in (*run.groups, run.averages) for y in _accuracies(lines, 0)[1]]
-    ends = (accuracy["large_batch"], accuracy["averaged"])
-    values += [100 * end for end in ends if end is not None]
-    margin = 0.08 * (max(values) - min(values)) + 0.1
+    values = [y for lines in (*run.groups, run.averages) for y in _values(run, lines, 0)[1]]
+    ends = (run.ends["large_batch"], run.ends["averaged"])
+    values += [end for end in ends if end is not None]
+    margin = 0.08 * (max(values) - min(values)) + 0.001 * scale(run.metric)
     top.set_xlim(run.begin, run.end)
     top.set_ylim(min(values) - margin, max(values) + margin)
     _, rates = _refinement_rates(run)
@@ -181,16 +196,16 @@ def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
 
 
 def _draw_ends(axis: "Axes", run: _Run) -> None:
-    """Draw the ends of phase 1 and of phase 2 as points, with their percentages."""
-    accuracy = run.result["test_accuracy"]
+    """Draw the ends of phase 1 and of phase 2 as points, with their values."""
     ends = []
-    if accuracy["averaged"] is not None:
-        averaged, mean = 100 * accuracy["averaged"], 100 * accuracy["mean_of_groups"]
+    averaged, mean = run.ends["averaged"], run.ends["mean_of_groups"]
+    digits = ".2f" if scale(run.metric) == 100 else ".5g"
+    if averaged is not None and mean is not None:
         axis.plot(run.end, mean, "o", mfc="white", mec=SWAP, mew=1.2, clip_on=False, zorder=3)
-        ends.append(Label(run.end, averaged, f"average\n{averaged:.2f}", SWAP))
-        ends.append(Label(run.end, mean, f"before averaging\n{mean:.2f}"))
+        ends.append(Label(run.end, averaged, f"average\n{averaged:{digits}}", SWAP))
+        ends.append(Label(run.end, mean, f"before averaging\n{mean:{digits}}"))
     fork = _fork(run) if run.groups else []
     for epoch, value in fork:
         axis.plot(epoch, value, "o", color=LARGE_BATCH, clip_on=False, zorder=3)
     label_right(axis, ends)
-    place_labels(axis, [Label(x, y, f"end of phase 1: {y:.2f}", LARGE_BATCH) for x, y in fork])
+    place_labels(axis, [Label(x, y, f"end of phase 1: {y:{digits}}", LARGE_BATCH) for x, y in fork])

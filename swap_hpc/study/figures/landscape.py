@@ -1,4 +1,4 @@
-"""The figure of `landscape.json`: error on planes through the weights of a run."""
+"""The figure of `landscape.json`: error, or loss, on planes through the weights of a run."""
 
 import math
 from pathlib import Path
@@ -14,60 +14,76 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.contour import QuadContourSet
 
-KINDS = {"train_error": "training error", "test_error": "test error"}
-
 FINEST = 0.1  # percentage points between contour lines
 MOST_LEVELS = 10
 
 
 def draw_landscape(content: dict[str, Any], file: Path) -> None:
-    """Draw training error on the left and test error on the right, a row for each plane.
+    """Draw training error, or loss, on the left and that of the test on the right, for each plane.
 
     Args:
         content: what `landscape.json` holds.
         file: the figure to write.
     """
-    planes = content["planes"]
-    title = f"{content['recipe']}, seed {content['seed']}: error on planes through the weights"
+    planes, kinds = content["planes"], kinds_of(content)
+    measured, factor = measured_in(content), factor_of(content)
+    title = f"{content['recipe']}, seed {content['seed']}: {measured} on planes through the weights"
     levels = error_levels(content)
-    highest = max(np.max(plane[kind]) for plane in planes for kind in KINDS)
-    beyond = "max" if 100 * highest > levels[-1] else "neither"
+    highest = max(np.max(plane[kind]) for plane in planes for kind in kinds)
+    beyond = "max" if factor * highest > levels[-1] else "neither"
     shapes = [np.ptp(plane["y"]) / np.ptp(plane["x"]) for plane in planes]
     width = (WIDTH - 1.5) / 2  # of one plane; the rest is for ticks and the colour bar
     height = 0.55 + sum(0.55 + width * shape for shape in shapes)
     with figure_in(file, title, height) as figure:
         axes = figure.subplots(len(planes), 2, squeeze=False, height_ratios=shapes)
         for row, plane in zip(axes, planes, strict=True):
-            for axis, kind in zip(row, KINDS, strict=True):
-                surface = _draw_surface(axis, plane, kind, levels, beyond)
-            row[0].set_title(f"{plane['title']}\n{KINDS['train_error']}", loc="left")
+            for axis, kind in zip(row, kinds, strict=True):
+                surface = _draw_surface(axis, plane, factor, kind, levels, beyond)
+            row[0].set_title(f"{plane['title']}\ntraining {measured}", loc="left")
             row[0].set_ylabel("distance (L2)")
-            row[1].set_title(KINDS["test_error"], loc="left")
+            row[1].set_title(f"test {measured}", loc="left")
             row[1].tick_params(labelleft=False)
         for axis in axes[-1]:
             axis.set_xlabel("distance of the weights (L2)")
-        figure.colorbar(surface, ax=axes, label="error (%)", ticks=levels, shrink=0.6)
+        label = "error (%)" if measured == "error" else "loss"
+        figure.colorbar(surface, ax=axes, label=label, ticks=levels, shrink=0.6)
         # labels are placed when all else is there: the colour bar makes the planes smaller
         for row, plane in zip(axes, planes, strict=True):
-            for axis, kind in zip(row, KINDS, strict=True):
-                _draw_models(axis, plane, kind)
+            for axis, kind in zip(row, kinds, strict=True):
+                _draw_models(axis, plane, factor, kind)
+
+
+def measured_in(content: dict[str, Any]) -> str:
+    """Return what was measured: "error", a share, or "loss"."""
+    return str(content.get("measured", "error"))
+
+
+def kinds_of(content: dict[str, Any]) -> tuple[str, str]:
+    """Return the keys of both surfaces of a plane."""
+    return f"train_{measured_in(content)}", f"test_{measured_in(content)}"
+
+
+def factor_of(content: dict[str, Any]) -> float:
+    """Return the factor by which values are shown: 100, for percent, or 1."""
+    return 100.0 if measured_in(content) == "error" else 1.0
 
 
 def error_levels(content: dict[str, Any]) -> np.ndarray:
-    """Return the contour levels that all planes share, in percent.
+    """Return the contour levels that all planes share, in percent or in the loss's unit.
 
     They are round numbers, about ten at most, and no closer to each other than the standard error
     of an error rate from so many samples. The highest twentieth of the errors may lie above all
     levels: else the walls of a basin would leave few levels for what is inside.
     """
-    by_kind = [np.ravel([plane[kind] for plane in content["planes"]]) for kind in KINDS]
-    samples = min(_samples(errors, content["samples"]) for errors in by_kind)
-    errors = np.concatenate(by_kind)
-    # a metric of the user's may give values that are no error rates
-    middle = float(np.clip(np.median(errors), 0, 1))
-    standard_error = 100 * math.sqrt(middle * (1 - middle) / samples)
-    low, high = 100 * errors.min(), 100 * np.quantile(errors, 0.95)
-    step = _rounded_up(max(FINEST, standard_error, (high - low) / MOST_LEVELS))
+    by_kind = [np.ravel([plane[kind] for plane in content["planes"]]) for kind in kinds_of(content)]
+    errors, factor = np.concatenate(by_kind), factor_of(content)
+    low, high = factor * errors.min(), factor * np.quantile(errors, 0.95)
+    finest = 1e-6 * max(1.0, abs(high))
+    if measured_in(content) == "error":
+        samples = min(_samples(each, content["samples"]) for each in by_kind)
+        middle = float(np.median(errors))
+        finest = max(FINEST, 100 * math.sqrt(middle * (1 - middle) / samples))
+    step = _rounded_up(max(finest, (high - low) / MOST_LEVELS))
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)
     return step * np.arange(first, last + 1)
@@ -89,14 +105,14 @@ def _samples(errors: np.ndarray, at_most: int) -> int:
 
 
 def _draw_surface(
-    axis: "Axes", plane: dict[str, Any], kind: str, levels: np.ndarray, beyond: str
+    axis: "Axes", plane: dict[str, Any], factor: float, kind: str, levels: np.ndarray, beyond: str
 ) -> "QuadContourSet":
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
     # light where the error is low, and nowhere so dark that a label is not readable
     colours = ListedColormap(colormaps["YlGnBu"](np.linspace(0, 0.75, 256)))
-    errors = 100 * np.array(plane[kind])
+    errors = factor * np.array(plane[kind])
     surface = axis.contourf(plane["x"], plane["y"], errors, levels, cmap=colours, extend=beyond)
     # thin lines separate shades that are close to each other
     axis.contour(plane["x"], plane["y"], errors, levels, colors="white", linewidths=0.5)
@@ -105,7 +121,7 @@ def _draw_surface(
     return surface
 
 
-def _draw_models(axis: "Axes", plane: dict[str, Any], kind: str) -> None:
+def _draw_models(axis: "Axes", plane: dict[str, Any], factor: float, kind: str) -> None:
     """Draw the models of a plane, with the errors of those that lie in it."""
     labels = []
     for model in plane["models"]:
@@ -116,6 +132,7 @@ def _draw_models(axis: "Axes", plane: dict[str, Any], kind: str) -> None:
         else:
             colour = LARGE_BATCH if name == "large_batch" else "white"
             axis.plot(x, y, "o", color=colour, ms=6, mec="black", mew=0.8)
-        error = f": {100 * model[kind]:.1f}" if model["in_plane"] else " (projected)"
+        digits = ".1f" if factor == 100 else ".4g"
+        error = f": {factor * model[kind]:{digits}}" if model["in_plane"] else " (projected)"
         labels.append(Label(x, y, label + error))
     place_labels(axis, labels)

@@ -1,4 +1,4 @@
-"""The figure of a study: the accuracy of every method against its seconds."""
+"""The figure of a study: the main metric of every method against its seconds."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from swap_hpc.recipe.metrics import axis_label, scale
 from swap_hpc.study.figures.labels import Label, place_labels
 from swap_hpc.study.figures.style import figure_in, method_colours
 from swap_hpc.study.numbers import Line
@@ -16,37 +17,42 @@ if TYPE_CHECKING:
 LONGEST = 22  # characters in a line of a label
 
 
-def draw_methods(title: str, lines: Sequence[Line], before: Container[str], file: Path) -> None:
+def draw_methods(
+    title: str, lines: Sequence[Line], before: Container[str], metric: str, file: Path
+) -> None:
     """Draw each row's mean, and its standard deviation in both directions, labelled at the point.
 
     Args:
         title: the study's.
         lines: the rows; one without results is left out.
         before: the methods that are a mean over models before averaging; their markers are hollow.
+        metric: the main metric's name.
         file: the figure to write.
     """
-    seeds = max((len(line.accuracy) for line in lines), default=0)
+    factor = scale(metric)
+    seeds = max((len(line.values) for line in lines), default=0)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     with figure_in(file, f"{title}\n{spread}", 4.0) as figure:
         axis = figure.subplots()
         colours = method_colours(line.method for line in lines)
-        shown = [pair for pair in zip(lines, colours, strict=True) if pair[0].accuracy]
+        shown = [pair for pair in zip(lines, colours, strict=True) if pair[0].values]
         for line, colour in shown:
             face = "white" if line.method in before else colour
-            _draw(axis, line, colour, face)
+            _draw(axis, line, factor, colour, face)
         computed = any(line.workers > line.ranks for line in lines)
         per_worker = ", with a rank per worker" if computed else ""
         axis.set_xlabel(f"seconds of training{per_worker}")
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel(axis_label("test", metric))
         axis.grid()
         axis.margins(0.24, 0.1)  # room for labels
-        place_labels(axis, [_label(line, colour) for line, colour in shown])
+        place_labels(axis, [_label(line, factor, colour) for line, colour in shown])
 
 
-def _draw(axis: "Axes", line: Line, colour: str, face: str) -> None:
-    x, y = _means(line)
-    if len(line.accuracy) > 1:
-        wide, high = stdev(line.parallel_seconds.values()), stdev(_percent(line))
+def _draw(axis: "Axes", line: Line, factor: float, colour: str, face: str) -> None:
+    x, y = _means(line, factor)
+    if len(line.values) > 1:
+        wide = stdev(line.parallel_seconds.values())
+        high = stdev(factor * value for value in line.values.values())
         # Plain lines instead of `errorbar`, because labels keep clear of lines. They are above
         # the labels, which must not hide the end of one.
         axis.plot((x - wide, x + wide), (y, y), color=colour, lw=1.1, zorder=2.5)
@@ -54,18 +60,14 @@ def _draw(axis: "Axes", line: Line, colour: str, face: str) -> None:
     axis.plot(x, y, "o", ms=7, mfc=face, mec=colour, mew=1.4, zorder=3)
 
 
-def _label(line: Line, colour: str) -> Label:
+def _label(line: Line, factor: float, colour: str) -> Label:
     name = line.method
     if len(name) > LONGEST:
         # in two lines, at a comma where there is one
         name = name.replace(", ", ",\n", 1) if ", " in name else fill(name, LONGEST)
-    return Label(*_means(line), name, colour)
+    return Label(*_means(line, factor), name, colour)
 
 
-def _means(line: Line) -> tuple[float, float]:
-    """Return seconds and percent, over all seeds."""
-    return mean(line.parallel_seconds.values()), mean(_percent(line))
-
-
-def _percent(line: Line) -> list[float]:
-    return [100 * accuracy for accuracy in line.accuracy.values()]
+def _means(line: Line, factor: float) -> tuple[float, float]:
+    """Return seconds and the metric as it is shown, over all seeds."""
+    return mean(line.parallel_seconds.values()), factor * mean(line.values.values())
