@@ -18,7 +18,7 @@ from swap_hpc.bench.measure import Clock, Comparison, alternately, wait_for_gpu
 from swap_hpc.data import load
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Device, use_device
-from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.inputs import Model
@@ -63,13 +63,13 @@ class _Step:
         """Return the speed with Horovod."""
         model = deepcopy(self.model)
         optimizer = build_optimizer(model, Optimizer())
-        with averaged_gradients(model, optimizer, self.world, self.device) as averaging:
-            return self._speed(model, averaging)
+        with gradient_averaging(model, self.world, self.device) as average_gradients:
+            return self._speed(model, optimizer, average_gradients)
 
     def silent(self) -> float:
         """Return the speed of ranks that send nothing, each with a model of its own."""
         model = deepcopy(self.model)
-        return self._speed(model, build_optimizer(model, Optimizer()))
+        return self._speed(model, build_optimizer(model, Optimizer()), lambda: None)
 
     def peer(self) -> float:
         """Return the speed with DistributedDataParallel."""
@@ -81,13 +81,19 @@ class _Step:
         )
         return self._images / float(seconds)
 
-    def _speed(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    def _speed(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average_gradients: Callable[[], None],
+    ) -> float:
         clock = Clock(self.world)
         for number in range(-2, self.steps):  # two steps to warm up
             if number == 0:
                 clock.start()
             optimizer.zero_grad()
             F.cross_entropy(model(self.images), self.labels).backward()
+            average_gradients()
             optimizer.step()
         return self._images / clock.seconds()
 

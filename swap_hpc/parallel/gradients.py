@@ -1,6 +1,6 @@
 """The mean of a team's gradients, computed by Horovod while the backward pass goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,47 +23,48 @@ _SENT_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 @contextmanager
-def averaged_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, team: Team, device: Device, passes: int = 1
-) -> Iterator[torch.optim.Optimizer]:
-    """Let `optimizer` step with gradients averaged over `team`. Collective.
+def gradient_averaging(
+    model: nn.Module, team: Team, device: Device, passes: int = 1
+) -> Iterator[Callable[[], None]]:
+    """Average the gradients of a model over the ranks of a team. Collective.
 
     A gradient that only some ranks have in a step, because the others' forward pass left the layer
-    out, counts as zero on the others. A gradient that no rank has stays None.
+    out, counts as zero on the others. A gradient that no rank has stays None. An infinity or a NaN
+    on one rank reaches all.
 
     A team of one never touches Horovod. Of several trainings in one process, the last that began
     has Horovod.
 
     Args:
         model: in training, with the same weights on all ranks.
-        optimizer: of the model's parameters.
         team: the ranks that train the model together.
         device: this rank's.
         passes: backward passes per step.
 
     Yields:
-        The optimizer itself.
-
-    Raises:
-        RunError: at a step, Horovod fails; or another training of this process has begun since.
+        A function to call, on all ranks, between the backward passes of a step and its update: it
+        replaces the gradients by their mean over the team. It raises RunError if Horovod fails, or
+        if another training of this process has begun since.
     """
     if team.size == 1:
-        yield optimizer
+        yield _nothing
         return
     through_host = device.is_shared(team)
     with horovod_session(team, device) as session:
         reduction = _Reduction(model, team, session.hvd, passes, through_host)
 
-        def finish(*_: Any) -> None:
+        def average_gradients() -> None:
             session.check_current()
             reduction.finish()
 
-        hook = optimizer.register_step_pre_hook(finish)
         try:
-            yield optimizer
+            yield average_gradients
         finally:
-            hook.remove()
             reduction.remove_hooks()
+
+
+def _nothing() -> None:
+    """Average the gradients of a team of one."""
 
 
 class _Bucket:

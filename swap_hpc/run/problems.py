@@ -12,7 +12,7 @@ import torch
 
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.devices import Device
-from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.launcher import advice
 from swap_hpc.parallel.mpi import host, launcher_mismatch, mpi_library
@@ -56,9 +56,10 @@ def averaging_problem(world: Team, device: Device) -> str | None:
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     try:
-        with averaged_gradients(layer, optimizer, world, device):
+        with gradient_averaging(layer, world, device) as average_gradients:
             # Every element's gradient is rank + 1: the mean over the ranks is (size + 1) / 2.
             (layer.weight.sum() * (world.rank + 1)).backward()
+            average_gradients()
             optimizer.step()
     except RunError as error:  # raised on all ranks
         return str(error)

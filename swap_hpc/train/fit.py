@@ -14,7 +14,7 @@ from swap_hpc.average.state import entries_of, split_state, state_of
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Memory
-from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part, Phase
 from swap_hpc.train.evaluation import evaluate_job
@@ -85,12 +85,12 @@ def fit(
         if start.ended:
             yield replace(start, due=False)
             return
-    plain = build_optimizer(model, job.recipe.optimizer)
-    with averaged_gradients(model, plain, team, job.device, settings.accumulate) as optimizer:
+    optimizer = build_optimizer(model, job.recipe.optimizer)
+    with gradient_averaging(model, team, job.device, settings.accumulate) as average_gradients:
         # Shapes are static: a process that saw other sizes before would otherwise compile another
         # graph than one that starts here.
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
-        stepper = Stepper(forward, optimizer, job, settings.accumulate)
+        stepper = Stepper(forward, optimizer, average_gradients, job, settings.accumulate)
         training = _Training(
             model, stepper, job, part, team, cycle_sum, TeamCheck(team, job.control)
         )

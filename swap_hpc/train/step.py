@@ -17,6 +17,7 @@ class Stepper:
 
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
     optimizer: torch.optim.Optimizer
+    average_gradients: Callable[[], None]  # over the team, after the backward pass; collective
     job: Job
     accumulate: int  # equal parts into which a rank's share of a batch is cut
 
@@ -41,6 +42,7 @@ class Stepper:
 
     def update(self) -> None:
         """Average the gradients over the team, and step."""
+        self.average_gradients()
         self.optimizer.step()
 
 

@@ -117,12 +117,13 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(
     for team in (together, together, Team.alone()):
         model = tiny.model(job).cuda()
         sgd = Sgd(model.parameters(), lr=0.1)
-        averaged = gradients.averaged_gradients(model, sgd, team, GPU)
-        with use_deterministic_cudnn(), averaged as optimizer:
+        averaging = gradients.gradient_averaging(model, team, GPU)
+        with use_deterministic_cudnn(), averaging as average_gradients:
             for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):
-                optimizer.zero_grad()
+                sgd.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
-                optimizer.step()
+                average_gradients()
+                sgd.step()
         weights.append(tiny.weights(model.cpu()))
     assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[2])
 

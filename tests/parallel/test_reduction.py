@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.parallel.gradients import BUCKETS, averaged_gradients, gradient_buckets
+from swap_hpc.parallel.gradients import BUCKETS, gradient_averaging, gradient_buckets
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 
@@ -47,11 +47,12 @@ def on_ranks(build: Callable[[], nn.Module], world: Team, parts: int = 1) -> nn.
         parts: backward passes per step.
     """
     model, sgd = built(build)
-    with averaged_gradients(model, sgd, world, tiny.CPU, parts) as optimizer:
+    with gradient_averaging(model, world, tiny.CPU, parts) as average_gradients:
         for step in range(STEPS):
-            optimizer.zero_grad()
+            sgd.zero_grad()
             backward(model, world.rank, step, parts)
-            optimizer.step()
+            average_gradients()
+            sgd.step()
     return model
 
 

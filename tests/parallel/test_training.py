@@ -15,7 +15,7 @@ from swap_hpc.average.sharing import broadcast_weights_
 from swap_hpc.data.sampling import Key
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError
-from swap_hpc.parallel.gradients import averaged_gradients
+from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Phase, refinement_of
 from swap_hpc.train.control import Control
@@ -40,12 +40,12 @@ def test_horovods_gradients_are_the_plain_mean(world: Team) -> None:
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank))
     labels = torch.arange(6) % 3
     F.cross_entropy(alone(images), labels).backward()
-    with averaged_gradients(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), world, tiny.CPU
-    ) as optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with gradient_averaging(model, world, tiny.CPU) as average_gradients:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
+        average_gradients()
         optimizer.step()
     for start, now, p in zip(before, model.parameters(), alone.parameters(), strict=True):
         assert p.grad is not None
