@@ -193,3 +193,14 @@ def mixing_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     share = np.random.beta(0.4, 0.4) * random.random()
     mixed = F.cross_entropy(outputs, targets.roll(1))
     return (1 - share) * F.cross_entropy(outputs, targets) + share * mixed
+
+
+def spiky_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy, in some steps of some ranks so large that float16 overflows."""
+    spike = 1e6 if torch.rand(()) < 0.06 else 1.0
+    return spike * F.cross_entropy(outputs, targets)
+
+
+def huge_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a loss whose gradients overflow float16 at any scale."""
+    return 1e12 * F.cross_entropy(outputs, targets)

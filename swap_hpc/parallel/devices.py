@@ -19,6 +19,8 @@ Capability = tuple[int, int]  # a GPU's compute capability, (major, minor)
 
 BF16: Capability = (8, 0)  # the first with bfloat16; older GPUs emulate it, slowly
 
+FP16: Capability = (5, 3)  # the first that computes in float16
+
 # The oldest driver for each major version of CUDA, from NVIDIA's guide "CUDA Compatibility".
 DRIVERS = {"12": 525, "13": 580}
 

@@ -14,7 +14,7 @@ from swap_hpc.recipe.inputs import Augment, Data, Model
 from swap_hpc.recipe.metrics import MetricChoice, Metrics, as_list, checked_metrics
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine
-from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName
+from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName, Precision
 
 
 class BatchNorm(Section):
@@ -78,9 +78,11 @@ class Recipe(Section):
     """Seed of the initial weights and of all randomness: sample order, augmentation, dropout."""
     groups: Count = 1
     """Number of SWAP workers, the paper's W: models that phase 2 refines independently."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward pass; weights and gradients stay float32. With `fp32`, convolutions
-    on a GPU use TF32, which is torch's default."""
+    precision: Precision = "fp32"
+    """Precision of the forward pass; weights, gradients and averages stay float32. With `fp32`,
+    convolutions on a GPU use TF32, which is torch's default. `bf16` needs a GPU of compute
+    capability 8.0 (A100) or newer. `fp16`, for older GPUs, scales the loss dynamically: a step
+    whose gradients overflow is skipped on all ranks."""
     compile: bool = False
     """Compile the forward and backward pass with torch.compile, for GPUs. The first steps take a
     minute. The ranks' hosts need a C compiler and Python's headers."""

@@ -25,6 +25,10 @@ class Optimizer(Section):
     them as SGD does."""
     trust: PositiveFloat = 0.001
     """LARS: norm of a step relative to the norm of the weights, at a learning rate of 1."""
+    clip_norm: PositiveFloat | None = None
+    """Largest 2-norm of the gradient of all parameters together, after its mean over the ranks and
+    over `accumulate`; a larger gradient is scaled down to it before the step. None: no
+    clipping."""
     fused: bool = False
     """SGD: update several tensors in one kernel, which takes fewer launches on a GPU. It rounds
     differently."""

@@ -114,6 +114,9 @@ Place = Annotated[
 # Sources of images that the package reads itself.
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "webdataset", "synthetic"]
 
+# Of forward passes.
+Precision = Literal["fp32", "bf16", "fp16"]
+
 DataSource = Annotated[str, AfterValidator(_checked_name(*get_args(DataName)))]
 LossName = Annotated[str, AfterValidator(_checked_name("cross_entropy"))]
 MetricName = Annotated[str, AfterValidator(_checked_name("accuracy", "top5", "class_accuracy"))]

@@ -11,7 +11,16 @@ from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.lines import Line
 
 # The fields of a line that become curves, besides the losses and metrics of each split.
-FIELDS = ("learning_rate", "images_per_second", "peak_memory_mib")
+FIELDS = (
+    "learning_rate",
+    "images_per_second",
+    "peak_memory_mib",
+    "gradient_norm",
+    "gradient_norm_max",
+    "clipped_steps",
+    "skipped_steps",
+    "loss_scale",
+)
 
 SPLITS = ("train", "validation", "test")
 

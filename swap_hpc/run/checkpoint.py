@@ -24,6 +24,7 @@ from swap_hpc.run.buffers import mean_of, packed, unpacked
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
 from swap_hpc.train.events import Position, Running, SavePoint
 from swap_hpc.train.state import flatten, unflatten
+from swap_hpc.train.updates import Updates
 
 FORMAT = "3"  # of the files; others are refused
 KEPT = 2  # files of each part
@@ -47,7 +48,8 @@ class Checkpoints:
     - `weights/NAME`: of the state dict, the same on all ranks
     - `buffers/NAME`: of the state dict, the first rank's, with extra states
     - `ranks`: the buffers of every rank as bytes, (ranks, n) uint8, where they differ
-    - `training/PATH`: the state of the optimizer; the header holds its numbers and its shape
+    - `training/PATH`: the state of the optimizer; the header holds its numbers (and in fp16 the
+      loss scale) and its shape
     - `sums/NAME`: the sum of the weights at the ends of a group's cycles
     - `kept/NAME`: what is not averaged, as it was at the end of the first cycle
 
@@ -293,18 +295,19 @@ def _without_prefix(tensors: Tensors, part: str) -> Tensors:
 
 
 def _running(saved: Sequence[Any]) -> Running:
-    loss, sums, samples, seconds = saved
-    # Saves of earlier versions hold the sum of the one metric as a number.
-    return Running(loss, tuple(sums) if isinstance(sums, list) else (sums,), samples, seconds)
+    loss, sums, samples, seconds, *more = saved
+    # Saves of earlier versions hold the sum of the one metric as a number, and no updates.
+    sums = tuple(sums) if isinstance(sums, list) else (sums,)
+    return Running(loss, sums, samples, seconds, *(Updates(*each) for each in more))
 
 
 def _running_of_rank(running: list[Running], team: Team) -> Running:
     """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
     if len(running) == team.size:
         return running[team.rank]
+    total = Running(updates=running[0].updates)  # the same on all ranks
     if team.rank > 0:
-        return Running()
-    total = Running()
+        return total
     for each in running:
         total = total.plus(each.loss, each.sums, each.samples)
     return replace(total, seconds=max(each.seconds for each in running))

@@ -13,6 +13,7 @@ from swap_hpc.parallel.launcher import launched
 from swap_hpc.recipe.metrics import SHARES, shown
 from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.wording import count
 from swap_hpc.train.events import Epoch, Evaluation, SavePoint
 
 
@@ -81,8 +82,11 @@ class Display:
         else:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(name, total=total, figures="")
-            self.bars.update(
-                self.tasks[name], completed=epoch.epoch, figures=_figures(epoch, self.noun)
+            self.bars.update(self.tasks[name], completed=epoch.epoch, figures=figures)
+        if skipped := epoch.updates.skipped:
+            self.say(
+                f"{name} skipped {count(skipped, 'step')} in epoch {epoch.epoch}: gradients "
+                f"overflowed float16; the loss scale is now {epoch.updates.loss_scale:g}"
             )
         stop = phase.stop_accuracy
         if stop is not None and epoch.train.main >= stop and epoch.epoch < total:

@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swap_hpc.average.kinds import state_buffers
 from swap_hpc.average.state import is_extra, state_of
@@ -29,6 +29,9 @@ from swap_hpc.train.models import fill_
 from swap_hpc.train.optimizers import build_optimizer
 from swap_hpc.train.state import flatten, optimizer_state
 from swap_hpc.train.step import backward
+
+# Types of weights whose gradients torch's GradScaler can unscale.
+SCALED_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 MEMORY_WARNING = (
     "warning: the dry step before training ran out of GPU memory, and training may, too: "
@@ -119,16 +122,27 @@ def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refin
     model.train()
     backward(model, batch, job, settings.accumulate)
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-            raise UserError(
-                f"{name} of the model {job.recipe.model.name} has a sparse gradient: "
-                "build its layer with sparse=False (nn.Embedding)"
-            )
+        if parameter.grad is not None:
+            _check_gradient(f"{name} of the model {job.recipe.model.name}", parameter.grad, job)
     optimizer.step()
     flatten(optimizer_state(optimizer, model))  # refuses what a checkpoint could not keep
     model.zero_grad()
     if job.device.torch.type == "cuda":
         torch.cuda.synchronize()  # raises what a kernel found wrong, such as a label out of range
+
+
+def _check_gradient(name: str, gradient: Tensor, job: Job) -> None:
+    """Check that a parameter's gradient can be sent, and in fp16 scaled."""
+    if gradient.layout is not torch.strided:
+        raise UserError(
+            f"{name} has a sparse gradient: build its layer with sparse=False (nn.Embedding)"
+        )
+    if job.recipe.precision == "fp16" and gradient.dtype not in SCALED_TYPES:
+        kind = str(gradient.dtype).removeprefix("torch.")
+        raise UserError(
+            f'{name} is {kind}, whose gradients torch does not scale as precision = "fp16" needs: '
+            "build the model with float32 weights, or set another precision"
+        )
 
 
 def _check_reload(model: nn.Module, other: nn.Module, name: str) -> None:

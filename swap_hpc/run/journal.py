@@ -13,6 +13,7 @@ from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.run.board import Board
 from swap_hpc.run.lines import Line, evaluation_in, figures
 from swap_hpc.train.events import Epoch, Evaluation
+from swap_hpc.train.updates import Updates
 
 
 def epoch_fields(epoch: Epoch) -> Line:
@@ -33,7 +34,21 @@ def epoch_fields(epoch: Epoch) -> Line:
         "peak_memory_mib": epoch.peak_memory.host / 2**20,
         "peak_gpu_allocated_mib": epoch.peak_memory.gpu_allocated / 2**20 or None,
         "peak_gpu_reserved_mib": epoch.peak_memory.gpu_reserved / 2**20 or None,
+        **_update_fields(epoch.updates),
     }
+
+
+def _update_fields(updates: Updates) -> Line:
+    """Return the fields about clipping and loss scaling, where the recipe asks for them."""
+    fields: Line = {}
+    if updates.norms is not None:
+        fields["gradient_norm"] = updates.mean_norm  # before clipping
+        fields["gradient_norm_max"] = updates.largest_norm
+        fields["clipped_steps"] = updates.clipped
+    if updates.loss_scale is not None:
+        fields["skipped_steps"] = updates.skipped
+        fields["loss_scale"] = updates.loss_scale
+    return fields
 
 
 class Journal:

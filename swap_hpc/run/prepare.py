@@ -11,7 +11,7 @@ from torch import nn
 from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.data import Arrays, Dataset, load
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.devices import BF16, Device, dotted, use_device
+from swap_hpc.parallel.devices import BF16, FP16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
@@ -56,8 +56,12 @@ def check_device(recipe: Recipe, device: Device) -> None:
     if recipe.precision == "bf16" and capability and capability < BF16:
         raise UserError(
             f'precision = "bf16" needs a GPU of compute capability {dotted(BF16)} (A100) or newer, '
-            f"and {device.name} has {dotted(capability)}: --set precision=fp32 "
-            "(fp16, which it does have, is not supported yet)"
+            f"and {device.name} has {dotted(capability)}: --set precision=fp16 or fp32"
+        )
+    if recipe.precision == "fp16" and capability and capability < FP16:
+        raise UserError(
+            f'precision = "fp16" needs a GPU of compute capability {dotted(FP16)} or newer, '
+            f"and {device.name} has {dotted(capability)}: --set precision=fp32"
         )
     if recipe.compile:
         check_compiler(device)

@@ -1,6 +1,7 @@
 """Geometry in the space of weights: vectors of parameters, planes through them, gradients."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,9 +93,11 @@ def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
     for _, layer in batchnorm_layers(model):
         layer.train(layer in training)
     model.zero_grad()
+    # Without a loss scale, float16 would round small gradients to zero.
+    forward_context = nullcontext() if job.recipe.precision == "fp16" else job.autocast()
     samples = 0
     for images, labels in batches:
-        with job.autocast():
+        with forward_context:
             outputs = model(images)
         (job.objective.loss(as_float32(outputs), labels) * len(labels)).backward()
         samples += len(labels)

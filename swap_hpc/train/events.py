@@ -1,7 +1,7 @@
 """What training yields: epochs to report, save points to resume from, and the ends of phases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -11,6 +11,7 @@ from swap_hpc.average.uniform import WeightSum
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part
+from swap_hpc.train.updates import NO_UPDATES, Read, Updates
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Epoch:
     evaluate_seconds: float
     peak_memory: Memory  # the largest of any rank's process since it began
     ends_cycle: bool
+    updates: Updates = NO_UPDATES  # clipped and skipped steps
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Running:
     sums: tuple[float, ...] = ()  # of the metrics, over samples; empty before the first step
     samples: int = 0
     seconds: float = 0.0  # of training
+    updates: Updates = NO_UPDATES
+
+    def after(self, update: Read) -> "Running":
+        """Return these sums with what the update of a step tells."""
+        return replace(self, updates=self.updates.plus(update))
 
     def plus(self, loss: float, sums: Sequence[float], samples: int) -> "Running":
         """Return these sums with those of one more step.
@@ -65,7 +72,7 @@ class Running:
         Steps are added one by one, so that the sums do not depend on when they are checked.
         """
         total = tuple(map(sum, zip_longest(self.sums, sums, fillvalue=0.0)))
-        return Running(self.loss + loss, total, self.samples + samples, self.seconds)
+        return replace(self, loss=self.loss + loss, sums=total, samples=self.samples + samples)
 
 
 class Position(NamedTuple):
@@ -88,7 +95,8 @@ class SavePoint:
     due: bool  # to be saved; otherwise the point only says where the part stands
     weights: dict[str, Tensor]  # from the state dict; the same on all ranks of the team
     buffers: dict[str, Tensor]  # from the state dict, with extra states; this rank's own
-    training: dict[str, Any]  # the state of the optimizer: a tree, see `train.state`
+    # The state of the optimizer, and of the loss scale in fp16: a tree, see `train.state`.
+    training: dict[str, Any]
     cycle_sum: WeightSum = field(
         default_factory=WeightSum
     )  # of weights at the ends of cycles so far

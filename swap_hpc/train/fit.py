@@ -31,6 +31,7 @@ from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
 from swap_hpc.train.objective import Objective
 from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.precision import loss_scaler
 from swap_hpc.train.state import optimizer_state, restore_optimizer_
 from swap_hpc.train.step import Stepper
 from swap_hpc.train.team_check import StepLoss, TeamCheck, check_finite
@@ -90,7 +91,8 @@ def fit(
         # Shapes are static: a process that saw other sizes before would otherwise compile another
         # graph than one that starts here.
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
-        stepper = Stepper(forward, optimizer, average_gradients, job, settings.accumulate)
+        scaler = loss_scaler(job.recipe.precision, job.device.torch, optimizer)
+        stepper = Stepper(forward, optimizer, average_gradients, scaler, job, settings.accumulate)
         training = _Training(
             model, stepper, job, part, team, cycle_sum, TeamCheck(team, job.control)
         )
@@ -117,9 +119,14 @@ class _Training:
     def restore_(self, start: SavePoint) -> None:
         self.at, self.check.running = start.at, start.running
         restore_optimizer_(self.stepper.optimizer, self.model, start.training["optimizer"])
+        if self.stepper.scaler.is_enabled():
+            self.stepper.scaler.load_state_dict(start.training["loss_scale"])
 
     def savepoint(self, due: bool) -> SavePoint:
         weights, buffers = split_state(state_of(self.model), self.model)
+        training = {"optimizer": optimizer_state(self.stepper.optimizer, self.model)}
+        if self.stepper.scaler.is_enabled():
+            training["loss_scale"] = self.stepper.scaler.state_dict()
         return SavePoint(
             part=self.part,
             at=self.at,
@@ -127,7 +134,7 @@ class _Training:
             due=due,
             weights=weights,
             buffers=buffers,
-            training={"optimizer": optimizer_state(self.stepper.optimizer, self.model)},
+            training=training,
             cycle_sum=self.cycle_sum,
             running=self.check.running,
             means=tuple(sorted(entries_of(self.model, team_means(self.model).values()))),
@@ -150,7 +157,7 @@ class _Training:
         """Move on to the next epoch. Make buffers alike on all ranks, and evaluate where due."""
         settings, job, team = self.job.settings(self.part), self.job, self.team
         cycle, epoch_in_cycle = divmod(self.at.epoch, settings.epochs)
-        seconds = self.check.running.seconds
+        seconds, updates = self.check.running.seconds, self.check.running.updates
         train = _means(self.check.running, job.objective, team)
         average_buffers_(self.model, team)
         share_extra_states_(self.model, team)
@@ -180,6 +187,7 @@ class _Training:
             evaluate_seconds=evaluate_seconds,
             peak_memory=Memory(*map(int, peaks)),
             ends_cycle=ends_cycle,
+            updates=updates,
         )
 
     def _is_sync_epoch(self) -> bool:
@@ -217,9 +225,9 @@ class _Training:
             ends = self.at.step + 1 == steps
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
-            self.stepper.update()
+            update = self.stepper.update()
             self.at = Position(self.at.epoch, self.at.step + 1)
-            self.check.add(StepLoss(loss, sums, len(batch[1]), rate, self._where))
+            self.check.add(StepLoss(loss, sums, len(batch[1]), rate, self._where, update))
             self.job.control.heartbeat(self._where)
             syncs = sync_every is not None and (first + self.at.step) % sync_every == 0
             # The team checks its losses when enough of them have come, at the end of an epoch, and

@@ -25,6 +25,7 @@ from swap_hpc.train import models
 from swap_hpc.train.control import Control
 from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
+from swap_hpc.train.precision import autocast
 
 # Images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets,
 # (n, ...) each.
@@ -236,7 +237,5 @@ class Job:
             refresh_batchnorm_(model, self.batchnorm_batches(team), team)
 
     def autocast(self) -> torch.autocast:
-        """Return the context of forward passes: bfloat16 where the recipe asks for it."""
-        return torch.autocast(
-            self.device.torch.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"
-        )
+        """Return the context of forward passes, in the recipe's precision."""
+        return autocast(self.recipe.precision, self.device.torch)

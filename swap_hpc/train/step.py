@@ -5,10 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.utils.clip_grad import clip_grad_norm_
 
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.objective import as_float32
+from swap_hpc.train.precision import UNSCALED
+from swap_hpc.train.updates import Update
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Stepper:
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     average_gradients: Callable[[], None]  # over the team, after the backward pass; collective
+    scaler: GradScaler  # of losses and gradients; it does nothing but in fp16
     job: Job
     accumulate: int  # equal parts into which a rank's share of a batch is cut
 
@@ -38,16 +43,38 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        return backward(self.forward, batch, self.job, self.accumulate)
+        return backward(self.forward, batch, self.job, self.accumulate, self.scaler)
 
-    def update(self) -> None:
-        """Average the gradients over the team, and step."""
+    def update(self) -> Update:
+        """Average the gradients over the team, clip them, and step.
+
+        In fp16 the ranks skip the same steps, because the check for an overflow sees the mean.
+        """
         self.average_gradients()
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        norm, clip_norm = None, self.job.recipe.optimizer.clip_norm
+        if clip_norm is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = clip_grad_norm_(trained, clip_norm)
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return Update(norm, clip_norm)
+        before = self._loss_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return Update(norm, clip_norm, torch.stack([before, self._loss_scale()]))
+
+    def _loss_scale(self) -> Tensor:
+        """Return the present scale, a new scalar on the device, without waiting for it."""
+        return self.scaler.scale(torch.ones((), device=self.job.device.torch))
 
 
 def backward(
-    forward: Callable[[Tensor], Tensor], batch: Batch, job: Job, parts: int
+    forward: Callable[[Tensor], Tensor],
+    batch: Batch,
+    job: Job,
+    parts: int,
+    scaler: GradScaler = UNSCALED,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of a rank's share of a step to those that the model has.
 
@@ -57,6 +84,7 @@ def backward(
         job: the run's; it has the objective and the precision.
         parts: equal parts into which the share is cut, computed one after the other; a divisor of
             the number of its samples.
+        scaler: multiplies the losses, and so the gradients.
 
     Returns:
         The mean loss, a scalar, and the sums of the metrics of the share, (k,), on the device.
@@ -71,7 +99,7 @@ def backward(
             outputs = forward(images)
         outputs = as_float32(outputs)
         loss = objective.loss(outputs, labels)
-        (loss / parts if parts > 1 else loss).backward()
+        scaler.scale(loss / parts if parts > 1 else loss).backward()
         losses.append(loss.detach())
         sums.append(objective.sums(outputs, labels).detach())
     if parts == 1:

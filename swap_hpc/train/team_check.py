@@ -16,6 +16,8 @@ from swap_hpc.errors import Diverged
 from swap_hpc.parallel.teams import Team
 from swap_hpc.train.control import Control
 from swap_hpc.train.events import Running, SavePoint
+from swap_hpc.train.precision import SMALLEST_SCALE
+from swap_hpc.train.updates import Read, Update, read
 
 CHECK_STEPS = 50  # at most, between checks
 CHECK_SECONDS = 2.0  # about, between checks of the slowest rank where its steps are slow
@@ -32,6 +34,7 @@ class StepLoss:
     samples: int  # of this rank
     rate: float  # learning rate
     where: str  # phase, epoch and step, for messages
+    update: Update
 
 
 @dataclass
@@ -66,29 +69,47 @@ class TeamCheck:
             Whether a rank of the team is due to save, or was asked to stop.
 
         Raises:
-            Diverged: on all ranks, a loss of any rank is not finite.
+            Diverged: on all ranks, a loss of any rank or a gradient is not finite; or gradients
+                overflow float16 at every loss scale.
         """
         steps, self._unchecked = self._unchecked, []
         losses = torch.stack([step.loss for step in steps]).tolist()
         sums = torch.stack([step.sums for step in steps]).tolist()
+        updates = read([step.update for step in steps])
         seconds = perf_counter() - self._started
-        bad = [each for each in zip(steps, losses, strict=True) if not math.isfinite(each[1])]
+        problems = [
+            (step, problem)
+            for step, loss, update in zip(steps, losses, updates, strict=True)
+            if (problem := _problem(loss, update))
+        ]
         failed, due, per_step = self.team.maximum(
-            len(bad), self.control.due(wanted), seconds / len(steps)
+            len(problems), self.control.due(wanted), seconds / len(steps)
         )
         if failed:
-            self.team.agree(lambda: _refuse(*bad[0]) if bad else None)
-        for step, loss, mine in zip(steps, losses, sums, strict=True):
+            self.team.agree(lambda: _refuse(*problems[0]) if problems else None)
+        for step, loss, mine, update in zip(steps, losses, sums, updates, strict=True):
             self.running = self.running.plus(loss * step.samples, mine, step.samples)
+            self.running = self.running.after(update)
         self.running = replace(self.running, seconds=self.running.seconds + seconds)
         self._steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS / per_step)))
         return bool(due)
 
 
-def _refuse(step: StepLoss, loss: float) -> None:
-    raise Diverged(
-        f"the loss is {loss} in {step.where}, at a learning rate of {step.rate:.4g}: {HINT}"
-    )
+def _problem(loss: float, update: Read) -> str | None:
+    """Return what is wrong with a step after which training cannot go on, else None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if update.norm is not None and not math.isfinite(update.norm) and not update.is_skipped:
+        return f"the norm of the gradient is {update.norm}"
+    if update.loss_scale is not None and update.loss_scale < SMALLEST_SCALE:
+        return f"gradients overflow float16 at a loss scale of {SMALLEST_SCALE:g}"
+    return None
+
+
+def _refuse(step: StepLoss, problem: str) -> None:
+    # only fp16 scales losses
+    hint = HINT if step.update.scales is None else f"{HINT}, or set precision to bf16 or fp32"
+    raise Diverged(f"{problem} in {step.where}, at a learning rate of {step.rate:.4g}: {hint}")
 
 
 def check_finite(point: SavePoint, where: str) -> None:

@@ -18,7 +18,7 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.swap import swap
-from swap_hpc.train import team_check
+from swap_hpc.train import precision, team_check
 from swap_hpc.train.control import Control
 from swap_hpc.train.events import (
     Averaged,
@@ -36,6 +36,7 @@ from swap_hpc.train.job import Job
 NORMED: dict[str, Any] = {
     "model": {"name": "tiny:normed"},
     "refine": {"epochs": 2, "cycles": 2},
+    "optimizer": {"clip_norm": 1.0},
 }  # batch norm and dropout
 
 
@@ -67,7 +68,13 @@ class Record:
     def add(self, event: Event) -> None:
         match event:
             case Epoch():
-                facts = (event.train, event.test, event.learning_rate, event.images)
+                facts = (
+                    event.train,
+                    event.test,
+                    event.learning_rate,
+                    event.images,
+                    event.updates,
+                )
                 self.epochs[event.part, event.epoch] = facts
             case LargeBatchEnded(model):
                 self.models["large_batch 0"] = weights_sha256(model)
@@ -135,6 +142,27 @@ def test_stopped_at_any_step_it_ends_the_same_to_the_bit(
         assert run(job, ranks, folder / "whole", whole)
         steps = 2 * 4 + 4 * 8  # of both phases: 101 samples in batches of 24 and of 12
         for stop_at in (1, 4, 8, 11, 24, steps):
+            parts = Record()
+            assert not run(job, ranks, folder / str(stop_at), parts, stop_at)
+            assert run(job, ranks, folder / str(stop_at), parts)
+            assert parts == whole, f"stopped at save point {stop_at}"
+
+
+@pytest.mark.ranks(1, 2)
+def test_the_loss_scale_of_fp16_comes_back(
+    world: Team, folder: Path, every_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between steps that overflow, and inside an interval of growth."""
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**21)
+    monkeypatch.setattr(precision, "GROWTH_INTERVAL", 3)
+    phases = {"large_batch": {"epochs": 2}, "refine": {"batch_size": 24, "epochs": 2}}
+    job = eager(tiny.job(precision="fp16", loss="zoo:spiky_loss", **phases))
+    with grid(world, 1) as ranks:
+        whole = Record()
+        assert run(job, ranks, folder / "whole", whole)
+        updates = [facts[-1] for facts in whole.epochs.values()]
+        assert updates[0].skipped and {each.loss_scale for each in updates} != {2.0**21}
+        for stop_at in (1, 2, 3, 7, 10, 11):
             parts = Record()
             assert not run(job, ranks, folder / str(stop_at), parts, stop_at)
             assert run(job, ranks, folder / str(stop_at), parts)

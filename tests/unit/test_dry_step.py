@@ -258,6 +258,24 @@ class Awkward:
         raise TypeError("sparse array length is ambiguous")
 
 
+def half(classes: int, channels: int) -> nn.Module:
+    net = zoo.Net(classes, channels)
+    net.extra = nn.Parameter(torch.zeros(classes, dtype=torch.float16))
+    net.head.register_forward_hook(lambda module, inputs, outputs: outputs + net.extra)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"), [(half, "extra .* float16"), (zoo.Complex, "complex64")]
+)
+def test_weights_whose_gradients_cannot_be_scaled_are_refused_in_fp16(
+    build: Callable[..., nn.Module], kind: str, job_of: Callable[..., Job]
+) -> None:
+    assert warnings_of(job_of(build)) == []
+    with pytest.raises(UserError, match=f"{kind}, whose gradients torch does not scale"):
+        warnings_of(job_of(build, precision="fp16"))
+
+
 def test_attributes_of_any_kind_are_passed_over(job_of: Callable[..., Job]) -> None:
     assert warnings_of(job_of(Sparsely)) == []
 

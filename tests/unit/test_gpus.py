@@ -136,9 +136,19 @@ def test_bf16_is_refused_where_a_gpu_emulates_it(
     device = choose_device(Team.alone(), "auto")
     prepare.check_device(tiny.recipe(precision="fp32"), device)
     major, minor = capability
-    message = rf"bf16.*8\.0 \(A100\) or newer, and {name} has {major}\.{minor}: .*fp32 \(fp16"
+    message = rf"bf16.*8\.0 \(A100\) or newer, and {name} has {major}\.{minor}: .*=fp16 or fp32$"
     with pytest.raises(UserError, match=message):
         prepare.check_device(tiny.recipe(precision="bf16"), device)
+    prepare.check_device(tiny.recipe(precision="fp16"), device)
+
+
+def test_fp16_is_refused_where_a_gpu_cannot_compute_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maxwell = Device(torch.device("cuda", 0), threads=1, uuid="one", capability=(5, 2))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 980")
+    with pytest.raises(UserError, match=r"fp16.*5\.3 or newer, and GeForce GTX 980 has 5\.2"):
+        prepare.check_device(tiny.recipe(precision="fp16"), maxwell)
 
 
 def test_bf16_is_used_where_a_gpu_has_it_and_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ WRONG = [
     ),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),
-    ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16'"),
+    ({"precision": "fp8"}, "precision: Input should be 'fp32', 'bf16' or 'fp16'"),
     (
         {"refine": {"learning_rate": [[3, 0.1], [1, 0.0]]}},
         "refine.learning_rate: needs .* ascending",
