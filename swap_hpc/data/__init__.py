@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from swap_hpc.data.dataset import Dataset, with_validation
+from swap_hpc.data.normalisation import with_normalisation
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays, Batches, Files, Graph
@@ -39,12 +40,13 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
     Raises:
         UserError: a folder is missing, is empty, or has other classes in test than in train; a
             download fails; an image cannot be read; a validation split leaves nothing to train on;
-            the data differ between ranks. `Batches` and `Graph` are compared only by the numbers
-            of their samples and by the classes. Raised on all ranks.
+            the data differ between ranks; `data.mean` has not a number for each channel. `Batches`
+            and `Graph` are compared only by the numbers of their samples and by the classes.
+            Raised on all ranks.
     """
     dataset = _load_on_each_rank(data, team, threads)
     _check_alike(dataset, team)
-    return dataset
+    return team.agree(lambda: with_normalisation(dataset, data))
 
 
 def _load_on_each_rank(data: Data, team: Team, threads: int) -> Dataset:

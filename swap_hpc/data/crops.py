@@ -13,46 +13,19 @@ import torch
 from torch import Tensor
 
 from swap_hpc.data.dataset import Dataset
-from swap_hpc.data.sampling import DRAWS, Picks
+from swap_hpc.data.places import crop_places, draws
+from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.data.transfer import to_device
-from swap_hpc.recipe.inputs import Augment
+from swap_hpc.recipe.augment import Augment
 
 STEPS_AT_ONCE = 16
 BYTES_AT_ONCE = 2**26  # of float32 images; always at least one batch
 
 
-def crop_places(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndarray:
-    """Compute where each sample's crop lies in its padded image, and its cutout in the crop.
-
-    Args:
-        pick: n samples.
-        augment: the padding, in which a crop moves, and the side of the cutout.
-        size: (height, width) of the crop in pixels.
-
-    Returns:
-        (5, n) int64. The rows are the crop's column and row, whether it is mirrored (0 or 1), and
-        the cutout's column and row.
-    """
-    u = draws(pick)
-    height, width = size
-    cutout_places = [width - augment.cutout + 1, height - augment.cutout + 1]
-    crop = np.floor(u[:, :2] * (2 * augment.pad + 1))
-    cutout = np.floor(u[:, 3:5] * cutout_places)
-    return np.stack([*crop.T, mirrored(u, augment), *cutout.T]).astype(np.int64)
-
-
-def draws(pick: Picks) -> np.ndarray:
-    """Return a pick's random numbers, (n, DRAWS) float32; zeros where nothing is augmented."""
-    if pick.draws is None:
-        return np.zeros((len(pick.indices), DRAWS), np.float32)
-    return pick.draws
-
-
-def mirrored(u: np.ndarray, augment: Augment | None) -> np.ndarray:
-    """Return (n,) int32, 1 for each image to mirror, by the random numbers `u` of `draws`."""
-    flips = augment is not None and augment.flip
-    return ((u[:, 2] >= 0.5) & flips).astype(np.int32)
+def is_simple(augment: Augment | None) -> bool:
+    """Tell whether `cropped` can do all that an augmentation asks for."""
+    return augment is None or augment.crop_area is None
 
 
 def cropped(

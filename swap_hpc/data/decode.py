@@ -7,7 +7,13 @@ import numpy as np
 from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 
-from swap_hpc.data.encoded import Encoded, decode_whole, explain_decode_error, file_content
+from swap_hpc.data.encoded import (
+    Encoded,
+    centre_of,
+    decode_whole,
+    explain_decode_error,
+    file_content,
+)
 from swap_hpc.data.pieces import HEADERS_AT_ONCE, MIN_PIXELS, Headers, pieces
 from swap_hpc.data.sampling import Picks
 from swap_hpc.errors import RunError, UserError
@@ -52,11 +58,7 @@ def decode(
 
     def graph() -> Any:
         image = decode_whole(file_content(split, fn.external_source(sources, batch=True)))
-        if size is None:
-            return image
-        height, width = map(float, size)
-        image = fn.resize(image, resize_y=height, resize_x=width, mode="not_smaller")
-        return fn.crop(image, crop=size)
+        return image if size is None else centre_of(image, size)
 
     try:
         return _run(graph, split, threads)

@@ -40,6 +40,13 @@ def decode_whole(file: Any, device: str = "cpu") -> Any:
     )
 
 
+def centre_of(image: Any, size: tuple[int, int]) -> Any:
+    """In a DALI graph, resize images until one side fits, and crop the centre of the other."""
+    height, width = map(float, size)
+    image = fn.resize(image, resize_y=height, resize_x=width, mode="not_smaller")
+    return fn.crop(image, crop=size)
+
+
 def explain_decode_error(split: Encoded, samples: Iterable[int], error: Exception) -> None:
     """Name the first of `samples` that cannot be decoded; return if all of them can be.
 

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swap_hpc.data.crops import cropped
+from swap_hpc.data.crops import cropped, is_simple
 from swap_hpc.data.custom_batches import custom_batches
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.encoded import Encoded, explain_decode_error
+from swap_hpc.data.finishing import resize_crops
 from swap_hpc.data.graphs import (
     View,
     centre_crop_graph,
     memory_graph,
     random_crop_graph,
-    resize_crops,
+    whole_image_graph,
 )
 from swap_hpc.data.pieces import Piece, pieces
 from swap_hpc.data.pipeline import build_pipeline, run_pipeline
@@ -28,7 +29,7 @@ from swap_hpc.data.splits import Arrays, Batches, Split
 from swap_hpc.data.transfer import to_device
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.devices import Device
-from swap_hpc.recipe.inputs import Augment
+from swap_hpc.recipe.augment import Augment
 
 Batch = tuple[Tensor, Tensor]  # images and labels, or a user's inputs and targets
 
@@ -68,24 +69,25 @@ def batches(
         return custom_batches(split, picks, training, batch_size, device)
     if not isinstance(split, Arrays):
         return _streamed(dataset, split, picks, view, batch_size, device)
-    if device.torch.type == "cuda":
+    if device.torch.type == "cuda" and is_simple(view.augment):
         return cropped(dataset, split, picks, view.augment, device.torch)
-    return _from_memory(dataset, split, picks, view.augment, batch_size, device)
+    return _from_memory(dataset, split, picks, view.augment or Augment(), batch_size, device)
 
 
 def _from_memory(
     dataset: Dataset,
     split: Arrays,
     picks: Iterator[Picks],
-    augment: Augment | None,
+    augment: Augment,
     batch_size: int,
     device: Device,
 ) -> Iterator[Batch]:
     in_flight: InFlight = deque()
     parts = _noted((Piece(pick, [], is_last=True) for pick in picks), in_flight)
-    pipeline = build_pipeline(memory_graph(dataset, split, parts, augment), batch_size, device)
-    images = itertools.starmap(_unchanged, run_pipeline(pipeline, device))
-    yield from _joined(images, in_flight, split.labels, device)
+    graph = memory_graph(dataset, split, parts, augment, device)
+    finish = _finish(dataset, augment, dataset.image_size, device)
+    outputs = run_pipeline(build_pipeline(graph, batch_size, device), device)
+    yield from _joined(itertools.starmap(finish, outputs), in_flight, split.labels, device)
 
 
 def _streamed(
@@ -99,19 +101,29 @@ def _streamed(
     in_flight: InFlight = deque()
     cut = partial(pieces, split, picks, dataset.pixels_at_once, device.threads)
     finish: Callable[..., Tensor] = _unchanged
-    if view.augment:
-        size = view.size_of(dataset)
-        parts = _noted(cut(), in_flight)
-        graph = random_crop_graph(dataset, split, parts, view.augment, size, device)
-        if device.torch.type == "cpu":
-            finish = partial(resize_crops, size, dataset)
-    else:
+    if view.augment is None:
         shorter = view.shorter_side(dataset)
         parts = _noted(cut((shorter, shorter)), in_flight)
         graph = centre_crop_graph(dataset, split, parts, view, device)
+    else:
+        size = view.size_of(dataset)
+        is_cropped = view.augment.crop_area is not None
+        parts = _noted(cut() if is_cropped else cut(size), in_flight)
+        make = random_crop_graph if is_cropped else whole_image_graph
+        graph = make(dataset, split, parts, view.augment, size, device)
+        finish = _finish(dataset, view.augment, size, device)
     pipeline = build_pipeline(graph, batch_size, device)
     outputs = _explained(run_pipeline(pipeline, device), split, in_flight)
     yield from _joined(itertools.starmap(finish, outputs), in_flight, split.labels, device)
+
+
+def _finish(
+    dataset: Dataset, augment: Augment, size: tuple[int, int], device: Device
+) -> Callable[..., Tensor]:
+    """Return what is done to the outputs of a graph for training."""
+    if augment.crop_area and device.torch.type == "cpu":
+        return partial(resize_crops, size, dataset)
+    return _unchanged
 
 
 def _noted(parts: Iterator[Piece], in_flight: InFlight) -> Iterator[Piece]:

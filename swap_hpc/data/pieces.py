@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from swap_hpc.data.encoded import Encoded, explain_decode_error, file_content
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Shards
+from swap_hpc.data.workers import workers
 
 BYTES_PER_PIXEL = 3
 
@@ -185,7 +186,7 @@ def _read_ahead(
             yield Piece(pick, split.sources(pick.indices), is_last=True)
         return
     # at least four threads: they wait for the file system more than they use a core
-    with ThreadPoolExecutor(max(4, threads), "read") as pool:
+    with workers(max(4, threads), "read") as pool:
         reading: deque[_Reading] = deque()
         for pick in picks:
             places = [*cut(split.size[pick.indices], limit)]
@@ -201,4 +202,5 @@ def _read_ahead(
 
 def _part(pick: Picks, place: slice) -> Picks:
     draws = None if pick.draws is None else pick.draws[place]
-    return Picks(pick.indices[place], draws)
+    more = {name: each[place] for name, each in pick.more.items()}
+    return Picks(pick.indices[place], draws, more)

@@ -6,18 +6,22 @@ needs no generator state.
 """
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
 
+from swap_hpc.data.workers import workers
 from swap_hpc.recipe.phase import Part, Phase
 
-# Random numbers per sample: the crop's x and y, mirroring, and two more. The last two place the
-# cutout of an image in memory; for a streamed image they choose the crop's area and aspect ratio.
+# Random numbers per sample: the crop's x and y, mirroring, and two more. The last two choose the
+# area and aspect ratio of a crop that is resized; otherwise they place the cutout.
 DRAWS = 5
+
+# Further random numbers come from streams of their own, drawn only where a recipe needs them. So
+# what one part of the augmentation draws does not depend on the others. Never renumber them.
+STREAMS: Final = {"cutout": 1}
 
 EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key of its own
 
@@ -66,10 +70,12 @@ class Picks:
         indices: (n,) int64, the samples' numbers in their split, from 0.
         draws: (n, 5) float32 in [0, 1), five random numbers for the augmentation of each sample;
             None where nothing is augmented.
+        more: for each stream that the augmentation needs, (n, its numbers) float32 in [0, 1).
     """
 
     indices: np.ndarray
     draws: np.ndarray | None
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -86,24 +92,41 @@ class Epoch:
 
     order: np.ndarray  # (N,) int64
     draws: np.ndarray  # (N, DRAWS) float32 in [0, 1); row i belongs to sample i, not to order[i]
+    more: Mapping[str, np.ndarray]  # stream -> (N, its numbers) float32 in [0, 1), likewise
 
     @classmethod
-    def drawn(cls, key: Key, epoch: int, samples: int) -> "Epoch":
-        """Draw an epoch; `epoch` counts from 0 since the phase began, over all its cycles."""
+    def drawn(
+        cls, key: Key, epoch: int, samples: int, streams: Mapping[str, int] | None = None
+    ) -> "Epoch":
+        """Draw an epoch.
+
+        Args:
+            key: the key of the random draws.
+            epoch: counts from 0 since the phase began, over all its cycles.
+            samples: samples of the split.
+            streams: how many random numbers per sample to draw from each of `STREAMS`.
+        """
         generator = key.generator(epoch)
         order = generator.permutation(samples)
         draws = generator.random((samples, DRAWS), dtype=np.float32)
-        return cls(order, draws)
+        more = {
+            name: key.generator(epoch, STREAMS[name]).random((samples, count), dtype=np.float32)
+            for name, count in (streams or {}).items()
+        }
+        return cls(order, draws, more)
 
     def picks(self, first: int, end: int) -> Picks:
         """Return the samples at the places `first` to `end` (exclusive) of the order."""
         indices = self.order[first:end]
-        return Picks(indices, self.draws[indices])
+        more = {name: draws[indices] for name, draws in self.more.items()}
+        return Picks(indices, self.draws[indices], more)
 
 
-def epoch_picks(key: Key, epoch: int, samples: int) -> Picks:
-    """Return all samples of one epoch in its order; `epoch` counts as in `Epoch.drawn`."""
-    return Epoch.drawn(key, epoch, samples).picks(0, samples)
+def epoch_picks(
+    key: Key, epoch: int, samples: int, streams: Mapping[str, int] | None = None
+) -> Picks:
+    """Return all samples of one epoch in its order; the arguments are those of `Epoch.drawn`."""
+    return Epoch.drawn(key, epoch, samples, streams).picks(0, samples)
 
 
 def training_picks(
@@ -114,6 +137,7 @@ def training_picks(
     size: int,
     epochs: range,
     first_step: int = 0,
+    streams: Mapping[str, int] | None = None,
 ) -> Iterator[Picks]:
     """Yield a rank's share of each step of `epochs`.
 
@@ -128,16 +152,17 @@ def training_picks(
         size: ranks of the team.
         epochs: consecutive epochs, counted from 0 since the phase began.
         first_step: steps of the first epoch to skip.
+        streams: how many random numbers per sample to draw from each of `STREAMS`.
     """
     share = batch_size // size
     steps = samples // batch_size
     # a thread draws the next epoch while this one is trained on
-    with ThreadPoolExecutor(1, "picks") as pool:
-        drawing = pool.submit(Epoch.drawn, key, epochs.start, samples)
+    with workers(1, "picks") as pool:
+        drawing = pool.submit(Epoch.drawn, key, epochs.start, samples, streams)
         for epoch in epochs:
             drawn = drawing.result()
             if epoch + 1 in epochs:
-                drawing = pool.submit(Epoch.drawn, key, epoch + 1, samples)
+                drawing = pool.submit(Epoch.drawn, key, epoch + 1, samples, streams)
             begin = first_step if epoch == epochs.start else 0
             for step in range(begin, steps):
                 first = step * batch_size + rank * share
@@ -156,13 +181,19 @@ def evaluation_picks(samples: int, batch_size: int, rank: int, size: int) -> Ite
 
 
 def batchnorm_picks(
-    seed: int, samples: int, use: int, batch_size: int, rank: int, size: int
+    seed: int,
+    samples: int,
+    use: int,
+    batch_size: int,
+    rank: int,
+    size: int,
+    streams: Mapping[str, int] | None = None,
 ) -> Iterator[Picks]:
     """Yield a rank's batches of augmented training samples to re-estimate batch norm on.
 
     `use // batch_size` whole batches are cut independently of the number of ranks, and dealt out
     to them in turn.
     """
-    drawn = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples)
+    drawn = Epoch.drawn(Key(seed, Phase.AVERAGE), 0, samples, streams)
     for batch in range(rank, use // batch_size, size):
         yield drawn.picks(batch * batch_size, (batch + 1) * batch_size)

@@ -13,6 +13,7 @@ from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.decode import decode, image_shapes
 from swap_hpc.data.encoded import Encoded
 from swap_hpc.data.folders import folder_files, folder_of_test_split, split_folder_files
+from swap_hpc.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from swap_hpc.data.open_tars import allow_open_files
 from swap_hpc.data.pieces import pixels_within
 from swap_hpc.data.shards import CLASSES, find_shards, read_classes
@@ -21,10 +22,6 @@ from swap_hpc.errors import UserError
 from swap_hpc.recipe.inputs import Data
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # names here and in torchvision
-
-# Per channel, of pixels in [0, 255]: what torchvision's ImageNet models are normalised by.
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 def digits(data: Data, threads: int) -> Dataset:

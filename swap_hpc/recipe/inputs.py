@@ -1,4 +1,4 @@
-"""The fields of a recipe that describe the model, the data and their augmentation."""
+"""The fields of a recipe that describe the model and the data."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +10,10 @@ from swap_hpc.recipe.values import (
     Count,
     CountOrZero,
     DataSource,
+    Deviations,
     ImageSizes,
     Place,
-    Range,
+    Statistics,
     check_finite,
 )
 
@@ -80,6 +81,13 @@ class Data(Section):
     """Memory for decoded image files, in GiB per rank. A data set that fits is decoded once and
     kept; a larger one, or one with several image sizes, is read in every epoch. Decoding uses up
     to an eighth of it at a time, but at least 96 MiB or one image."""
+    mean: Statistics | None = None
+    """Mean of each channel, of pixels in [0, 1], subtracted from the images; or `"imagenet"`, which
+    torchvision's and most of timm's pretrained models want. None: the training images' own mean
+    where they lie in memory, ImageNet's where files are read in every epoch."""
+    std: Deviations | None = None
+    """Standard deviation of each channel, of pixels in [0, 1], by which the images are divided; or
+    `"imagenet"`. None: as for `mean`. A run's first lines say which mean and deviation it uses."""
     classes: Count = 10
     """Number of classes of the `synthetic` data."""
     samples: Count = 1024
@@ -104,19 +112,3 @@ class Data(Section):
     def last_size(self) -> int | None:
         """The side of training images in pixels at the end of the run."""
         return self.image_size[-1][1] if self.image_size else None
-
-
-class Augment(Section):
-    """The augmentation of training images, of data in memory or of files read in every epoch."""
-
-    pad: CountOrZero = 0
-    """In memory: pixels added on each side by reflection, before a random crop back to the
-    original size."""
-    flip: bool = False
-    """Mirror each image horizontally with probability 1/2, in memory and from files."""
-    cutout: CountOrZero = 0
-    """In memory: side in pixels of a square, set to the data set's mean after the crop."""
-    crop_area: Range = (0.08, 1.0)
-    """From files: smallest and largest area of the crop, as fractions of the image's area."""
-    crop_ratio: Range = (0.75, 4 / 3)
-    """From files: smallest and largest aspect ratio of the crop, width / height."""

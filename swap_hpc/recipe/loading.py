@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from swap_hpc.errors import UserError
+from swap_hpc.recipe.earlier import without_unused_crops
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.section import models_in
 from swap_hpc.recipe.values import from_disk
@@ -115,7 +116,7 @@ def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
         UserError: In one line, with every wrong field.
     """
     try:
-        return Recipe.model_validate(fields)
+        return Recipe.model_validate(without_unused_crops(fields))
     except ValidationError as error:
         reasons = "; ".join(one_line(each, Recipe) for each in error.errors())
         raise UserError(f"{source}: {reasons}") from None

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, model_validator
 
-from swap_hpc.recipe.inputs import Augment, Data, Model
+from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.inputs import Data, Model
 from swap_hpc.recipe.metrics import MetricChoice, Metrics, as_list, checked_metrics
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine

@@ -76,6 +76,18 @@ def _checked_range(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _checked_fractions(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not values or not all(0 <= value <= 1 for value in values):
+        raise ValueError("needs a number from 0 to 1 for each channel: pixels are in [0, 1] here")
+    return values
+
+
+def _checked_positive(values: tuple[float, ...]) -> tuple[float, ...]:
+    if 0 in values:
+        raise ValueError("needs numbers above 0: images are divided by them")
+    return values
+
+
 def _checked_name(*known: str) -> Callable[[str], str]:
     """Return a validator for a name: one of `known`, or the import path of a user's function."""
 
@@ -103,6 +115,13 @@ def check_finite(value: Any) -> None:
 
 ImageSizes = Annotated[Sizes, BeforeValidator(constant_as_pairs), AfterValidator(_checked_sizes)]
 Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
+
+# One number for each channel, of pixels in [0, 1].
+Fractions = Annotated[tuple[float, ...], AfterValidator(_checked_fractions)]
+Statistics: TypeAlias = Fractions | Literal["imagenet"]
+Deviations: TypeAlias = (
+    Annotated[Fractions, AfterValidator(_checked_positive)] | Literal["imagenet"]
+)
 
 Place = Annotated[
     Path,

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from swap_hpc.average.kinds import batchnorm_layers
-from swap_hpc.data import Arrays, Dataset, load
+from swap_hpc.data import Dataset, load
+from swap_hpc.data.fields import check_fields
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import BF16, FP16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
@@ -39,6 +40,7 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
         world.agree(lambda: check_horovod(device, shared))
     choose_algorithms(recipe)
     dataset = load(recipe.data, world, device.threads)
+    world.agree(lambda: check_fields(recipe.data, recipe.augment, dataset))
     job = Job(recipe, dataset, device)
     model = world.agree(job.build)
     world.agree(lambda: _check_sizes(recipe, dataset, model))
@@ -119,8 +121,6 @@ def _check_sizes(recipe: Recipe, dataset: Dataset, model: nn.Module) -> None:
     has_batchnorm = bool(batchnorm_layers(model))
     _check_samples(recipe, len(dataset.train), has_batchnorm)
     _check_steps(recipe, len(dataset.train))
-    if isinstance(dataset.train, Arrays):
-        _check_augmentation(recipe, dataset)
 
 
 def _check_samples(recipe: Recipe, samples: int, has_batchnorm: bool) -> None:
@@ -155,15 +155,4 @@ def _check_steps(recipe: Recipe, samples: int) -> None:
         raise UserError(
             f"batchnorm.samples = {chosen} is less than one batch: "
             f"--set batchnorm.samples={batch_size} or more"
-        )
-
-
-def _check_augmentation(recipe: Recipe, dataset: Dataset) -> None:
-    """Check that padding and cutout fit the images, which all have one size."""
-    pixels = min(dataset.image_size)
-    pad, cutout = recipe.augment.pad, recipe.augment.cutout
-    if pad >= pixels or cutout > pixels:
-        raise UserError(
-            f"augment.pad = {pad} and augment.cutout = {cutout} do not fit images of "
-            f"{pixels} pixels: make them smaller"
         )

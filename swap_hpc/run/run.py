@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from swap_hpc.data import Arrays, Batches
+from swap_hpc.data.normalisation import normalisation_line
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.grid import Ranks, grid, node_of, single_row
@@ -222,6 +223,7 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
         f"{len(data.train):,} training and {len(data.test):,} test {data.noun}, {where}; into {out}"
     ]
     lines += data.notes
+    lines += normalisation_line(data, recipe.data)
     if device.is_shared(world):
         lines.append(
             "ranks share a GPU: gradients go through host memory "

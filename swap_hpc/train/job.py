@@ -13,6 +13,7 @@ from swap_hpc.average.state import state_of
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.loader import View
+from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import EVALUATION, Key
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.parallel.devices import Device
@@ -182,6 +183,7 @@ class Job:
                 team.size,
                 span,
                 step if span.start == epoch else 0,
+                streams_of(self.recipe.augment),
             )
             view = View(self.recipe.augment, _square(pixels))
             train = self.dataset.train
@@ -219,7 +221,13 @@ class Job:
         train, settings = self.dataset.train, self.recipe.batchnorm
         use = settings.samples or len(train)
         picks = sampling.batchnorm_picks(
-            self.recipe.seed, len(train), use, settings.batch_size, team.rank, team.size
+            self.recipe.seed,
+            len(train),
+            use,
+            settings.batch_size,
+            team.rank,
+            team.size,
+            streams_of(self.recipe.augment),
         )
         view = View(self.recipe.augment)
         batches = loader.batches(self.dataset, train, picks, view, settings.batch_size, self.device)

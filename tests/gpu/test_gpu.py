@@ -28,7 +28,7 @@ from swap_hpc.parallel import gradients
 from swap_hpc.parallel.devices import Device
 from swap_hpc.parallel.horovod import load_horovod
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.inputs import Augment
+from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.run.prepare import choose_algorithms
 from swap_hpc.train.fit import fit
@@ -238,7 +238,7 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
     data = Dataset(split, split, tuple("abcdefghijkl"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
     for augment, pick in (
         (None, Picks(np.arange(12), None)),
-        (Augment(flip=True), epoch_picks(KEY, 0, 12)),
+        (Augment(flip=True, crop_area=(0.08, 1.0)), epoch_picks(KEY, 0, 12)),
     ):
         view = loader.View(augment)
         ((images, labels),) = loader.batches(data, split, iter([pick]), view, 12, GPU)

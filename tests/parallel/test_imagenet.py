@@ -43,6 +43,7 @@ def paths() -> Iterator[dict[str, Path]]:
 def job(path: Path, team: Team, sizes: list[list[int]] = SIZES, epochs: int = 2) -> Job:
     recipe = tiny.recipe(
         data={"name": path.name, "path": str(path), "image_size": sizes, "memory_gib": 0},
+        augment={"pad": 0, "flip": True, "cutout": 4, "crop_area": [0.08, 1.0]},
         large_batch={"epochs": epochs, "batch_size": 200, "learning_rate": 0.1},
         refine={"epochs": 2, "batch_size": 40, "learning_rate": 0.1},
         batchnorm={"batch_size": 64, "samples": 128},

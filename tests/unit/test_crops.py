@@ -12,7 +12,7 @@ from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.sampling import Key, Picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
-from swap_hpc.recipe.inputs import Augment
+from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.phase import Phase
 
 CPU = Device(torch.device("cpu"), 1)

@@ -1,5 +1,6 @@
 """DALI's pixels against numpy's and torchvision's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from torchvision.transforms.v2 import functional
 
 from swap_hpc.data import loader
 from swap_hpc.data.dataset import Dataset
+from swap_hpc.data.decode import decode
+from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import Key, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError
-from swap_hpc.recipe.inputs import Augment
+from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.phase import Phase
 
 
@@ -23,6 +26,7 @@ def normalised(dataset: Dataset, images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32) - mean) / std
 
 
+CROPS = (0.08, 1.0)
 AUGMENTS = [
     Augment(pad=2, flip=True, cutout=3),
     Augment(pad=1),
@@ -93,12 +97,34 @@ def files(tmp_path: Path) -> Dataset:
     return Dataset(split, split, ("a", "b", "c"), (32, 32), 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("augment", [*AUGMENTS, Augment(crop_area=CROPS, flip=True, cutout=9)])
+def test_images_in_memory_and_streamed_ones_are_augmented_alike(
+    files: Dataset, augment: Augment
+) -> None:
+    """To the bit: `decode` makes what would be in memory; crops are of images of one size."""
+    assert isinstance(files.train, Files)
+    if augment.crop_area:
+        size = (64, 64)
+        for path in files.train.paths:
+            Image.open(path).resize(size).save(path)
+    decoded = decode(files.train, (32, 32) if augment.crop_area is None else (64, 64), 1)
+    kept = replace(files, train=Arrays(decoded, files.train.labels))
+    if augment.crop_area:
+        files = replace(files, image_size=(64, 64))
+        kept = replace(kept, image_size=(64, 64))
+    pick = epoch_picks(Key(0, Phase.REFINE), 0, 40, streams_of(augment))
+    view = loader.View(augment)
+    ((found, labels),) = loader.batches(files, files.train, iter([pick]), view, 40, tiny.CPU)
+    ((images, expected),) = loader.batches(kept, kept.train, iter([pick]), view, 40, tiny.CPU)
+    assert torch.equal(found, images) and torch.equal(labels, expected)
+
+
 @pytest.mark.parametrize("kind", ["memory", "streamed"])
 def test_a_stream_that_begins_inside_an_epoch_is_the_rest_of_the_whole(
     files: Dataset, kind: str
 ) -> None:
     data = files if kind == "streamed" else tiny.dataset(40)
-    view = loader.View(Augment(pad=0 if kind == "streamed" else 1, flip=True))
+    view = loader.View(Augment(pad=1, flip=True))
     key = Key(0, Phase.REFINE, 1)
 
     def images(first_epoch: int, step: int) -> list[torch.Tensor]:
@@ -155,7 +181,7 @@ def test_streamed_crops_are_torchvisions(tmp_path: Path) -> None:
     data = Dataset(split, split, ("a",), (24, 40), 3, (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
     pick = epoch_picks(Key(0, Phase.REFINE), 0, 24)
     assert pick.draws is not None and 0 < (pick.draws[:, 2] >= 0.5).sum() < 24
-    view = loader.View(Augment(flip=True))
+    view = loader.View(Augment(flip=True, crop_area=CROPS))
     ((found, _),) = loader.batches(data, split, iter([pick]), view, 24, tiny.CPU)
     assert found.is_contiguous(memory_format=torch.channels_last)
     pixels = found.permute(0, 2, 3, 1).numpy() * data.std + data.mean

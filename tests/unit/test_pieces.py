@@ -24,7 +24,8 @@ from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Files, Shards
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.inputs import Augment, Data
+from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.inputs import Data
 from swap_hpc.recipe.values import DataName
 
 SAMPLES = 7 * 5
@@ -98,10 +99,16 @@ def test_a_piece_holds_at_most_the_given_pixels_or_one_image(
         assert joined[:-1] == [pick.indices.tolist() for pick in picks(12)]
 
 
-VIEWS = [loader.View(Augment(flip=True)), loader.View(None), loader.View(None, (20, 20), 0.5)]
+CROPS = Augment(flip=True, crop_area=(0.08, 1.0))
+VIEWS = [
+    loader.View(CROPS),
+    loader.View(Augment(flip=True, pad=3, cutout=5)),
+    loader.View(None),
+    loader.View(None, (20, 20), 0.5),
+]
 
 
-@pytest.mark.parametrize("view", VIEWS, ids=["training", "evaluation", "small"])
+@pytest.mark.parametrize("view", VIEWS, ids=["crops", "training", "evaluation", "small"])
 def test_batches_do_not_depend_on_the_pieces(view: loader.View, sets: list[Dataset]) -> None:
     epochs = []
     for data in sets:
@@ -158,7 +165,7 @@ def test_the_file_that_fails_is_named_whatever_the_piece(harm: str, tmp_path: Pa
     draws = np.full((4, 5), 0.5, np.float32)
     for pixels in (1, 2**40):
         data = replace(data, pixels_at_once=pixels, train=train(data))
-        for view in (loader.View(Augment()), loader.View(None)):
+        for view in (loader.View(CROPS), loader.View(Augment()), loader.View(None)):
             some = (Picks(np.arange(start, start + 4), draws) for start in range(0, 12, 4))
             with pytest.raises(RunError, match=rf"cannot decode the image {bad} \("):
                 list(loader.batches(data, data.train, some, view, 4, tiny.CPU))

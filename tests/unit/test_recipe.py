@@ -100,6 +100,10 @@ WRONG = [
     ({"large_batch": {"epochs": 0}}, "name its file in model.weights"),
     ({"large_batch": {"epochs": 0}, "refine": {"epochs": 0}}, "nothing to train"),
     ({"augment": {"crop_area": [0.5, 0.1]}}, "augment.crop_area: needs two positive numbers"),
+    ({"augment": {"crop_area": [0.5, 1.0]}}, "augment: crop_area and pad are two ways to take a"),
+    ({"augment": {"crop_ratio": [1, 2]}}, "crop_ratio has no effect without crop_area: set crop"),
+    ({"data": {"mean": [120, 110, 100]}}, "data.mean.*: needs a number from 0 to 1 for each"),
+    ({"data": {"std": [0.2, 0.2, 0.0]}}, "data.std.*: needs numbers above 0"),
 ]
 
 
@@ -108,6 +112,15 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         tiny.recipe(**fields)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parents[1].glob("runs/**/recipe.toml")), ids=str
+)
+def test_a_recorded_runs_recipe_says_what_the_run_did(file: Path) -> None:
+    """Random crops were listed for images in memory, and not used."""
+    recipe = load_recipe(str(file))
+    assert (recipe.augment.pad, recipe.augment.crop_area) == (4, None)
 
 
 def test_every_wrong_field_is_named_at_once() -> None:

@@ -1,8 +1,13 @@
 """The samples of a step are a pure function of the key, the epoch and the step."""
 
+import threading
+from time import perf_counter
+from typing import Any
+
 import numpy as np
 import pytest
 
+from swap_hpc.data import sampling
 from swap_hpc.data.sampling import (
     Key,
     batchnorm_picks,
@@ -106,3 +111,24 @@ def test_batchnorm_passes_whole_batches_of_distinct_samples(size: int) -> None:
         batches += [pick.indices.tolist() for pick in picks]
     assert [len(batch) for batch in batches] == [30, 30, 30]
     assert len(set().union(*batches)) == 90
+
+
+def test_a_stream_that_is_given_up_does_not_wait_for_its_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The garbage collector may give it up while it holds locks that such a wait needs."""
+    ended = threading.Event()
+    first = sampling.Epoch.drawn(KEY, 0, 20)
+
+    def drawn(key: Key, epoch: int, *others: Any) -> sampling.Epoch:
+        if epoch:
+            ended.wait(60)
+        return first
+
+    monkeypatch.setattr(sampling.Epoch, "drawn", drawn)
+    picks = training_picks(KEY, 20, 10, 0, 1, range(3))
+    next(picks)
+    begin = perf_counter()
+    picks.close()  # type: ignore[attr-defined]
+    ended.set()
+    assert perf_counter() - begin < 30

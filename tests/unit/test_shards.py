@@ -27,7 +27,8 @@ from swap_hpc.data.shards import LABELS, find_shards
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.inputs import Augment, Data
+from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.inputs import Data
 from swap_hpc.recipe.values import DataName
 
 ONE = Team.alone()
@@ -135,7 +136,8 @@ def test_folder_and_shards_give_the_same_pixels(folder: Path, shards: Path) -> N
         pick = Picks(order, draws if view.augment else None)
         return next(loader.batches(data, data.train, iter([pick]), view, 35, tiny.CPU))
 
-    training, centre = loader.View(Augment(flip=True)), loader.View(None)
+    training = loader.View(Augment(flip=True, crop_area=(0.08, 1.0)))
+    centre = loader.View(None)
     small = loader.View(None, (20, 20), 0.5)
     for view in (training, centre, small):
         images, labels = batch(of_folder, view)

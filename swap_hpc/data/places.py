@@ -1,0 +1,92 @@
+"""Where images are cropped, mirrored and covered: numbers on the host, from the random draws."""
+
+import numpy as np
+
+from swap_hpc.data.sampling import DRAWS, Picks
+from swap_hpc.recipe.augment import Augment
+
+# A box for each of n samples: its corners (column, row) and its sides (width, height), both
+# (n, 2) float32 in pixels.
+Boxes = tuple[np.ndarray, np.ndarray]
+
+
+def streams_of(augment: Augment) -> dict[str, int]:
+    """Return how many random numbers per sample an augmentation takes from each stream."""
+    streams = {}
+    if augment.cutout and augment.crop_area:
+        streams["cutout"] = 2
+    return streams
+
+
+def draws(pick: Picks) -> np.ndarray:
+    """Return a pick's random numbers, (n, DRAWS) float32; zeros where nothing is augmented."""
+    if pick.draws is None:
+        return np.zeros((len(pick.indices), DRAWS), np.float32)
+    return pick.draws
+
+
+def more_draws(pick: Picks, stream: str, count: int) -> np.ndarray:
+    """Return a pick's random numbers of a stream, (n, count) float32; zeros where there is none."""
+    if stream in pick.more:
+        return pick.more[stream]
+    return np.zeros((len(pick.indices), count), np.float32)
+
+
+def mirrored(u: np.ndarray, augment: Augment | None) -> np.ndarray:
+    """Return (n,) int32, 1 for each image to mirror, by the random numbers `u` of `draws`."""
+    flips = augment is not None and augment.flip
+    return ((u[:, 2] >= 0.5) & flips).astype(np.int32)
+
+
+def crop_places(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndarray:
+    """Compute where each sample's crop lies in its padded image, and its cutout in the crop.
+
+    Args:
+        pick: n samples.
+        augment: the padding, in which a crop moves, and the side of the cutout.
+        size: (height, width) of the crop in pixels.
+
+    Returns:
+        (5, n) int64. The rows are the crop's column and row, whether it is mirrored (0 or 1), and
+        the cutout's column and row.
+    """
+    u = draws(pick)
+    height, width = size
+    # the last two draws have another use where a crop is resized
+    v = more_draws(pick, "cutout", 2) if augment.crop_area else u[:, 3:5]
+    cutout_places = [width - augment.cutout + 1, height - augment.cutout + 1]
+    crop = np.floor(u[:, :2] * (2 * augment.pad + 1))
+    cutout = np.floor(v * cutout_places)
+    return np.stack([*crop.T, mirrored(u, augment), *cutout.T]).astype(np.int64)
+
+
+def random_crops(pick: Picks, augment: Augment) -> dict[str, np.ndarray]:
+    """Compute the random crops that are resized to the image size.
+
+    Returns:
+        Each float32: `share` (n,), the crop's area as a fraction of the image's; `aspect` (n,), its
+        width / height; and `place` (n, 2), its row and column as a fraction of those that it may
+        have.
+    """
+    assert augment.crop_area
+    u = draws(pick)
+    low, high = augment.crop_area
+    narrow, wide = augment.crop_ratio
+    share = low + u[:, 3] * (high - low)
+    aspect = np.exp(np.log(narrow) + u[:, 4] * np.log(wide / narrow))
+    return {"share": float32(share), "aspect": float32(aspect), "place": u[:, 1::-1].copy()}
+
+
+def boxes(pick: Picks, augment: Augment, size: tuple[int, int]) -> list[Boxes]:
+    """Compute the boxes in which the finished images, (height, width) `size`, are set to 0."""
+    found = []
+    if augment.cutout:
+        *_, left, top = crop_places(pick, augment, size)
+        corners = float32(np.stack([left, top], 1))
+        found.append((corners, np.full_like(corners, augment.cutout)))
+    return found
+
+
+def float32(values: np.ndarray) -> np.ndarray:
+    """Return values as DALI takes them in: float32, C-contiguous."""
+    return np.ascontiguousarray(values, dtype=np.float32)
