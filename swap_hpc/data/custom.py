@@ -9,8 +9,11 @@ import numpy as np
 from swap_hpc.data.dataset import Dataset, with_statistics
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.imports import imported
+from swap_hpc.recipe.imports import imported, in_one_line
 from swap_hpc.recipe.inputs import Data
+
+# The end of messages about what a user's function returned.
+ANYTHING_ELSE = "for anything but images and classes, return a Dataset of swap_hpc.Batches"
 
 
 def load_custom(data: Data) -> Dataset:
@@ -30,7 +33,8 @@ def load_custom(data: Data) -> Dataset:
         raise UserError(
             f"the data {data.name} cannot be called with data.path and data.arguments: {error}"
         ) from None
-    found = function(data.path, **data.arguments)
+    with in_one_line(f"the data {data.name} failed"):
+        found = function(data.path, **data.arguments)
     if isinstance(found, Dataset):
         return _complete(data.name, found)
     return _from_arrays(data.name, found)
@@ -56,8 +60,8 @@ def _from_arrays(name: str, found: Any) -> Dataset:
         (images, labels), (test_images, test_labels) = found
     except (TypeError, ValueError):
         raise UserError(
-            f"the data {name} returned a {type(found).__name__}: "
-            "a Dataset, or ((images, labels), (test images, test labels)), is needed"
+            f"the data {name} returned a {type(found).__name__}: a Dataset, or ((images, labels), "
+            f"(test images, test labels)), is needed; {ANYTHING_ELSE}"
         ) from None
     train = _arrays(name, images, labels)
     test = _arrays(name, test_images, test_labels)
@@ -82,13 +86,13 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
     except ValueError as error:
         raise UserError(
             f"the data {name} returned something that is not an array ({error}): "
-            "images must be (N, H, W, C) uint8"
+            f"images must be (N, H, W, C) uint8; {ANYTHING_ELSE}"
         ) from None
     shape = list(images.shape)
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         raise UserError(
             f"the data {name} returned images {shape} {images.dtype}: "
-            "they must be (N, H, W, C) uint8"
+            f"they must be (N, H, W, C) uint8; {ANYTHING_ELSE}"
         )
     # images have 1, 3 or 4 channels; five or more are more likely the width
     if images.shape[3] > 4 and images.shape[1] in (1, 3, 4):
@@ -100,6 +104,6 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
     if not one_per_image or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise UserError(
             f"the data {name} returned labels {list(labels.shape)} {labels.dtype}: "
-            "they must be (N,) integers from 0"
+            f"they must be (N,) integers from 0; {ANYTHING_ELSE}"
         )
     return Arrays(np.ascontiguousarray(images), labels.astype(np.int64))

@@ -31,7 +31,9 @@ from swap_hpc.errors import RunError
 from swap_hpc.parallel.devices import Device
 from swap_hpc.recipe.augment import Augment
 
-Batch = tuple[Tensor, Tensor]  # images and labels, or a user's inputs and targets
+# Images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets:
+# tensors (n, ...), or tuples, lists and dictionaries of them.
+Batch = tuple[Any, Any]
 
 # Pieces that DALI took in and has not returned yet: their samples, and whether their pick ends.
 # Not the pieces themselves, which would keep the encoded images in memory.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -161,32 +161,63 @@ class Shards:
         return np.frombuffer(content, dtype=np.uint8)
 
 
+class MapStyleDataset(Protocol):
+    """A data set with random access, as torch's `Dataset` is where it has a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """A split whose batches a function of the user's makes, from anything.
 
     The function is called as `function(picks, training)`. It yields one pair `(inputs, targets)`
     for each of `picks`, in their order: two tensors whose first dimension is the number n of
-    samples in that pick. It should be a generator, which makes a batch when it is asked for one:
-    in training, `picks` covers all epochs.
+    samples in that pick. Either may also be a tuple, list or dictionary of such tensors, in any
+    nesting: the model is called as `model(inputs)`, with whatever it is, and the loss and the
+    metric as `loss(outputs, targets)`. The function should be a generator, which makes a batch when
+    it is asked for one: in training, `picks` covers all epochs.
 
     What the function derives from its picks alone is the same on any number of ranks, and when a
     run resumes. So is what it draws from the global generators of torch, `numpy.random` and
     `random` in the thread that calls it: they are seeded anew with each pick.
 
-    A run fails with `UserError` where the function ends early or a batch has another size than its
-    pick.
+    A run fails with `UserError` where the function raises an error or ends early, or a batch has
+    another size than its pick.
 
     Attributes:
         samples: number of samples of the split, N.
         function: takes an iterator of `Picks` and a bool, true in training and false in
-            evaluation; returns an iterable of pairs of tensors.
+            evaluation; returns an iterable of pairs (inputs, targets).
         which: (n,) int64, the numbers of the samples that `take` has left; None: all.
     """
 
     samples: int
-    function: Callable[[Iterator[Picks], bool], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    function: Callable[[Iterator[Picks], bool], Iterable[tuple[Any, Any]]]
     which: np.ndarray | None = None
+
+    @staticmethod
+    def of(
+        dataset: "MapStyleDataset",
+        collate: Callable[[list[Any]], tuple[Any, Any]] | None = None,
+        workers: int = 0,
+    ) -> "Batches":
+        """Return the split of a torch Dataset, read by torch's DataLoader.
+
+        Args:
+            dataset: has a length; `dataset[i]` is the pair (input, target) of a sample. What it
+                draws from the global generators is the same on any number of ranks, with any number
+                of workers, and when a run resumes.
+            collate: makes a batch, a pair (inputs, targets), of a list of pairs; None: torch's
+                `default_collate`, which stacks them.
+            workers: processes that read samples, per rank and stream of batches; 0: the rank
+                itself. They are started anew ("spawn"), so that the data set must be picklable.
+        """
+        from swap_hpc.data.map_style import MapStyle
+
+        return Batches(len(dataset), MapStyle(dataset, collate, workers))
 
     def __len__(self) -> int:
         return self.samples if self.which is None else len(self.which)
@@ -200,9 +231,7 @@ class Batches:
         """Return the split of the samples `which`, (n,) int64."""
         return replace(self, which=which if self.which is None else self.which[which])
 
-    def read(
-        self, picks: Iterator[Picks], training: bool
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def read(self, picks: Iterator[Picks], training: bool) -> Iterator[tuple[Any, Any]]:
         """Call the function for picks that count this split's samples."""
         return iter(self.function(self.picked(picks), training))
 

@@ -11,6 +11,8 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from swap_hpc.errors import UserError
@@ -32,7 +34,25 @@ CROWDED = {
     "I_MPI_PIN": "off",
 }
 
+NO_MPI = "MPI4PY_RC_INITIALIZE"  # read by mpi4py when it is imported
+
 PARENT = os.getppid()  # when this process began; another one now means that the launcher has died
+
+
+@contextmanager
+def children_without_mpi() -> Iterator[None]:
+    """Keep MPI from being started in child processes that begin in the context.
+
+    A child of a rank inherits the launcher's variables: importing mpi4py would make it that rank.
+    """
+    before = os.environ.get(NO_MPI)
+    os.environ[NO_MPI] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[NO_MPI]
+        if before is not None:
+            os.environ[NO_MPI] = before
 
 
 class Advice(NamedTuple):

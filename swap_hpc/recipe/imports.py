@@ -1,14 +1,15 @@
-"""Functions that a recipe names by import path."""
+"""Functions that a recipe names by import path, and the errors that they raise."""
 
 import importlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError, explained
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
@@ -47,8 +48,7 @@ def _import(name: str, subject: str) -> ModuleType:
             raise UserError(
                 f"{subject} cannot be imported ({error}): is it in this folder, or on PYTHONPATH?"
             ) from None
-        reason = f"{type(error).__name__}: {error}{place_of(error)}"
-        raise UserError(f"{subject} cannot be imported: {reason}") from None
+        raise UserError(f"{subject} cannot be imported: {_reason(error)}") from None
 
 
 def _is_part_of(missing: str | None, module: str) -> bool:
@@ -66,16 +66,46 @@ def _public_functions(module: ModuleType) -> list[str]:
     return [name for name in own if not name.startswith("_")]
 
 
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Turn any error of a user's code into a UserError of one line, which begins with `what`.
+
+    The package's own errors pass, and those of a GPU whose memory is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | RunError) or explained(error) is not error:
+            raise
+        raise UserError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error's type, message and place in one line."""
+    text = str(error)
+    if "Original Traceback" in text:  # of a process that loads data for torch's DataLoader
+        places = re.findall(r'File "(.+)", line (\d+)', text)
+        message = text.rstrip().splitlines()[-1]
+        return message[:400] + _last_place([(file, int(line)) for file, line in places])
+    message = " ".join(text.split())
+    return f"{type(error).__name__}: {message}"[:400] + place_of(error)
+
+
 def place_of(error: BaseException) -> str:
     """Return where a user's module failed, " (nets.py, line 3)", or "" if that is unknown."""
     if isinstance(error, SyntaxError):
         return ""  # its message names the place
     trace, places = error.__traceback__, []
     while trace:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(PACKAGE) and "importlib" not in file:
-            places.append((file, trace.tb_lineno))
+        places.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
+    return _last_place(places)
+
+
+def _last_place(trace: list[tuple[str, int]]) -> str:
+    places = [
+        place for place in trace if not place[0].startswith(PACKAGE) and "importlib" not in place[0]
+    ]
     # The line in the user's code that called a library helps more than one inside the library.
     own = [place for place in places if "site-packages" not in place[0]] or places
     return f" ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else ""

@@ -3,9 +3,7 @@
 What cannot be trained, saved, loaded or built again ends with one line before phase 1.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -16,10 +14,10 @@ from swap_hpc.average.state import is_extra, state_of
 from swap_hpc.data import Batches
 from swap_hpc.data.sampling import Key
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.errors import RunError, UserError
+from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
-from swap_hpc.recipe.imports import place_of
+from swap_hpc.recipe.imports import in_one_line
 from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.run.state_dict_checks import check_state_dict
 from swap_hpc.run.unsaved_state import changed_names, unsaved_state, unsaved_warning
@@ -75,15 +73,19 @@ def dry_step(
     before = unsaved_state(model)
     seed_all(key.torch_seed(0, team.rank))
     try:
-        with _in_one_line(f"the model {name} fails in its first step"):
+        with in_one_line(f"the model {name} fails in its first step"):
             _step(model, batch, job, settings)
         _check_reload(model, other, name)
         changed = changed_names(before, unsaved_state(model))
         _check_buffers(model, changed, name)
-        # A user's own batches may be of another kind in an evaluation.
-        if not isinstance(job.dataset.train, Batches):
-            with _in_one_line(f"the model {name} fails in its first evaluation"), job.autocast():
-                evaluate(model, [batch], Team.alone(), job.objective)
+        if isinstance(job.dataset.test, Batches):
+            # A user's own batches may be of another kind in an evaluation.
+            tested = list(islice(job.test_batches(team), 1))
+        else:
+            tested = [batch]
+        if tested:
+            with in_one_line(f"the model {name} fails in its first evaluation"), job.autocast():
+                evaluate(model, tested, Team.alone(), job.objective)
     except torch.OutOfMemoryError:
         # Only a warning: here the memory holds one model more than in training.
         torch.cuda.empty_cache()
@@ -177,16 +179,3 @@ def _check_buffers(model: nn.Module, changed: list[str], name: str) -> None:
             f"the state dict of the model {name} leaves out {lost[0]}, which training changes: "
             "let it hold all of the model"
         )
-
-
-@contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
-    """Turn any error of a user's model, loss or metric into a UserError of one line."""
-    try:
-        yield
-    except (UserError, RunError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split())
-        reason = f"{type(error).__name__}: {message}"[:400]
-        raise UserError(f"{what}: {reason}{place_of(error)}") from None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.average.modes import training_modules
+from swap_hpc.data.nested import first_tensor
 from swap_hpc.data.splits import Split
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
@@ -96,11 +97,12 @@ def gradient(model: nn.Module, batches: Iterable[Batch], job: Job) -> Tensor:
     # Without a loss scale, float16 would round small gradients to zero.
     forward_context = nullcontext() if job.recipe.precision == "fp16" else job.autocast()
     samples = 0
-    for images, labels in batches:
+    for inputs, targets in batches:
         with forward_context:
-            outputs = model(images)
-        (job.objective.loss(as_float32(outputs), labels) * len(labels)).backward()
-        samples += len(labels)
+            outputs = model(inputs)
+        share = len(first_tensor(targets))
+        (job.objective.loss(as_float32(outputs), targets) * share).backward()
+        samples += share
     gradients = [
         torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for parameter in model.parameters()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from swap_hpc.average.modes import evaluating
+from swap_hpc.data.nested import first_tensor
 from swap_hpc.parallel.teams import Team
 from swap_hpc.train.events import Evaluation
 from swap_hpc.train.objective import CLASSIFICATION, Objective, as_float32
@@ -29,7 +30,7 @@ def evaluate(
             whose forward pass would wait for other ranks.
         batches: this rank's share of the samples, (images (n, C, H, W) float32, labels (n,) int64)
             on the model's device; a rank may have none. With another objective, whatever the model
-            and the objective take.
+            and the objective take: tensors (n, ...), also in tuples, lists and dictionaries.
         team: the ranks whose samples count together.
         objective: the loss and the metrics that are measured; by default cross-entropy, in nats,
             and the share of right answers.
@@ -44,10 +45,11 @@ def evaluate(
     with evaluating(model):
         for images, labels in batches:
             outputs = as_float32(model(images))
-            with torch.autocast(labels.device.type, enabled=False):  # as in training
+            first = first_tensor(labels)
+            with torch.autocast(first.device.type, enabled=False):  # as in training
                 losses.append(objective.total_loss(outputs, labels))
                 sums.append(objective.sums(outputs, labels))
-            samples += len(labels)
+            samples += len(first)
     # Sums stay on the device until here, so that the host does not wait for it at every batch.
     loss = torch.stack(losses).double().sum().item() if losses else 0.0
     mine = torch.stack(sums).sum(0).tolist() if sums else [0.0] * objective.size

@@ -12,6 +12,7 @@ from swap_hpc.average.kinds import team_means
 from swap_hpc.average.sharing import average_buffers_, broadcast_weights_, share_extra_states_
 from swap_hpc.average.state import entries_of, split_state, state_of
 from swap_hpc.average.uniform import WeightSum
+from swap_hpc.data.nested import first_tensor
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.gradients import gradient_averaging
@@ -220,14 +221,14 @@ class _Training:
         following: Batch | None = None
         while self.at.step < steps:
             batch = following or next(stream)
-            rate = rates[self.at.step]
+            samples, rate = len(first_tensor(batch[1])), rates[self.at.step]
             loss, sums = self.stepper.compute_gradients(batch, rate, seeds[self.at.step])
             ends = self.at.step + 1 == steps
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
             update = self.stepper.update()
             self.at = Position(self.at.epoch, self.at.step + 1)
-            self.check.add(StepLoss(loss, sums, len(batch[1]), rate, self._where, update))
+            self.check.add(StepLoss(loss, sums, samples, rate, self._where, update))
             self.job.control.heartbeat(self._where)
             syncs = sync_every is not None and (first + self.at.step) % sync_every == 0
             # The team checks its losses when enough of them have come, at the end of an epoch, and

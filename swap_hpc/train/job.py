@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, cycle, groupby, islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.state import state_of
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
 from swap_hpc.data.identity import Identity
-from swap_hpc.data.loader import View
+from swap_hpc.data.loader import Batch, View
 from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import EVALUATION, Key
 from swap_hpc.data.seeding import seed_all
@@ -27,10 +28,6 @@ from swap_hpc.train.control import Control
 from swap_hpc.train.events import SyncPoint
 from swap_hpc.train.objective import Objective, objective
 from swap_hpc.train.precision import autocast
-
-# Images (n, C, H, W) float32 and labels (n,) int64; of a user's own data, inputs and targets,
-# (n, ...) each.
-Batch = tuple[Tensor, Tensor]
 
 
 def _square(pixels: int | None) -> tuple[int, int] | None:
@@ -213,8 +210,8 @@ class Job:
         if keeps:
             self._evaluations[place] = stream
 
-    def batchnorm_batches(self, team: Team) -> Iterator[Tensor]:
-        """Yield this rank's share of the images from which batch norm is re-estimated.
+    def batchnorm_batches(self, team: Team) -> Iterator[Any]:
+        """Yield this rank's share of the inputs from which batch norm is re-estimated.
 
         It ends early where this rank is asked to stop.
         """
@@ -232,12 +229,12 @@ class Job:
         view = View(self.recipe.augment)
         batches = loader.batches(self.dataset, train, picks, view, settings.batch_size, self.device)
         key = Key(self.recipe.seed, Phase.AVERAGE)
-        for number, (images, _) in enumerate(batches):
+        for number, (inputs, _) in enumerate(batches):
             self.control.heartbeat("the batch-norm refresh")
             if self.control.stop:
                 return
             seed_all(key.torch_seed(team.rank + number * team.size, 0))
-            yield images
+            yield inputs
 
     def refresh_batchnorm_(self, model: nn.Module, team: Team) -> None:
         """Re-estimate the batch-norm statistics of `model`, as the recipe says; collective."""

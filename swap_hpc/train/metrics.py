@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# (outputs, targets) -> values. The outputs are the model's, in float32 if they are floating-point.
-Measure: TypeAlias = Callable[[Any, Tensor], Tensor]
+# (outputs, targets) -> values. The outputs are the model's, in float32 if they are floating-point;
+# the targets are a tensor (n, ...), or tuples, lists and dictionaries of such tensors.
+Measure: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def mean_of(score: Measure, name: str) -> Metric:
         name: of the metric.
     """
 
-    def sums(outputs: Any, targets: Tensor) -> Tensor:
+    def sums(outputs: Any, targets: Any) -> Tensor:
         return score(outputs, targets).sum(dtype=torch.float64)[None]
 
     return Metric(sums, _mean, name=name)

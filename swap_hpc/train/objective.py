@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swap_hpc.data.nested import first_tensor, mapped
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.imports import imported
 from swap_hpc.recipe.schema import Recipe
@@ -30,7 +31,7 @@ class Objective:
         """The number of sums that all metrics need together."""
         return sum(metric.size for metric in self.metrics)
 
-    def sums(self, outputs: Any, targets: Tensor) -> Tensor:
+    def sums(self, outputs: Any, targets: Any) -> Tensor:
         """Return what a batch adds to the sums of all metrics, (size,) float64."""
         found = [metric.sums(outputs, targets) for metric in self.metrics]
         return found[0].double() if len(found) == 1 else torch.cat(found).double()
@@ -70,14 +71,19 @@ def objective(recipe: Recipe, classes: int) -> Objective:
         return Objective(_cross_entropy(recipe, classes), CLASSIFICATION.total_loss, metrics)
     loss = _own_loss(recipe.loss)
 
-    def total_loss(outputs: Any, targets: Tensor) -> Tensor:
-        return loss(outputs, targets) * len(targets)
+    def total_loss(outputs: Any, targets: Any) -> Tensor:
+        return loss(outputs, targets) * len(first_tensor(targets))
 
     return Objective(loss, total_loss, metrics)
 
 
 def _cross_entropy(recipe: Recipe, classes: int) -> Measure:
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        if not isinstance(targets, Tensor):
+            raise UserError(
+                f"the targets are {_described(targets)}, and cross_entropy takes one tensor: "
+                'name a loss of your own (loss = "package.module:function")'
+            )
         # Targets of more dimensions, such as probabilities or masks, are left to torch's checks.
         if targets.ndim == 1:
             expected = (len(targets), classes)
@@ -94,7 +100,7 @@ def _cross_entropy(recipe: Recipe, classes: int) -> Measure:
 def _own_loss(path: str) -> Measure:
     function = imported(path, "the loss")
 
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
+    def loss(outputs: Any, targets: Any) -> Tensor:
         value = function(outputs, targets)
         if not isinstance(value, Tensor) or value.shape or not value.is_floating_point():
             raise UserError(
@@ -143,12 +149,13 @@ def _checked_sums(metric: Metric, path: str) -> Measure:
 def _own_score(function: Measure, path: str) -> Measure:
 
     @torch.no_grad()
-    def score(outputs: Any, targets: Tensor) -> Tensor:
+    def score(outputs: Any, targets: Any) -> Tensor:
         values = function(outputs, targets)
-        if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+        samples = len(first_tensor(targets))
+        if not isinstance(values, Tensor) or values.shape != (samples,):
             raise UserError(
                 f"the metric {path} returned {_described(values)}: "
-                f"one score per sample, a tensor [{len(targets)}], is needed"
+                f"one score per sample, a tensor [{samples}], is needed"
             )
         return values
 
@@ -167,14 +174,4 @@ def as_float32(outputs: Any) -> Any:
 
     Tensors in tuples, lists and dictionaries are converted, too.
     """
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.is_floating_point() else outputs
-    if isinstance(outputs, dict):
-        named = {name: as_float32(each) for name, each in outputs.items()}
-        # A subclass, such as transformers' ModelOutput, may offer its keys as attributes, too.
-        return named if type(outputs) is dict else type(outputs)(**named)
-    if isinstance(outputs, tuple | list):
-        parts = [as_float32(each) for each in outputs]
-        is_named_tuple = hasattr(outputs, "_fields")
-        return type(outputs)(*parts) if is_named_tuple else type(outputs)(parts)
-    return outputs
+    return mapped(lambda t: t.float() if t.is_floating_point() else t, outputs)

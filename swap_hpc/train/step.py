@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils.clip_grad import clip_grad_norm_
 
+from swap_hpc.data.nested import cut
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.objective import as_float32
@@ -19,7 +21,7 @@ from swap_hpc.train.updates import Update
 class Stepper:
     """Takes the training steps of one part of a run."""
 
-    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    forward: Callable[[Any], Any]  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     average_gradients: Callable[[], None]  # over the team, after the backward pass; collective
     scaler: GradScaler  # of losses and gradients; it does nothing but in fp16
@@ -70,7 +72,7 @@ class Stepper:
 
 
 def backward(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Any], Any],
     batch: Batch,
     job: Job,
     parts: int,
@@ -93,15 +95,15 @@ def backward(
     losses, sums = [], []
     pieces: Iterable[Batch] = [batch]
     if parts > 1:
-        pieces = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
-    for images, labels in pieces:
+        pieces = cut(batch, parts)
+    for inputs, targets in pieces:
         with job.autocast():
-            outputs = forward(images)
+            outputs = forward(inputs)
         outputs = as_float32(outputs)
-        loss = objective.loss(outputs, labels)
+        loss = objective.loss(outputs, targets)
         scaler.scale(loss / parts if parts > 1 else loss).backward()
         losses.append(loss.detach())
-        sums.append(objective.sums(outputs, labels).detach())
+        sums.append(objective.sums(outputs, targets).detach())
     if parts == 1:
         return losses[0], sums[0]
     return torch.stack(losses).mean(), torch.stack(sums).sum(0)
