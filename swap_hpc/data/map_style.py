@@ -1,5 +1,7 @@
 """A torch Dataset of the user's own, with random access, as the source of batches."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -83,3 +85,12 @@ def _ignore_stops(worker: int) -> None:
     """Leave a stop to the rank, which still needs its workers until it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End worker processes at exit, where multiprocessing would wait for them after a SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports a killed worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -66,6 +66,10 @@ ELSEWHERE = {
     "mpirun -n 2 swap-hpc train mine.toml": ("tests/commands/test_readme.py", "mine.toml"),
     "cd tests/examples": ("tests/commands/test_examples.py", "cwd=EXAMPLES"),
     "mpirun -n 2 swap-hpc train discs.toml": ("tests/commands/test_examples.py", "discs.toml"),
+    **{
+        f"mpirun -n 2 swap-hpc train {name}.toml": ("tests/commands/test_examples.py", f'"{name}"')
+        for name in ("shifted_digits", "sums", "table")
+    },
     "mpirun -n 4 python -m mpi4py tests/examples/swap_loop.py": (
         "tests/commands/test_examples.py",
         '"mpi4py", "tests/examples/swap_loop.py"',

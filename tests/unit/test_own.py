@@ -14,11 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from swap_hpc.data import Batches, Dataset, load
-from swap_hpc.data.sampling import Picks
+from swap_hpc.data.sampling import Key, Picks
 from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import parse
+from swap_hpc.recipe.phase import Phase
 from swap_hpc.run.prepare import prepare
 from swap_hpc.train.job import Job
 from swap_hpc.train.objective import as_float32
@@ -53,9 +54,12 @@ def test_arrays_become_a_data_set(own: ModuleType) -> None:
 
 GOOD = (IMAGES, LABELS)
 CHANNELS_FIRST = IMAGES.transpose(0, 3, 1, 2)
-UINT8, FROM_0 = "they must be (N, H, W, C) uint8", "they must be (N,) integers from 0"
+OTHERWISE = "for anything but images and classes, return a Dataset of swap_hpc.Batches"
+UINT8 = f"they must be (N, H, W, C) uint8; {OTHERWISE}"
+FROM_0 = f"they must be (N,) integers from 0; {OTHERWISE}"
 WRONG = [
     (None, "returned a NoneType: a Dataset, or ((images, labels), (test images, test labels)), is"),
+    (((np.zeros((6, 5)), LABELS), GOOD), f"returned images [6, 5] float64: {UINT8}"),
     (((IMAGES[0], LABELS), GOOD), f"returned images [8, 8, 3] uint8: {UINT8}"),
     (((CHANNELS_FIRST, LABELS), GOOD), "returned images [6, 3, 8, 8], which look like (N, C,"),
     (((IMAGES / 255, LABELS), GOOD), f"returned images [6, 8, 8, 3] float64: {UINT8}"),
@@ -182,8 +186,67 @@ def test_custom_batches_may_be_a_list_and_must_be_those_asked_for() -> None:
     assert evaluated(listed) == [9, 9]
     with pytest.raises(UserError, match="makes test batches ended early"):
         evaluated(lambda picks, training: listed([next(picks)], training))
-    with pytest.raises(UserError, match="returned 9 targets for 4 picked samples"):
-        evaluated(lambda picks, training: ((inputs, targets) for _ in picks))
+    for batch, message in (
+        ((inputs[:4], targets), r"returned targets \[9\] for 4 picked samples"),
+        (({"a": inputs[:4], "b": inputs}, targets[:4]), r"returned inputs \[9, 3, 4, 4\] for 4"),
+        ((inputs[:4], targets.sum()), r"returned targets \[\] for 4 picked samples"),
+        ((inputs[:4].numpy(), targets[:4]), "returned a ndarray in its inputs: tensors are needed"),
+        ((inputs[:4], (targets[:4], ["a"])), "returned a str in its targets: tensors are needed"),
+        (((), targets[:4]), "returned a tuple in its inputs: tensors are needed"),
+        (inputs[:4], r"returned a Tensor: a pair \(inputs, targets\) is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(lambda picks, training, batch=batch: (batch for _ in picks))
+
+
+def test_an_error_in_a_users_function_is_one_line_with_its_place(own: ModuleType) -> None:
+    def function(picks: Any, training: bool) -> Any:
+        for _ in picks:
+            yield {}["label"]
+
+    split = Batches(9, function)
+    job = Job(tiny.recipe(), Dataset(split, split, tuple("abc")), tiny.CPU)
+    place = r"failed: KeyError: 'label' \(test_own.py, line \d+\)$"
+    with pytest.raises(UserError, match=f"^the function that makes test batches {place}"):
+        list(job.test_batches(Team.alone()))
+    own.load = lambda path: {}["label"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=f"^the data own_parts:load {place}"):
+        loaded_by("own_parts:load")
+
+
+class Noisy(torch.utils.data.Dataset[Any]):
+    """A data set that draws; sample 7 has no label where `spoiled`."""
+
+    def __init__(self, spoiled: bool = False):
+        self.spoiled = spoiled
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Any:
+        label = {}["label"] if self.spoiled and index == 7 else index
+        return {"x": torch.randn(3), "y": np.random.rand()}, label
+
+
+def test_a_torch_data_set_gives_the_same_with_workers_and_names_its_errors() -> None:
+    def streams(split: Batches) -> list[Any]:
+        """Return two streams, read in turns, as those of two groups are."""
+        job = Job(tiny.recipe(), Dataset(split, split, tuple("abc")), tiny.CPU)
+        settings = job.recipe.large_batch.model_copy(update={"batch_size": 3})
+        keys = [Key(0, Phase.REFINE, group) for group in (0, 1)]
+        both = [job.training_batches(settings, key, Team.alone()) for key in keys]
+        return [batch for pair in zip(*both, strict=True) for batch in pair]
+
+    alone, helped = streams(Batches.of(Noisy())), streams(Batches.of(Noisy(), workers=1))
+    assert len(alone) == 2 * 2 * 3  # groups, epochs, steps
+    for (inputs, targets), (same_inputs, same_targets) in zip(alone, helped, strict=True):
+        assert torch.equal(inputs["x"], same_inputs["x"]) and torch.equal(targets, same_targets)
+        assert torch.equal(inputs["y"], same_inputs["y"]) and inputs["y"].shape == (3,)
+    assert len({float(inputs["y"][0]) for inputs, _ in alone}) == len(alone)
+    place = r"batches failed: KeyError: 'label' \(test_own.py, line \d+\)$"
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=place):
+            streams(Batches.of(Noisy(spoiled=True), workers=workers))
 
 
 def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:
