@@ -65,18 +65,20 @@ OWN_BATCHES = ("shifted_digits", "sums", "table")
 def test_batches_of_ones_own_are_the_same_on_two_ranks_and_after_a_kill(
     name: str, tmp_path: Path
 ) -> None:
-    """One rank trains phase 1 and both groups; then two ranks go on from its end, and are killed."""
+    """One rank trains all; then two ranks go on from its phase 1, and one of them is killed."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = swap_hpc("train", f"{name}.toml", "--out", whole, cwd=EXAMPLES)
     assert done.code == 0, done.stderr
     fault = {"kind": "kill", "place": "refine", "rank": 1, "mark": str(tmp_path / "mark")}
     faulty = json.dumps(fault | {"step": "epoch 2, step 3"})
     train = ("train", f"{name}.toml", "--out", parts, "--from", whole)
+    train += ("--set", "checkpoint.min_seconds=0")
     program = (sys.executable, EXAMPLES.parent / "faults.py", faulty)
     killed = command(*program, *train, ranks=2, cwd=EXAMPLES)
     assert killed.code and (tmp_path / "mark").exists(), killed.stderr
+    assert [*(parts / "checkpoints").glob("group-*")]
     resumed = swap_hpc(*train, ranks=2, cwd=EXAMPLES)
-    assert resumed.code == 0 and "resumed" in resumed.stdout, resumed.stderr
+    assert resumed.code == 0, resumed.stderr
     for part in ("group-000", "group-001"):
         one, other = (load_file(out / f"{part}.safetensors") for out in (whole, parts))
         assert hashed(one).hexdigest() == hashed(other).hexdigest()

@@ -24,6 +24,7 @@ from swap_hpc.run.prepare import prepare
 from swap_hpc.train.job import Job
 from swap_hpc.train.objective import as_float32
 
+EMPTY: dict[str, int] = {}
 IMAGES, LABELS = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
 
 
@@ -202,14 +203,14 @@ def test_custom_batches_may_be_a_list_and_must_be_those_asked_for() -> None:
 def test_an_error_in_a_users_function_is_one_line_with_its_place(own: ModuleType) -> None:
     def function(picks: Any, training: bool) -> Any:
         for _ in picks:
-            yield {}["label"]
+            yield EMPTY["label"]
 
     split = Batches(9, function)
     job = Job(tiny.recipe(), Dataset(split, split, tuple("abc")), tiny.CPU)
     place = r"failed: KeyError: 'label' \(test_own.py, line \d+\)$"
     with pytest.raises(UserError, match=f"^the function that makes test batches {place}"):
         list(job.test_batches(Team.alone()))
-    own.load = lambda path: {}["label"]  # type: ignore[attr-defined]
+    own.load = lambda path: EMPTY["label"]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=f"^the data own_parts:load {place}"):
         loaded_by("own_parts:load")
 
@@ -224,7 +225,7 @@ class Noisy(torch.utils.data.Dataset[Any]):
         return 9
 
     def __getitem__(self, index: int) -> Any:
-        label = {}["label"] if self.spoiled and index == 7 else index
+        label = EMPTY["label"] if self.spoiled and index == 7 else index
         return {"x": torch.randn(3), "y": np.random.rand()}, label
 
 
