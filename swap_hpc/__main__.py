@@ -82,7 +82,11 @@ RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a T
 Launcher = Annotated[str, typer.Option(metavar="LINE", help="Command that starts the ranks.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="K=V", help="Override a field: refine.epochs=10"),
+    typer.Option(
+        "--set",
+        metavar="K=V",
+        help="Override a field: refine.epochs=10; an empty value gives it its default",
+    ),
 ]
 
 

@@ -35,7 +35,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
 
     Args:
         name: A shipped recipe's name, or the path of a TOML file.
-        overrides: Fields to set, as in "refine.epochs=10".
+        overrides: Fields to set, as in "refine.epochs=10"; "refine.epochs=" gives a field its
+            default.
         data: Replaces `data.path`.
 
     Raises:
@@ -48,9 +49,9 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
             f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}"
         )
     fields = read_toml(path)
-    fields.setdefault("name", _text(path.stem, "the recipe's name"))
     for override in overrides:
         _apply(_text(override, "--set"), fields)
+    fields.setdefault("name", _text(path.stem, "the recipe's name"))
     if data is not None:
         _set("data.path", _text(data, "--data"), fields)
     return parse(fields, str(path))
@@ -126,11 +127,37 @@ def _apply(override: str, fields: dict[str, Any]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: write it as --set section.field=value")
+    if not text.strip():
+        _unset(key.strip(), fields)
+        return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     _set(key.strip(), value, fields)
+
+
+def _unset(key: str, fields: dict[str, Any]) -> None:
+    """Remove the dotted `key` from nested dictionaries, in place.
+
+    Raises:
+        UserError: There is no such field, or it has no default.
+    """
+    *sections, name = key.split(".")
+    section: Any = Recipe
+    for part in sections:
+        models = models_in(section.model_fields[part].annotation) if _has(section, part) else []
+        section = models[0] if len(models) == 1 else None  # None: any keys are allowed in it
+        fields = fields.get(part, {}) if isinstance(fields, dict) else {}
+    if not _has(section, name) and name not in fields:
+        raise UserError(f"--set {key}=: there is no such field to give its default to")
+    if _has(section, name) and section.model_fields[name].is_required():
+        raise UserError(f"--set {key}=: the field has no default: give it a value")
+    fields.pop(name, None)
+
+
+def _has(section: Any, name: str) -> bool:
+    return section is not None and name in section.model_fields
 
 
 def _set(key: str, value: Any, fields: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A run's folder, claimed for a job: what it holds already, and what does not belong into it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import Diverged, RunError, UserError
 from swap_hpc.parallel.atomic import write_text
-from swap_hpc.recipe.loading import check_same_recipe, load_recipe
+from swap_hpc.recipe.loading import check_same_recipe, differing_fields, load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.checks import refines_one_group
+from swap_hpc.run.folder import holds_weights
 from swap_hpc.run.weights import read_header
 from swap_hpc.train.job import Job
 
@@ -22,12 +24,14 @@ TRAINED = ("checkpoints/*", "large_batch", "group-*")  # the files that a run re
 def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     """Return what `result.json` holds, None where there is none.
 
+    Another recipe's start that failed before its first save does not count.
+
     Raises:
         UserError: the folder holds a run of another recipe, or is a file.
     """
     if not (out.is_dir() or not out.exists()):
         raise UserError(f"--out {out} is a file: name a folder")
-    if (out / "recipe.toml").is_file():
+    if (out / "recipe.toml").is_file() and holds_weights(out):
         other = load_recipe(str(out / "recipe.toml"))
         check_same_recipe(recipe, other, f"{out} holds a run of", "the folder")
     try:
@@ -51,6 +55,31 @@ def check_data(job: Job, out: Path) -> None:
                 f"{file} was saved with other data ({how}): give back those that the run began "
                 "with, or choose another --out"
             )
+
+
+def take_over(recipe: Recipe, out: Path) -> str:
+    """Remove what another recipe's start left in a folder that holds no weights.
+
+    Returns:
+        A line that says so; empty where the folder holds this recipe, or weights.
+    """
+    file = out / "recipe.toml"
+    if not file.is_file() or holds_weights(out):
+        return ""
+    try:
+        differing = differing_fields(recipe, load_recipe(str(file)))
+    except UserError:  # of another version
+        differing = ["recipe.toml"]
+    if not differing:
+        return ""
+    for folder in ("checkpoints", "metrics", "tensorboard"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    for facts in (Diverged.FILE, "environment.json"):
+        (out / facts).unlink(missing_ok=True)
+    return (
+        f"{out} held a start of another recipe ({', '.join(differing)} differ) that had saved "
+        "nothing: this run takes the folder over"
+    )
 
 
 def claim(recipe: Recipe, out: Path, chosen: Part | None) -> None:

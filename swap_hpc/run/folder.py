@@ -14,6 +14,15 @@ if TYPE_CHECKING:  # which imports MPI
 
 Lines = list[dict[str, Any]]  # of a file of metrics
 
+# The files of weights that a run leaves or resumes from, also a damaged one.
+WEIGHTS = ("*.safetensors", "checkpoints/*.safetensors", "snapshots/*.safetensors")
+
+
+def holds_weights(run: Path) -> bool:
+    """Tell whether a run's folder holds anything that was trained, or a result."""
+    is_complete = (run / "result.json").is_file()
+    return is_complete or any(file for pattern in WEIGHTS for file in run.glob(pattern))
+
 
 def phase_1_is_over(run: Path, world: "Team") -> bool:
     """Tell whether the first rank finds the end of phase 1 in a run's folder; collective."""

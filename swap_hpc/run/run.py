@@ -24,7 +24,14 @@ from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.board import check_tensorboard
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.checks import does
-from swap_hpc.run.claim import check_data, claim, environment_name, finished, noting_divergence
+from swap_hpc.run.claim import (
+    check_data,
+    claim,
+    environment_name,
+    finished,
+    noting_divergence,
+    take_over,
+)
 from swap_hpc.run.display import Display
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.ending import tell_launcher
@@ -113,6 +120,8 @@ def _take_over(
     """
     job, out, chosen = assignment.job, assignment.out, assignment.chosen
     world = assignment.ranks.world
+    if line := world.first(lambda: take_over(job.recipe, out)):
+        assignment.display.say(line)
     world.first(lambda: check_data(job, out))
     if phase_1_of:
         adopt_large_batch(phase_1_of, job, model, assignment.checkpoints, world)

@@ -15,6 +15,7 @@ from swap_hpc.recipe.metrics import MetricChoice
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.values import on_disk
 from swap_hpc.run.checks import check_ranks
+from swap_hpc.run.folder import holds_weights
 from swap_hpc.study.study import Search, Study
 
 
@@ -38,8 +39,7 @@ class Trial:
         Raises:
             UserError: the folder holds a run of another recipe or on another number of ranks.
         """
-        file = self.folder / "recipe.toml"
-        if file.is_file() and (differing := differing_fields(self.recipe, load_recipe(str(file)))):
+        if holds_weights(self.folder) and (differing := self._differing()):
             raise UserError(
                 f"{self.folder} holds a run of another recipe ({', '.join(differing)} differ): "
                 "choose another --out, or remove the folder"
@@ -56,6 +56,11 @@ class Trial:
             )
         return result
 
+    def _differing(self) -> list[str]:
+        """Return the fields of the recipe in the folder that differ from those of the trial's."""
+        file = self.folder / "recipe.toml"
+        return differing_fields(self.recipe, load_recipe(str(file))) if file.is_file() else []
+
     def _ranks_in(self, result: dict[str, Any]) -> int:
         """Return the ranks that trained the run; those of this trial where none are recorded."""
         # `ranks` is about phase 1, which a run with --from takes from another one
@@ -64,8 +69,8 @@ class Trial:
 
     @property
     def diverged(self) -> bool:
-        """True if the run ended at a loss that was not finite."""
-        return (self.folder / Diverged.FILE).is_file()
+        """True if this run, and not one of another recipe, ended at a loss that is not finite."""
+        return (self.folder / Diverged.FILE).is_file() and not self._differing()
 
 
 @dataclass(frozen=True)

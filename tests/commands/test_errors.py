@@ -275,10 +275,22 @@ def test_a_file_for_a_folder(tmp_path: Path) -> None:
 def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     digits = (TESTS.parent / "swap_hpc" / "recipe" / "digits.toml").read_text()
     (tmp_path / "recipe.toml").write_text(digits + "\n[evaluate]\nevery = 3\n")
+    (tmp_path / "large_batch.safetensors").touch()
     done = swap_hpc("train", "digits", "--out", tmp_path)
     assert done.code == 2
     differ = "holds a run of another recipe (evaluate.every, name differ): choose another --out"
     assert differ in done.ours[0]
+
+
+def test_a_run_that_diverged_before_its_first_save_does_not_lock_its_folder(tmp_path: Path) -> None:
+    line = ("train", "digits", "--out", tmp_path)
+    small = settings("groups=1", "model.width=4", "large_batch.epochs=2", "refine.epochs=0")
+    diverged = swap_hpc(*line, *small, "--set", "large_batch.learning_rate=1e30")
+    assert diverged.code == 3 and (tmp_path / "diverged.json").exists(), diverged.stderr
+    mended = swap_hpc(*line, *small)
+    assert mended.code == 0, mended.stderr
+    assert "(large_batch.learning_rate differ) that had saved nothing: this run" in mended.stdout
+    assert not (tmp_path / "diverged.json").exists()
 
 
 @pytest.mark.parametrize(

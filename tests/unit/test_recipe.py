@@ -1,6 +1,7 @@
 """Recipes: what is written is read back, and wrong input is named with a hint."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -351,3 +352,22 @@ def test_the_page_of_recipes_is_that_of_the_schema() -> None:
     described = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(described) > 40
     assert all(line.split("|")[-2].strip() for line in described)
+
+
+def test_an_empty_value_gives_a_field_its_default() -> None:
+    changed = load_recipe("digits", ["refine.evaluate_average=3", "model.width=", "name="])
+    assert changed.refine.evaluate_average == 3
+    assert "width" not in changed.model.arguments and changed.name == "digits"
+    unset = load_recipe("digits", ["refine.evaluate_average=3", "refine.evaluate_average="])
+    assert unset.refine.evaluate_average == 0
+    whole = load_recipe("digits", ["large_batch.stop_accuracy="])
+    assert whole.large_batch.stop_accuracy is None
+    assert load_recipe("digits", ["evaluate.every="]).evaluate.every == 1
+    for override, message in (
+        ("refine.epochs=", "--set refine.epochs=: the field has no default: give it a value"),
+        ("refine.epoch=", "--set refine.epoch=: there is no such field to give its default to"),
+        ("refined.epochs=", "--set refined.epochs=: there is no such field"),
+        ("data.arguments.colour=", "--set data.arguments.colour=: there is no such field"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_recipe("digits", [override])
