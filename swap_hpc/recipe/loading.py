@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent
 
 # Fields, and sections, that may differ between two starts of one run: they say where files lie and
 # when the run is saved and watched, not what is computed.
-MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard")
+MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard", "tracker")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -208,7 +208,7 @@ def _is_tag(part: str) -> bool:
 
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:
     """Return the dotted names of the fields that differ, sorted, without those in `MAY_CHANGE`."""
-    left, right = _flat(one.model_dump()), _flat(other.model_dump())
+    left, right = flat(one.model_dump()), flat(other.model_dump())
     names = (name for name in left.keys() | right.keys() if not name.startswith(MAY_CHANGE))
     return sorted(name for name in names if left.get(name) != right.get(name))
 
@@ -232,12 +232,12 @@ def check_same_recipe(recipe: Recipe, other: Recipe, found: str, remove: str) ->
         )
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dotted names."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -113,6 +113,10 @@ class Recipe(Section):
     """Device of the ranks; `auto`: a GPU if torch finds one, else the CPU."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, with each group as its own run."""
+    tracker: Literal["wandb", "mlflow"] | None = None
+    """Also send the metrics to Weights & Biases or MLflow, with each group as its own run. Their
+    own variables say where to, such as `WANDB_PROJECT`, `WANDB_MODE`, `MLFLOW_TRACKING_URI`,
+    `MLFLOW_EXPERIMENT_NAME`. A service that fails does not end the run."""
     model: Model
     data: Data
     augment: Augment = Augment()

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Recipe
@@ -44,6 +44,53 @@ def check_tensorboard(recipe: Recipe) -> None:
         ) from None
 
 
+class Point(NamedTuple):
+    """A line of metrics as a place on curves."""
+
+    curve: str  # the part of the run, or the average
+    epoch: int  # on the x axis, of the whole run
+    values: dict[str, float]
+
+
+def point_of(part: str, line: Line, first: int, recipe: Recipe) -> Point | None:
+    """Return the point that a line becomes, None where an earlier line has the same figures.
+
+    Args:
+        part: its name in the names of files; the average's lines are in those of "world".
+        line: of the part.
+        first: epochs of phase 1, which may end before its last.
+        recipe: the run's.
+    """
+    if line.get("model") == "large_batch" and first:
+        return None  # the line of phase 1's last epoch has them
+    curve = AVERAGE if line.get("model") in ("average", "swap") else part
+    measured = ("loss", *recipe.metric_names)
+    keys = (*(f"{split}_{name}" for split in SPLITS for name in measured), *FIELDS)
+    values = {key: line[key] for key in keys if line.get(key) is not None}
+    return Point(curve, _epoch(line, first, recipe), values)
+
+
+def _epoch(line: Line, first: int, recipe: Recipe) -> int:
+    """Return the place of a line on the x axis; one without an epoch is at its phase's end."""
+    if line["phase"] == "large_batch" or line.get("model") == "large_batch":
+        return line.get("epoch", first)
+    refine = recipe.refine
+    return first + line.get("epoch", refine.epochs * refine.cycles)
+
+
+class Curves(Protocol):
+    """What gets the lines of a run besides the JSON files: `Board`, `Tracker`."""
+
+    def begin(self, part: str, lines: Sequence[Line], first: int) -> None:
+        """Hold just these lines of a part; see `Board.begin`."""
+
+    def add(self, part: str, line: Line, first: int) -> None:
+        """Add a line of a part; see `Board.begin`."""
+
+    def end(self) -> None:
+        """End: the job has no further lines."""
+
+
 @dataclass
 class Board:
     """Event files in one folder per part ("world", "group-000", ...) and one for the average.
@@ -73,24 +120,17 @@ class Board:
 
     def add(self, part: str, line: Line, first: int) -> None:
         """Add a line of a part; see `begin`."""
-        if line.get("model") == "large_batch" and first:
-            return  # the line of phase 1's last epoch has the same figures
+        point = point_of(part, line, first, self.recipe)
+        if point is None:
+            return
         # Only a run that wants the files pays for this slow import.
         from torch.utils.tensorboard import SummaryWriter
 
-        is_of_average = line.get("model") in ("average", "swap")
-        name = AVERAGE if is_of_average else part
-        if name not in self.writers:
-            self.writers[name] = SummaryWriter(str(self.folder / name))
-        measured = ("loss", *self.recipe.metric_names)
-        for key in (*(f"{split}_{name}" for split in SPLITS for name in measured), *FIELDS):
-            if line.get(key) is not None:
-                self.writers[name].add_scalar(key, line[key], self._epoch(line, first))
-        self.writers[name].flush()
+        if point.curve not in self.writers:
+            self.writers[point.curve] = SummaryWriter(str(self.folder / point.curve))
+        for key, value in point.values.items():
+            self.writers[point.curve].add_scalar(key, value, point.epoch)
+        self.writers[point.curve].flush()
 
-    def _epoch(self, line: Line, first: int) -> int:
-        """Return the place of a line on the x axis; one without an epoch is at its phase's end."""
-        if line["phase"] == "large_batch" or line.get("model") == "large_batch":
-            return line.get("epoch", first)
-        refine = self.recipe.refine
-        return first + line.get("epoch", refine.epochs * refine.cycles)
+    def end(self) -> None:
+        """Do nothing: each line is flushed."""

@@ -72,7 +72,7 @@ def take_over(recipe: Recipe, out: Path) -> str:
         differing = ["recipe.toml"]
     if not differing:
         return ""
-    for folder in ("checkpoints", "metrics", "tensorboard"):
+    for folder in ("checkpoints", "metrics", "tensorboard", "tracking"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for facts in (Diverged.FILE, "environment.json"):
         (out / facts).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The metrics of a run: `metrics/world.jsonl`, `metrics/group-000.jsonl` and so on."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from swap_hpc.errors import RunError
 from swap_hpc.parallel.atomic import write_text
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
-from swap_hpc.run.board import Board
+from swap_hpc.run.board import Curves
 from swap_hpc.run.lines import Line, evaluation_in, figures
 from swap_hpc.train.events import Epoch, Evaluation
 from swap_hpc.train.updates import Updates
@@ -59,14 +59,14 @@ class Journal:
     file is made anew from them.
     """
 
-    def __init__(self, folder: Path, teams: Mapping[Part, Team], board: Board | None = None):
+    def __init__(self, folder: Path, teams: Mapping[Part, Team], curves: Sequence[Curves] = ()):
         """
         Args:
             folder: of the files.
             teams: the parts of the run that this job has lines of, and whose numbers they are.
-            board: gets the same lines.
+            curves: get the same lines.
         """
-        self.folder, self.board = folder, board
+        self.folder, self.curves = folder, curves
         self.writes = {part: team.rank == 0 for part, team in teams.items()}
         self.lines: dict[Part, list[Line]] = {part: [] for part in self.writes}
 
@@ -76,8 +76,8 @@ class Journal:
         if not self.writes[part]:
             return
         write_text(self._path(part), "".join(map(_json_line, lines)))
-        if self.board:
-            self.board.begin(metrics_name(part), lines, self._phase_1_epochs())
+        for each in self.curves:
+            each.begin(metrics_name(part), lines, self._phase_1_epochs())
 
     def epoch(self, epoch: Epoch) -> None:
         self.add(epoch.part, epoch_fields(epoch))
@@ -115,8 +115,8 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._path(part), "a", encoding="utf-8") as file:
                 file.write(_json_line(line))
-            if self.board:
-                self.board.add(metrics_name(part), line, self._phase_1_epochs())
+            for each in self.curves:
+                each.add(metrics_name(part), line, self._phase_1_epochs())
         except OSError as error:
             raise RunError(f"cannot write {self._path(part)}: {error.strerror}") from None
 
@@ -124,6 +124,8 @@ class Journal:
         """Flush the files to the disk: write them again, whole."""
         for part, lines in self.lines.items():
             self.begin(part, lines)
+        for each in self.curves:
+            each.end()
 
     def last_test(self, part: Part, metrics: Iterable[str]) -> Evaluation | None:
         """Return the test figures of a part's last line, None where it has no line."""

@@ -19,6 +19,7 @@ from swap_hpc.run.journal import Journal
 from swap_hpc.run.lines import Line
 from swap_hpc.run.result import result_of
 from swap_hpc.run.stopwatch import Stopwatch
+from swap_hpc.run.tracker import tracker_of
 from swap_hpc.run.weights import save_model, save_snapshot, save_sum
 from swap_hpc.train.evaluation import evaluate_job
 from swap_hpc.train.events import (
@@ -255,6 +256,7 @@ def recorder_of(assignment: Assignment, started: float, averages: list[Line]) ->
         teams = {PHASE_1: world, **teams}  # otherwise another job owns metrics/world.jsonl
     recipe = assignment.job.recipe
     board = Board(assignment.out / "tensorboard", recipe) if recipe.tensorboard else None
-    journal = Journal(assignment.out / "metrics", teams, board)
+    curves = [each for each in (board, tracker_of(recipe, assignment.out)) if each is not None]
+    journal = Journal(assignment.out / "metrics", teams, curves)
     refine_ranks: dict[Part, int | None] = dict.fromkeys(parts, world.size)
     return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refine_ranks)

@@ -43,6 +43,7 @@ from swap_hpc.run.loop import train_and_record
 from swap_hpc.run.prepare import prepare
 from swap_hpc.run.record import recorder_of
 from swap_hpc.run.resume import resume, saved_averages
+from swap_hpc.run.tracker import check_tracker
 from swap_hpc.run.watchdog import watching
 from swap_hpc.train.control import Control
 from swap_hpc.train.job import Job
@@ -126,6 +127,7 @@ def _take_over(
     if phase_1_of:
         adopt_large_batch(phase_1_of, job, model, assignment.checkpoints, world)
     world.agree(lambda: check_tensorboard(job.recipe))
+    world.agree(lambda: check_tracker(job.recipe))
     world.first(lambda: claim(job.recipe, out, chosen))
     facts = environment(world, node, job.device)
     facts["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
