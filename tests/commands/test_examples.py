@@ -71,8 +71,8 @@ def test_batches_of_ones_own_are_the_same_on_two_ranks_and_after_a_kill(
     assert done.code == 0, done.stderr
     fault = {"kind": "kill", "place": "refine", "rank": 1, "mark": str(tmp_path / "mark")}
     faulty = json.dumps(fault | {"step": "epoch 2, step 3"})
-    saves = settings("checkpoint.min_seconds=0")
-    train = ("train", f"{name}.toml", "--out", parts, "--from", whole, *saves)
+    train: list[str | Path] = ["train", f"{name}.toml", "--out", parts, "--from", whole]
+    train += settings("checkpoint.min_seconds=0")
     program = (sys.executable, EXAMPLES.parent / "faults.py", faulty)
     killed = command(*program, *train, ranks=2, cwd=EXAMPLES)
     assert killed.code and (tmp_path / "mark").exists(), killed.stderr
