@@ -21,8 +21,8 @@ from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.inputs import Data, Model
+from swap_hpc.recipe.optimizer import Optimizer
 from swap_hpc.recipe.phase import Phase
-from swap_hpc.recipe.training import Optimizer
 from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.optimizers import build_optimizer

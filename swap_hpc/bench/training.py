@@ -23,9 +23,10 @@ from swap_hpc.parallel.grid import node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.inputs import Model
 from swap_hpc.recipe.loading import load_recipe
+from swap_hpc.recipe.optimizer import Optimizer
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.recipe.wording import count
 from swap_hpc.train import models
 from swap_hpc.train.events import Epoch

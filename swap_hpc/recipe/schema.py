@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, model_va
 from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.inputs import Data, Model
 from swap_hpc.recipe.metrics import MetricChoice, Metrics, as_list, checked_metrics
+from swap_hpc.recipe.optimizer import Optimizer
 from swap_hpc.recipe.section import Section
-from swap_hpc.recipe.training import LargeBatch, Optimizer, Refine
+from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName, Precision
 
 

@@ -1,45 +1,12 @@
-"""The fields of a recipe that describe the optimizer and the two phases of training."""
+"""The fields of a recipe that describe the two phases of training."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import model_validator
 
 from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Count, CountOrZero, Fraction
-
-
-class Optimizer(Section):
-    """The optimizer of both phases: SGD, or LARS for very large batches."""
-
-    name: Literal["sgd", "lars"] = "sgd"
-    """`sgd`, or `lars` (arXiv 1708.03888)."""
-    momentum: Fraction = 0.9
-    """Momentum; its buffer starts at zero in each phase."""
-    nesterov: bool = True
-    """Use Nesterov momentum."""
-    weight_decay: NonNegativeFloat = 5e-4
-    """L2 regularisation: this fraction of the weights is added to their gradient."""
-    decay_vectors: bool = True
-    """Also decay batch-norm parameters and biases. False: they are not decayed, and LARS updates
-    them as SGD does."""
-    trust: PositiveFloat = 0.001
-    """LARS: norm of a step relative to the norm of the weights, at a learning rate of 1."""
-    clip_norm: PositiveFloat | None = None
-    """Largest 2-norm of the gradient of all parameters together, after its mean over the ranks and
-    over `accumulate`; a larger gradient is scaled down to it before the step. None: no
-    clipping."""
-    fused: bool = False
-    """SGD: update several tensors in one kernel, which takes fewer launches on a GPU. It rounds
-    differently."""
-
-    @model_validator(mode="after")
-    def _fields_fit_the_optimizer(self) -> "Optimizer":
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov = true needs a momentum above 0")
-        if self.fused and self.name != "sgd":
-            raise ValueError(f"fused is for sgd only: {self.name} has no fused step")
-        return self
 
 
 class _Phase(Section):

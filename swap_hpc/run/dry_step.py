@@ -25,6 +25,7 @@ from swap_hpc.train.evaluation import evaluate
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
 from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.parameter_groups import freeze_
 from swap_hpc.train.state import flatten, optimizer_state
 from swap_hpc.train.step import backward
 
@@ -120,6 +121,7 @@ def _layout(model: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 
 def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refine) -> None:
     """Make one step of the optimizer, at a learning rate of 0."""
+    freeze_(model, job.recipe.optimizer)
     optimizer = build_optimizer(model, job.recipe.optimizer)
     model.train()
     backward(model, batch, job, settings.accumulate)

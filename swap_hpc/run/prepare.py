@@ -17,6 +17,7 @@ from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.train.job import Job
+from swap_hpc.train.optimizers import optimizer_class
 
 
 def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
@@ -39,6 +40,7 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
         shared = device.is_shared(world)
         world.agree(lambda: check_horovod(device, shared))
     choose_algorithms(recipe)
+    world.agree(lambda: optimizer_class(recipe.optimizer))
     dataset = load(recipe.data, world, device.threads)
     world.agree(lambda: check_fields(recipe.data, recipe.augment, dataset))
     job = Job(recipe, dataset, device)

@@ -32,6 +32,7 @@ from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
 from swap_hpc.train.objective import Objective
 from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.parameter_groups import freeze_
 from swap_hpc.train.precision import loss_scaler
 from swap_hpc.train.state import optimizer_state, restore_optimizer_
 from swap_hpc.train.step import Stepper
@@ -87,6 +88,7 @@ def fit(
         if start.ended:
             yield replace(start, due=False)
             return
+    freeze_(model, job.recipe.optimizer)
     optimizer = build_optimizer(model, job.recipe.optimizer)
     with gradient_averaging(model, team, job.device, settings.accumulate) as average_gradients:
         # Shapes are static: a process that saw other sizes before would otherwise compile another

@@ -1,120 +1,174 @@
-"""The optimizers of a recipe: SGD and LARS."""
+"""The optimizer of a recipe: one of ours, any of `torch.optim`, or a user's class."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from swap_hpc.recipe.training import Optimizer
+from swap_hpc.errors import UserError
+from swap_hpc.recipe.imports import imported
+from swap_hpc.recipe.optimizer import SETTINGS, Optimizer
+from swap_hpc.train.lamb import Lamb
+from swap_hpc.train.lars import Lars
+from swap_hpc.train.parameter_groups import parameter_groups
+
+Class = type[torch.optim.Optimizer]
+
+OWN: dict[str, Class] = {
+    "sgd": torch.optim.SGD,
+    "lars": Lars,
+    "lamb": Lamb,
+    "adamw": torch.optim.AdamW,
+}
+
+_unguarded: dict[Any, type[Any]] = {}  # what `without_guards` has made
+
+# What a training step cannot give: a function that computes the loss again, sparse gradients.
+_REFUSED = {
+    "LBFGS": "it computes the loss several times per step",
+    "SparseAdam": "it takes sparse gradients only, which ranks do not average",
+}
 
 
 def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the parameters of `model`, with a learning rate of 0.
 
-    Without `recipe.decay_vectors`, batch-norm parameters and biases form their own parameter
-    group, which has no weight decay and which LARS updates as SGD does.
+    Parameters of frozen groups are left out; `freeze_` freezes them.
+
+    Raises:
+        UserError: in one line, there is no such optimizer, or it cannot train this model.
     """
-    settings: dict[str, Any] = {
-        "momentum": recipe.momentum,
-        "nesterov": recipe.nesterov,
-        "weight_decay": recipe.weight_decay,
+    built = optimizer_class(recipe)
+    settings = _settings(recipe, built)
+    groups = parameter_groups(model, recipe)
+    for group, mine in zip(groups, (group.pop("arguments") for group in groups), strict=True):
+        group.update(_as_the_class_wants(mine, built))
+    try:
+        # at a rate of 1, because some classes refuse 0
+        optimizer = without_guards(built)(groups, lr=1.0, **settings)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"the optimizer {recipe.name}: {' '.join(str(error).split())}") from None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
+def optimizer_class(recipe: Optimizer) -> Class:
+    """Return the class of a recipe's optimizer, which takes all that the recipe sets.
+
+    Raises:
+        UserError: in one line, there is no such optimizer, it cannot work here, or it does not
+            take one of the recipe's fields or arguments.
+    """
+    found = OWN.get(recipe.name) or _class_by_name(recipe.name)
+    _check_takes(found, recipe)
+    return found
+
+
+def torch_optimizers() -> list[str]:
+    """Return the names of the classes of `torch.optim` that can train a model here."""
+    classes = {
+        name: each
+        for name, each in vars(torch.optim).items()
+        if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)
     }
-    groups = _parameter_groups(model, recipe)
-    if recipe.name == "lars":
-        for group in groups:
-            group["trust"] = 0.0 if "weight_decay" in group else recipe.trust
-        return Lars(groups, lr=0.0, **settings)
-    # None, unlike False, leaves torch its faster loop over several tensors (foreach).
-    return Sgd(groups, lr=0.0, fused=recipe.fused or None, **settings)
+    return sorted(classes.keys() - _REFUSED.keys() - {"Optimizer"})
 
 
-def _parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]]:
-    """Return torch's parameter groups; only that of the vectors sets its own weight decay."""
-    parameters = list(model.parameters())
-    if recipe.decay_vectors:
-        return [{"params": parameters}]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _class_by_name(name: str) -> Class:
+    if name in _REFUSED:
+        raise UserError(f"the optimizer {name} cannot be used: {_REFUSED[name]}")
+    if ":" not in name:
+        return _class_of_torch(name)
+    found = imported(name, "the optimizer")
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"the optimizer {name} is not a class derived from torch.optim.Optimizer")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"the optimizer {name} cannot be used: {_REFUSED['LBFGS']} (closure)")
+    if hasattr(found, "train") and hasattr(found, "eval"):
+        raise UserError(
+            f"the optimizer {name} cannot be used: it trains other weights than are evaluated, "
+            "and nothing here calls its train() and eval()"
+        )
+    return found
 
 
-class _Plain(torch.optim.Optimizer):
-    """An optimizer without torch's guards against torch.compile.
+def _class_of_torch(name: str) -> Class:
+    known = torch_optimizers()
+    if name not in known:
+        by_lower_case = {each.lower(): each for each in (*OWN, *known)}
+        near = get_close_matches(name.lower(), by_lower_case, 1)
+        hint = f"; is it {by_lower_case[near[0]]}?" if near else ""
+        raise UserError(
+            f"no optimizer {name}{hint} Known are {', '.join(OWN)}, of torch.optim "
+            f'{", ".join(known)}, and "package.module:Class"'
+        )
+    found: Class = getattr(torch.optim, name)
+    return found
+
+
+def _check_takes(built: Class, recipe: Optimizer) -> None:
+    """Check that a class takes the fields and the arguments that a recipe sets."""
+    takes, others = _parameters_of(built)
+    for field in SETTINGS:
+        if getattr(recipe, field) is not None and field not in takes and not others:
+            raise UserError(f"optimizer.{field}: {recipe.name} does not take it")
+    decays = not recipe.decay_vectors or any(g.weight_decay is not None for g in recipe.groups)
+    if decays and "weight_decay" not in takes and not others:
+        raise UserError(f"the optimizer {recipe.name} has no weight decay: nothing to set or spare")
+    arguments = set(recipe.arguments).union(*(group.arguments for group in recipe.groups))
+    unknown = sorted(arguments - takes.keys()) if not others else []
+    if unknown:
+        free = takes.keys() - {"lr", "weight_decay", "differentiable", *SETTINGS}
+        raise UserError(
+            f"optimizer.arguments.{unknown[0]}: {recipe.name} takes {', '.join(sorted(free))}"
+        )
+
+
+def _parameters_of(built: Class) -> tuple[dict[str, Any], bool]:
+    """Return a class's keyword arguments with their defaults, and whether it takes any others."""
+    parameters = list(inspect.signature(built).parameters.values())
+    others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    return {each.name: each.default for each in parameters[1:]}, others
+
+
+def _settings(recipe: Optimizer, built: Class) -> dict[str, Any]:
+    """Return the arguments of a class for a recipe; those that it leaves open are left out."""
+    fields = {field: getattr(recipe, field) for field in SETTINGS}
+    # False would also take from torch its loop over several tensors at once (foreach).
+    fields["fused"] = fields["fused"] or None
+    given = {field: value for field, value in fields.items() if value is not None}
+    return given | _as_the_class_wants(recipe.arguments, built)
+
+
+def _as_the_class_wants(arguments: dict[str, Any], built: Class) -> dict[str, Any]:
+    """Return arguments with TOML's arrays as tuples, unless the class has a list by default."""
+    defaults, _ = _parameters_of(built)
+    return {
+        name: tuple(value)
+        if isinstance(value, list) and not isinstance(defaults.get(name), list)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def without_guards(built: Class) -> type[Any]:
+    """Return a class without torch's guards against torch.compile.
 
     The guards import torch._dynamo, which adds seconds to the start of each rank. They are not
     needed: only the forward and backward pass is ever compiled.
     """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-
-
-class Sgd(_Plain, torch.optim.SGD):
-    """torch's SGD."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
-
-
-class Lars(_Plain):
-    """LARS: SGD whose step of each tensor is proportional to the norm of its weights.
-
-    A tensor's gradient g, with the weight decay d of its weights w, is scaled by
-    trust |w| / (|g| + d |w|) and then goes through momentum as in torch's SGD. A parameter group
-    with `trust` 0 is updated by plain SGD.
-
-    Reference: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv
-    1708.03888.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.0,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        trust: float = 0.001,
-    ):
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "trust": trust,
-        }
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; `closure` is ignored."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
-
-    def _step(self, p: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        decay, momentum = group["weight_decay"], group["momentum"]
-        update = gradient.add(p, alpha=decay)
-        if group["trust"]:
-            update.mul_(_trust_ratio(p, gradient, decay, group["trust"]))
-        buffer = self.state[p].get("momentum_buffer")
-        if buffer is None:
-            buffer = self.state[p]["momentum_buffer"] = update.clone()
-        else:
-            buffer.mul_(momentum).add_(update)
-        direction = update.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-        p.add_(direction, alpha=-group["lr"])
-
-
-def _trust_ratio(
-    p: torch.Tensor, gradient: torch.Tensor, decay: float, trust: float
-) -> torch.Tensor:
-    """Return the scale of a tensor's gradient, a scalar; 1 for zero weights or a zero gradient."""
-    weights = p.norm()
-    size = gradient.norm() + decay * weights
-    ratio = trust * weights / size
-    return torch.where((weights > 0) & (size > 0), ratio, torch.ones_like(weights))
+    if built in _unguarded:
+        return _unguarded[built]
+    plain = {
+        name: inspect.unwrap(getattr(built, name))
+        for name in ("add_param_group", "zero_grad")
+        if getattr(built, name) is getattr(torch.optim.Optimizer, name)
+    }
+    if built.step.__module__.startswith("torch.optim"):
+        plain["step"] = torch.no_grad()(inspect.unwrap(built.step))
+    made = type(built.__name__, (built,), {**plain, "__module__": built.__module__})
+    return _unguarded.setdefault(built, made)

@@ -13,6 +13,7 @@ from swap_hpc.data.nested import cut
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.objective import as_float32
+from swap_hpc.train.parameter_groups import SCALE
 from swap_hpc.train.precision import UNSCALED
 from swap_hpc.train.updates import Update
 
@@ -43,7 +44,7 @@ class Stepper:
         """
         seed_all(seed)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(SCALE, 1.0)
         self.optimizer.zero_grad()
         return backward(self.forward, batch, self.job, self.accumulate, self.scaler)
 

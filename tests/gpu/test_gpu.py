@@ -32,7 +32,7 @@ from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.run.prepare import choose_algorithms
 from swap_hpc.train.fit import fit
-from swap_hpc.train.optimizers import Sgd
+from swap_hpc.train.optimizers import without_guards
 
 NO_GPU = "no GPU is visible: run make test-gpu on a host with one"
 pytestmark = [
@@ -116,7 +116,7 @@ def test_horovods_kernels_and_nccl_average_as_the_plain_step(
     weights = []
     for team in (together, together, Team.alone()):
         model = tiny.model(job).cuda()
-        sgd = Sgd(model.parameters(), lr=0.1)
+        sgd = without_guards(torch.optim.SGD)(model.parameters(), lr=0.1)
         averaging = gradients.gradient_averaging(model, team, GPU)
         with use_deterministic_cudnn(), averaging as average_gradients:
             for images, labels in job.training_batches(job.recipe.large_batch, KEY, Team.alone()):

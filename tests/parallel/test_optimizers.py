@@ -1,6 +1,8 @@
 """The optimizer fields of a recipe: a phase on any number of ranks equals the formulas by hand."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import pytest
 import tiny
@@ -10,12 +12,14 @@ from torch.nn import functional as F
 
 from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
+from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.optimizer import DEFAULTS
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.train.fit import fit
 from swap_hpc.train.job import Job
-from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.optimizers import build_optimizer, torch_optimizers
 
 KEY = Key(0, Phase.LARGE_BATCH)
 
@@ -108,6 +112,69 @@ def test_lars_steps_a_tensor_of_zeros(world: Team) -> None:
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert layer.weight.isfinite().all() and (layer.weight != 0).all()
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_every_optimizer_on_several_ranks_is_that_on_one(world: Team) -> None:
+    """On the same batches, in float64: equal but for the order of sums."""
+    start, model = net(), net()
+    matrices = {"groups": [{"match": "*.bias", "frozen": True}]}  # Muon trains nothing else
+    with gradient_averaging(model, world, tiny.CPU) as average_gradients:
+        for name in (*DEFAULTS, *torch_optimizers(), "own_optimizers:Odd"):
+            fields = {"name": name, **(matrices if name == "Muon" else {})}
+            recipe = tiny.recipe(optimizer=fields).optimizer
+            alone = deepcopy(start)
+            model.load_state_dict(start.state_dict())
+            several = (model, world.rank, world.size, average_gradients)
+            for trained, rank, ranks, average in (several, (alone, 0, 1, lambda: None)):
+                optimizer = build_optimizer(trained, recipe)
+                for step in range(5):
+                    inputs, labels = whole_batch(step)
+                    share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+                    optimizer.zero_grad()
+                    F.cross_entropy(trained(inputs[share]), labels[share]).backward()
+                    average()
+                    for group in optimizer.param_groups:
+                        group["lr"] = 0.02
+                    optimizer.step()
+            # Muon orthogonalises in bfloat16
+            rtol, atol = (0.02, 1e-3) if name == "Muon" else (1e-9, 1e-11)
+            together, by_one = tiny.weights(model), tiny.weights(alone)
+            assert torch.allclose(together, by_one, rtol=rtol, atol=atol), name
+            assert not torch.equal(tiny.weights(model), tiny.weights(start)), name
+
+
+def net() -> nn.Module:
+    torch.manual_seed(5)
+    layers = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+    return layers.double()
+
+
+def whole_batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.rand(8, 6, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (8,), generator=generator)
+
+
+GROUPS = [
+    {"match": "0.weight", "frozen": True},
+    {"match": "4.weight", "learning_rate_scale": 0.5, "weight_decay": 0.2},
+]
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "lamb", "decay_vectors": False},
+        {"name": "adamw", "groups": GROUPS, "layer_decay": 0.5, "decay_vectors": False},
+        {"name": "own_optimizers:Odd"},
+    ],
+    ids=["lamb", "groups", "own"],
+)
+def test_a_phase_on_several_ranks_is_that_on_one(world: Team, optimizer: dict[str, Any]) -> None:
+    job = tiny.job(optimizer=optimizer, large_batch={"learning_rate": 0.01})
+    same(trained(job, world), trained(job, Team.alone()))
 
 
 @pytest.mark.parametrize("parts", [2, 3])

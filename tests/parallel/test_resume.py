@@ -149,6 +149,39 @@ def test_stopped_at_any_step_it_ends_the_same_to_the_bit(
 
 
 @pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "lamb"},
+        {"name": "own_optimizers:Odd", "arguments": {"scale": 0.5}},
+        {
+            "name": "adamw",
+            "decay_vectors": False,
+            "layer_decay": 0.75,
+            "groups": [
+                {"match": "0.*", "frozen": True},
+                {"match": "9.*", "learning_rate_scale": 2.0, "arguments": {"betas": [0.5, 0.9]}},
+            ],
+        },
+    ],
+    ids=["lamb", "own", "groups"],
+)
+def test_any_optimizers_state_comes_back(
+    world: Team, folder: Path, every_step: None, optimizer: dict[str, Any]
+) -> None:
+    """Stopped inside the epochs of both phases."""
+    job = eager(tiny.job(groups=1, model={"name": "tiny:normed"}, optimizer=optimizer))
+    with grid(world, 1) as ranks:
+        whole = Record()
+        assert run(job, ranks, folder / "whole", whole)
+        for stop_at in (2, 7, 11):
+            parts = Record()
+            assert not run(job, ranks, folder / str(stop_at), parts, stop_at)
+            assert run(job, ranks, folder / str(stop_at), parts)
+            assert parts == whole, f"stopped at save point {stop_at}"
+
+
+@pytest.mark.ranks(1, 2)
 def test_the_loss_scale_of_fp16_comes_back(
     world: Team, folder: Path, every_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

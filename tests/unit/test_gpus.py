@@ -297,7 +297,7 @@ def test_doctor_tells_of_a_rank_with_a_gpu_and_one_core(monkeypatch: pytest.Monk
 def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="deterministic and cudnn_benchmark exclude each other"):
         tiny.recipe(deterministic=True, cudnn_benchmark=True)
-    with pytest.raises(UserError, match="fused is for sgd only: lars has no fused step"):
+    with pytest.raises(UserError, match="fused belongs to sgd and adamw: lars has none"):
         tiny.recipe(optimizer={"name": "lars", "fused": True})
 
 

@@ -3,61 +3,44 @@
 import collections
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from own_optimizers import Odd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.optimizer import DEFAULTS, Optimizer
 from swap_hpc.recipe.phase import PHASE_1, Part
-from swap_hpc.recipe.training import Optimizer
 from swap_hpc.run import dry_step as dry_step_module
 from swap_hpc.run.checkpoint import Checkpoints
-from swap_hpc.train import fit as fit_module
 from swap_hpc.train.events import NoSaves, SavePoint
 from swap_hpc.train.fit import fit
-from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.optimizers import build_optimizer, torch_optimizers
+from swap_hpc.train.parameter_groups import freeze_
 from swap_hpc.train.state import flatten, optimizer_state, restore_optimizer_, unflatten
 
 ONE = Team.alone()
-OFFERED = get_args(Optimizer.model_fields["name"].annotation)
+# Muon trains matrices alone.
+ONE_MATRIX = {"groups": [{"match": ["[0-8].*", "*.bias"], "frozen": True}]}
+GROUPS = {
+    "decay_vectors": False,
+    "layer_decay": 0.75,
+    "groups": [{"match": "9.*", "learning_rate_scale": 2.0, "arguments": {"betas": [0.5, 0.9]}}],
+}
+OFFERED: list[dict[str, Any]] = [
+    *({"name": name} for name in (*DEFAULTS, *torch_optimizers()) if name != "Muon"),
+    {"name": "Muon", **ONE_MATRIX},
+    {"name": "adamw", **GROUPS},
+    {"name": "lamb", **GROUPS},
+    {"name": "own_optimizers:Odd", "groups": [{"match": "*.bias", "arguments": {"scale": 0.5}}]},
+]
 JOB = tiny.job(model={"name": "tiny:normed"})
-
-
-class Odd(torch.optim.Optimizer):
-    """An optimizer that needs all kinds of state: each piece changes the next step."""
-
-    def __init__(self, model: nn.Module):
-        vectors = [p for p in model.parameters() if p.ndim <= 1]
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        groups = [{"params": matrices, "scale": 1.0}, {"params": vectors, "scale": 0.5}]
-        super().__init__(groups, {"lr": 0.0, "scale": 1.0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["scale"] *= 0.97
-            for p in group["params"]:
-                self._step(p, p.grad, group["lr"] * group["scale"])
-
-    def _step(self, p: Tensor, gradient: Tensor, rate: float) -> None:
-        state = self.state[p]
-        if not state:
-            state["count"] = 0
-            state["history"] = {"mean": torch.zeros_like(p), "last": [gradient.clone(), None]}
-            state["norm"] = (torch.zeros((), dtype=torch.float64), "float64 beside float32")
-        state["count"] += 1
-        mean, last = state["history"]["mean"], state["history"]["last"]
-        mean.mul_(0.9).add_(gradient)
-        norm = state["norm"][0]
-        norm.add_(mean.double().norm() / 3)
-        p.sub_(mean + 0.1 * last[0], alpha=rate / (state["count"] ** 0.5 + float(norm)))
-        last[0], last[1] = gradient.clone(), state["count"]
 
 
 def stepped(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, seed: int) -> None:
@@ -89,28 +72,28 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
-def built(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    return (
-        Odd(model)
-        if name == "odd"
-        else build_optimizer(model, Optimizer.model_validate({"name": name}))
-    )
+def built(fields: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    recipe = Optimizer.model_validate(fields)
+    freeze_(model, recipe)
+    return build_optimizer(model, recipe)
 
 
-@pytest.mark.parametrize("name", [*OFFERED, "odd"])
-def test_all_state_comes_back_and_training_continues_to_the_bit(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", OFFERED, ids=[fields["name"] for fields in OFFERED])
+def test_all_state_comes_back_and_training_continues_to_the_bit(fields: dict[str, Any]) -> None:
     model = tiny.model(JOB)
-    optimizer = built(name, model)
+    optimizer = built(fields, model)
     stepped(optimizer, model, 3, seed=0)
     state = optimizer_state(optimizer, model)
-    assert state["state"].keys() == dict(model.named_parameters()).keys()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if fields["name"] != "SGD":  # has no state without momentum
+        assert state["state"].keys() == trained
     description, tensors = flatten(state)
     copies = {path: tensor.clone() for path, tensor in tensors.items()}
     saved = unflatten(json.loads(json.dumps(description)), copies)
 
     other = tiny.model(JOB)
     other.load_state_dict(model.state_dict())
-    resumed = built(name, other)
+    resumed = built(fields, other)
     restore_optimizer_(resumed, other, saved)
     assert_same(optimizer.state_dict(), resumed.state_dict())
     stepped(optimizer, model, 3, seed=1)
@@ -121,13 +104,13 @@ def test_all_state_comes_back_and_training_continues_to_the_bit(name: str, tmp_p
 def test_a_missing_piece_would_be_noticed() -> None:
     """The comparison above and the weights both see a piece of state that is lost."""
     model = tiny.model(JOB)
-    optimizer = Odd(model)
+    optimizer = Odd(model.parameters())
     stepped(optimizer, model, 3, seed=0)
     state = optimizer_state(optimizer, model)
     for lost in ("count", "history", "norm"):
         other = tiny.model(JOB)
         other.load_state_dict(model.state_dict())
-        resumed = Odd(other)
+        resumed = Odd(other.parameters())
         kept = {
             name: {key: value for key, value in pieces.items() if key != lost}
             for name, pieces in state["state"].items()
@@ -137,15 +120,13 @@ def test_a_missing_piece_would_be_noticed() -> None:
             assert_same(optimizer.state_dict(), resumed.state_dict())
 
 
-def test_a_run_with_odd_state_resumes_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_odd_state_resumes_to_the_bit(tmp_path: Path) -> None:
     """Through files: stopped after each save, it ends with the weights of a run that was not."""
-    monkeypatch.setattr(fit_module, "build_optimizer", lambda model, recipe: Odd(model))
-    whole = tiny.model(JOB)
-    for _ in fit(whole, JOB, PHASE_1, ONE):
+    job = tiny.job(model={"name": "tiny:normed"}, optimizer={"name": "own_optimizers:Odd"})
+    whole = tiny.model(job)
+    for _ in fit(whole, job, PHASE_1, ONE):
         pass
-    checkpoints = Checkpoints(tmp_path, JOB.recipe)
+    checkpoints = Checkpoints(tmp_path, job.recipe)
 
     class Saves(NoSaves):
         def load(self, part: Part, team: Team) -> SavePoint | None:
@@ -154,20 +135,20 @@ def test_a_run_with_odd_state_resumes_to_the_bit(
 
     starts, ended = 0, False
     while not ended:
-        model = tiny.model(JOB)
-        for event in fit(model, JOB, PHASE_1, ONE, Saves()):
+        model = tiny.model(job)
+        for event in fit(model, job, PHASE_1, ONE, Saves()):
             ended = isinstance(event, SavePoint) and event.ended
             if isinstance(event, SavePoint) and event.due:
                 checkpoints.save(event, {}, ONE)
                 break
         starts += 1
-    assert starts == JOB.recipe.large_batch.epochs
+    assert starts == job.recipe.large_batch.epochs
     assert torch.equal(tiny.weights(model), tiny.weights(whole))
 
 
 def test_what_a_file_cannot_hold_is_refused_with_its_place() -> None:
     model = tiny.model(JOB)
-    optimizer = Odd(model)
+    optimizer = Odd(model.parameters())
     stepped(optimizer, model, 1, seed=0)
     optimizer.state[next(model.parameters())]["history"]["queue"] = collections.deque([1.0])
     message = "the optimizer keeps a deque at 0.weight/history/queue, which a checkpoint cannot"
@@ -203,7 +184,9 @@ def test_the_dry_step_refuses_it_before_any_training(monkeypatch: pytest.MonkeyP
             for kept in self.state.values():
                 kept["queue"] = collections.deque([1.0])
 
-    monkeypatch.setattr(dry_step_module, "build_optimizer", lambda model, recipe: Queued(model))
+    monkeypatch.setattr(
+        dry_step_module, "build_optimizer", lambda model, recipe: Queued(model.parameters())
+    )
     key = Key.of(JOB.recipe.seed, PHASE_1)
     with pytest.raises(UserError, match="the optimizer keeps a deque at 0.weight/queue"):
         dry_step_module.dry_step(tiny.model(JOB), JOB, JOB.recipe.large_batch, key, ONE)
