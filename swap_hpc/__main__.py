@@ -263,7 +263,10 @@ def data(
 @app.command()
 def pack(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A folder with train/<class>/ and test/<class>/.")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="A folder with train/<class>/ and test/<class>/ (and val/<class>/)."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the shards.")],
     samples_per_shard: Annotated[

@@ -1,8 +1,9 @@
 """Data sets and their batches. The only package that imports DALI and torchvision's data sets."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from swap_hpc.data.dataset import Dataset, with_validation
+from swap_hpc.data.dataset import Dataset, SplitName, with_validation
 from swap_hpc.data.normalisation import with_normalisation
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
@@ -38,11 +39,11 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
         The data set, with the same samples in the same order on all ranks.
 
     Raises:
-        UserError: a folder is missing, is empty, or has other classes in test than in train; a
-            download fails; an image cannot be read; a validation split leaves nothing to train on;
-            the data differ between ranks; `data.mean` has not a number for each channel. `Batches`
-            and `Graph` are compared only by the numbers of their samples and by the classes.
-            Raised on all ranks.
+        UserError: a folder is missing, is empty, or has other classes in another split than in
+            train; a download fails; an image cannot be read; a validation split leaves nothing to
+            train on; the data differ between ranks; `data.mean` has not a number for each channel.
+            `Batches` and `Graph` are compared only by the numbers of their samples and by the
+            classes. Raised on all ranks.
     """
     dataset = _load_on_each_rank(data, team, threads)
     _check_alike(dataset, team)
@@ -72,22 +73,24 @@ def _custom(data: Data) -> Dataset:
 
 
 def _check_alike(dataset: Dataset, team: Team) -> None:
-    mine = (
-        dataset.classes,
-        dataset.channels,
-        len(dataset.train),
-        len(dataset.test),
-        dataset.train.contents,
-        dataset.test.contents,
-    )
+    samples = {name: len(split) for name, split in dataset.splits.items()}
+    contents = [split.contents for split in dataset.splits.values()]
+    mine = (samples, dataset.classes, dataset.channels, contents)
     first, *others = team.allgather(mine)
     for rank, other in enumerate(others, 1):
         if other != first:
             raise UserError(
-                f"rank {rank} has other data than rank 0 ({other[2]} training and {other[3]} test "
-                f"samples, rank 0 has {first[2]} and {first[3]}, maybe in another order): give all "
-                "nodes the same files, and seed what is random in your own function"
+                f"rank {rank} has other data than rank 0 ({_counts(other[0])} samples, "
+                f"rank 0 has {' and '.join(map(str, first[0].values()))}, maybe in another order): "
+                "give all nodes the same files, and seed what is random in your own function"
             )
+
+
+def _counts(samples: Mapping[SplitName, int]) -> str:
+    """Return the sizes of splits: "6 training and 6 test"."""
+    words = {"train": "training", "validation": "validation", "test": "test"}
+    *parts, last = (f"{number} {words[name]}" for name, number in samples.items())
+    return f"{', '.join(parts)} and {last}"
 
 
 def download(name: str, path: Path) -> str:

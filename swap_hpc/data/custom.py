@@ -21,7 +21,7 @@ def load_custom(data: Data) -> Dataset:
 
     The function takes `data.path` and `data.arguments`. It returns a `Dataset`, or arrays:
     `((images, labels), (test images, test labels))`, images (N, H, W, C) uint8, labels (N,)
-    integers from 0.
+    integers from 0. Of three pairs, the second is the validation split.
 
     Raises:
         UserError: the function does not take these arguments, or returns anything else.
@@ -47,32 +47,47 @@ def _complete(name: str, found: Dataset) -> Dataset:
             f"the data {name} returned a Dataset without samples to train or to test on: "
             "it needs both"
         )
-    if not isinstance(found.train, Arrays) or not isinstance(found.test, Arrays):
+    if found.validation is not None and not len(found.validation):
+        raise UserError(
+            f"the data {name} returned a Dataset with an empty validation split: leave it out"
+        )
+    arrays = {
+        key: _arrays(name, split.images, split.labels)
+        for key, split in found.splits.items()
+        if isinstance(split, Arrays)
+    }
+    if len(arrays) < len(found.splits):
         return found
-    train = _arrays(name, found.train.images, found.train.labels)
-    test = _arrays(name, found.test.images, found.test.labels)
-    made = with_statistics(train, test, found.classes)
+    made = with_statistics(arrays["train"], arrays["test"], found.classes, arrays.get("validation"))
     return replace(made, mean=found.mean or made.mean, std=found.std or made.std)
 
 
 def _from_arrays(name: str, found: Any) -> Dataset:
     try:
-        (images, labels), (test_images, test_labels) = found
+        pairs = [(images, labels) for images, labels in found]
+        first, *between, last = pairs
+        validation = between[0] if between else None
+        if len(between) > 1:
+            raise ValueError("too many pairs")
     except (TypeError, ValueError):
         raise UserError(
             f"the data {name} returned a {type(found).__name__}: a Dataset, or ((images, labels), "
             f"(test images, test labels)), is needed; {ANYTHING_ELSE}"
         ) from None
-    train = _arrays(name, images, labels)
-    test = _arrays(name, test_images, test_labels)
-    shape, test_shape = train.images.shape[1:], test.images.shape[1:]
-    if shape != test_shape:
-        raise UserError(
-            f"the data {name} returned training images of {list(shape)} and test images of "
-            f"{list(test_shape)}: they must have the same shape"
-        )
-    classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    return with_statistics(train, test, tuple(map(str, range(classes))))
+    train, test = _arrays(name, *first), _arrays(name, *last)
+    others = {"test": test}
+    if validation:
+        others["validation"] = _arrays(name, *validation)
+    shape = train.images.shape[1:]
+    for split, arrays in others.items():
+        if shape != arrays.images.shape[1:]:
+            raise UserError(
+                f"the data {name} returned training images of {list(shape)} and {split} images of "
+                f"{list(arrays.images.shape[1:])}: they must have the same shape"
+            )
+    classes = 1 + int(max(each.labels.max() for each in (train, *others.values())))
+    names = tuple(map(str, range(classes)))
+    return with_statistics(train, test, names, others.get("validation"))
 
 
 def _arrays(name: str, images: Any, labels: Any) -> Arrays:

@@ -1,6 +1,7 @@
-"""A data set: a training split, a test split, and what a model and the loader must know of them."""
+"""A data set: its splits, and what a model and the loader must know of them."""
 
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from swap_hpc.errors import UserError
 # "val" in ASCII. The key does not depend on the recipe's seed: runs with different seeds, which
 # are compared with each other, set the same samples aside.
 VALIDATION_KEY = 0x76616C
+
+SplitName: TypeAlias = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Dataset:
 
     Attributes:
         train: the training split.
-        test: the split that models are evaluated on.
+        test: the split that models are reported on.
         classes: the classes' names, in the order of their numbers. A model is built for their
             number and for `channels`.
         image_size: (height, width) in pixels, as the model sees the images.
@@ -31,6 +34,8 @@ class Dataset:
         notes: lines to print about how the data were found.
         pixels_at_once: the most pixels that are decoded at once where image files are read in
             every epoch; always at least one image.
+        validation: the split that choices are made by, and that epochs are evaluated on; None:
+            they are evaluated on the test split.
     """
 
     train: Split
@@ -42,6 +47,20 @@ class Dataset:
     std: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
     pixels_at_once: int = 2**25
+    validation: Split | None = None
+
+    @property
+    def splits(self) -> dict[SplitName, Split]:
+        """The splits that there are, in the order training, validation, test."""
+        found: dict[SplitName, Split] = {"train": self.train}
+        if self.validation is not None:
+            found["validation"] = self.validation
+        return found | {"test": self.test}
+
+    @property
+    def chosen_by(self) -> SplitName:
+        """The split that epochs are evaluated on."""
+        return "test" if self.validation is None else "validation"
 
     @property
     def noun(self) -> str:
@@ -50,15 +69,20 @@ class Dataset:
 
 
 def with_validation(dataset: Dataset, samples: int) -> Dataset:
-    """Replace the test split by `samples` training samples, which are no longer trained on.
+    """Set `samples` training samples aside as the validation split.
 
     They are always the same samples of a data set. With 0 the data set is returned as it is.
 
     Raises:
-        UserError: no training sample is left.
+        UserError: no training sample is left, or the data set has a validation split of its own.
     """
     if not samples:
         return dataset
+    if dataset.validation is not None:
+        raise UserError(
+            f"data.validation = {samples}, but the data have a validation split of their own: "
+            "leave it out"
+        )
     number = len(dataset.train)
     if samples >= number:
         raise UserError(
@@ -67,16 +91,22 @@ def with_validation(dataset: Dataset, samples: int) -> Dataset:
     order = np.random.Generator(np.random.Philox(VALIDATION_KEY)).permutation(number)
     validation = np.sort(order[:samples])
     training = np.sort(order[samples:])
-    return replace(dataset, train=dataset.train.take(training), test=dataset.train.take(validation))
+    return replace(
+        dataset, train=dataset.train.take(training), validation=dataset.train.take(validation)
+    )
 
 
-def with_statistics(train: Arrays, test: Arrays, classes: tuple[str, ...]) -> Dataset:
+def with_statistics(
+    train: Arrays, test: Arrays, classes: tuple[str, ...], validation: Arrays | None = None
+) -> Dataset:
     """Return a data set in memory that is normalised by its training images' mean and deviation."""
     _, height, width, channels = train.images.shape
     statistics = [_mean_and_deviation(train.images[..., channel]) for channel in range(channels)]
     mean = tuple(mean for mean, _ in statistics)
     std = tuple(deviation for _, deviation in statistics)
-    return Dataset(train, test, classes, (height, width), channels, mean, std)
+    return Dataset(
+        train, test, classes, (height, width), channels, mean, std, validation=validation
+    )
 
 
 def _mean_and_deviation(pixels: np.ndarray) -> tuple[float, float]:

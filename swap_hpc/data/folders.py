@@ -5,30 +5,36 @@ from pathlib import Path
 
 import numpy as np
 
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.splits import Files
 from swap_hpc.data.walk import LeftOut, entries, folder_id, is_folder, note_special, walk
 from swap_hpc.errors import UserError
 
 
-def folder_files(path: Path) -> tuple[Files, Files, tuple[str, ...]]:
-    """Find the images in `train/<class>/` and `test/<class>/`, and in all folders below.
+def folder_files(path: Path) -> tuple[dict[SplitName, Files], tuple[str, ...]]:
+    """Find the images in `train/<class>/`, `val/<class>/` and `test/<class>/`, and below.
 
     Returns:
-        Training files, test files and the classes' names.
+        The splits' files, and the classes' names.
 
     Raises:
         UserError: a folder is missing, empty or unreadable, or the splits' classes differ.
     """
-    test = folder_of_test_split(path)
-    classes = _classes(path / "train")
-    test_classes = _classes(test)
-    if test_classes != classes:
-        differ = sorted(set(classes) ^ set(test_classes))
+    train, *others = folders = split_folders(path)
+    classes = _classes(folders[train])
+    for name in others:
+        _check_classes(path, folders[name], classes)
+    return {name: _files(folder, classes) for name, folder in folders.items()}, classes
+
+
+def _check_classes(path: Path, folder: Path, classes: tuple[str, ...]) -> None:
+    found = _classes(folder)
+    if found != classes:
+        differ = sorted(set(classes) ^ set(found))
         raise UserError(
-            f"{path}: train and {test.name} have different classes ({', '.join(differ[:5])}): "
+            f"{path}: train and {folder.name} have different classes ({', '.join(differ[:5])}): "
             "give both the same folders"
         )
-    return _files(path / "train", classes), _files(test, classes), classes
 
 
 def split_folder_files(path: Path, every: int) -> tuple[Files, Files, tuple[str, ...]]:
@@ -44,7 +50,7 @@ def split_folder_files(path: Path, every: int) -> tuple[Files, Files, tuple[str,
         UserError: the folder is missing, empty, unreadable or split already, or a class has only
             one image.
     """
-    if (path / "train").is_dir() and folder_of_test_split(path).is_dir():
+    if (path / "train").is_dir() and split_folders(path)["test"].is_dir():
         raise UserError(
             f"{path} has train and test, so it is split already: leave data.test_every out"
         )
@@ -62,10 +68,25 @@ def split_folder_files(path: Path, every: int) -> tuple[Files, Files, tuple[str,
     return train, files.take(np.flatnonzero(is_test)), classes
 
 
-def folder_of_test_split(path: Path) -> Path:
-    """Return the folder `test`, or `val`, as in ImageNet, if only that exists."""
-    test, val = path / "test", path / "val"
-    return val if val.is_dir() and not test.is_dir() else test
+def split_folders(path: Path) -> dict[SplitName, Path]:
+    """Return the folders of the splits: `train`, `val` where it exists, and `test`.
+
+    Where there is no `test`, `val` is the test split, as in ImageNet.
+    """
+    train, val, test = (path / name for name in ("train", "val", "test"))
+    if not val.is_dir():
+        return {"train": train, "test": test}
+    if not test.is_dir():
+        return {"train": train, "test": val}
+    return {"train": train, "validation": val, "test": test}
+
+
+def notes_on_splits(path: Path) -> tuple[str, ...]:
+    """Return a line where `val` is the test split."""
+    test = split_folders(path)["test"]
+    if test.name == "test":
+        return ()
+    return (f"{test} is the test split, and there is no validation split: no {path / 'test'}",)
 
 
 def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:

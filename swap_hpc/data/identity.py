@@ -27,6 +27,7 @@ class Identity:
     classes: tuple[str, ...]  # in the order of their numbers
     train: SplitIdentity
     test: SplitIdentity
+    validation: SplitIdentity | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Identity":
@@ -34,6 +35,7 @@ class Identity:
             tuple(map(str, dataset.classes)),
             SplitIdentity.of(dataset.train),
             SplitIdentity.of(dataset.test),
+            None if dataset.validation is None else SplitIdentity.of(dataset.validation),
         )
 
     @classmethod
@@ -44,10 +46,11 @@ class Identity:
             tuple(fields["classes"]),
             SplitIdentity(**fields["train"]),
             SplitIdentity(**fields["test"]),
+            SplitIdentity(**fields["validation"]) if "validation" in fields else None,
         )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({name: each for name, each in asdict(self).items() if each is not None})
 
     def classes_differ(self, now: "Identity") -> str | None:
         """Describe briefly how the classes of other data differ from these; None: they are equal.
@@ -66,7 +69,9 @@ class Identity:
             parts.append(f"{', '.join(new[:3])} now")
         return f"other classes: {', '.join(parts)}" if parts else "the classes in another order"
 
-    def differ(self, now: "Identity", splits: Sequence[str] = ("train", "test")) -> str | None:
+    def differ(
+        self, now: "Identity", splits: Sequence[str] = ("train", "validation", "test")
+    ) -> str | None:
         """Describe briefly how other data differ from these; None: they are equal.
 
         Args:
@@ -77,12 +82,14 @@ class Identity:
             return classes
         if "train" in splits and self.train != now.train:
             return _change("training", self.train, now.train)
+        if "validation" in splits and self.validation != now.validation:
+            return _change("validation", self.validation, now.validation)
         if "test" in splits and self.test != now.test:
             return _change("test", self.test, now.test)
         return None
 
 
-def _change(name: str, then: SplitIdentity, now: SplitIdentity) -> str:
-    same_number = then.samples == now.samples
-    change = "other names, labels or contents" if same_number else f"{now.samples:,} now"
-    return f"{then.samples:,} {name} samples then, {change}"
+def _change(name: str, then: SplitIdentity | None, now: SplitIdentity | None) -> str:
+    before, after = (0 if each is None else each.samples for each in (then, now))
+    change = "other names, labels or contents" if before == after else f"{after:,} now"
+    return f"{before:,} {name} samples then, {change}"

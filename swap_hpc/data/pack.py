@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.folders import folder_files
 from swap_hpc.data.shards import CLASSES, INDEX_VERSION, LABELS, Component, classes_text
 from swap_hpc.data.splits import Files
@@ -22,6 +23,7 @@ from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_text, write_whole
 from swap_hpc.parallel.teams import Team
 
+FOLDERS: dict[SplitName, str] = {"train": "train", "validation": "val", "test": "test"}
 PACKING = "packing.json"  # beside the splits' folders: what was packed
 IMAGES = re.compile(
     "bmp|dib|gif|j2k|jp2|jpc|jpe|jpeg|jpf|jpg|jpx|pbm|pgm|png|pnm|ppm|tif|tiff|webp"
@@ -31,7 +33,7 @@ IMAGES = re.compile(
 def pack(
     source: Path, out: Path, samples_per_shard: int, world: Team, report: Callable[[str], None]
 ) -> int:
-    """Pack `train` and `test` of a folder into shards. Collective over `world`.
+    """Pack `train`, `val` and `test` of a folder into shards. Collective over `world`.
 
     Each shard holds samples of all classes, in an order that is always the same, and has DALI's
     index file beside it. The ranks share the shards out; whole ones that exist are left alone.
@@ -50,11 +52,11 @@ def pack(
         UserError: the source is wrong, or `out` holds shards of something else; on all ranks.
         RunError: a file cannot be read or written; on all ranks.
     """
-    train, test, classes = world.agree(lambda: folder_files(source))
+    files_of, classes = world.agree(lambda: folder_files(source))
     names = world.agree(lambda: classes_text(classes))
-    for note in train.notes + test.notes:
+    for note in (note for files in files_of.values() for note in files.notes):
         report(note)
-    splits = {"train": train, "test": test}
+    splits = {FOLDERS[name]: files for name, files in files_of.items()}
     world.first(lambda: _claim(out, splits, samples_per_shard))
     shards = 0
     for name, files in splits.items():

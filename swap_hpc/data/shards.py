@@ -5,6 +5,7 @@ classes.txt           the classes' names, one per line
 train/000000.tar      000000123.jpg, 000000123.cls, ...: an image and its class number per sample
 train/000000.idx      where they lie in the tar file (optional)
 train/labels.npy      (N,) int64, in the order of the samples' keys (optional)
+val/...               (optional)
 test/...
 ```
 

@@ -3,21 +3,26 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from swap_hpc.data.dataset import Dataset, with_statistics
+from swap_hpc.data.dataset import Dataset, SplitName, with_statistics
 from swap_hpc.data.decode import decode, image_shapes
 from swap_hpc.data.encoded import Encoded
-from swap_hpc.data.folders import folder_files, folder_of_test_split, split_folder_files
+from swap_hpc.data.folders import (
+    folder_files,
+    notes_on_splits,
+    split_folder_files,
+    split_folders,
+)
 from swap_hpc.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from swap_hpc.data.open_tars import allow_open_files
 from swap_hpc.data.pieces import pixels_within
 from swap_hpc.data.shards import CLASSES, find_shards, read_classes
-from swap_hpc.data.splits import Arrays
+from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.inputs import Data
 
@@ -89,36 +94,41 @@ def _torchvision(name: str, path: Path, **arguments: bool):  # type: ignore[no-u
 
 
 def folder(data: Data, threads: int) -> Dataset:
-    """Load the images of `train/<class>/` and `test/<class>/`.
+    """Load the images of `train/<class>/`, `val/<class>/` and `test/<class>/`.
 
     Where the recipe sets `test_every`, it splits those of `<class>/`.
     """
+    splits: dict[SplitName, Files]
+    notes: tuple[str, ...] = ()
     if data.test_every:
         train, test, classes = split_folder_files(data.path, data.test_every)
+        splits = {"train": train, "test": test}
     else:
-        train, test, classes = folder_files(data.path)
-    dataset = _from_images(data, train, test, classes, threads)
-    return replace(dataset, notes=train.notes + test.notes)
+        splits, classes = folder_files(data.path)
+        notes = notes_on_splits(data.path)
+    dataset = _from_images(data, splits, classes, threads)
+    left_out = tuple(note for split in splits.values() for note in split.notes)
+    return replace(dataset, notes=notes + left_out)
 
 
 def webdataset(data: Data, threads: int) -> Dataset:
-    """Load the shards `train/*.tar` and `test/*.tar`, as `swap-hpc pack` makes them."""
-    train = find_shards(data.path / "train")
-    test = find_shards(folder_of_test_split(data.path))
-    allow_open_files(len(train.tars) + len(test.tars))
+    """Load the shards of `train/`, `val/` and `test/`, as `swap-hpc pack` makes them."""
+    splits = {name: find_shards(folder) for name, folder in split_folders(data.path).items()}
+    allow_open_files(sum(len(split.tars) for split in splits.values()))
     names = data.path / CLASSES
-    number = 1 + int(max(train.labels.max(), test.labels.max()))
+    number = 1 + int(max(split.labels.max() for split in splits.values()))
     classes = read_classes(names) if names.is_file() else tuple(map(str, range(number)))
     if number > len(classes):
         raise UserError(
             f"{data.path}: there is a class {number - 1}, but {names} names {len(classes)}, "
             "counted from 0: add the missing names"
         )
-    return _from_images(data, train, test, classes, threads)
+    dataset = _from_images(data, splits, classes, threads)
+    return replace(dataset, notes=notes_on_splits(data.path))
 
 
 def _from_images(
-    data: Data, train: Encoded, test: Encoded, classes: tuple[str, ...], threads: int
+    data: Data, splits: Mapping[SplitName, Encoded], classes: tuple[str, ...], threads: int
 ) -> Dataset:
     """Decode encoded images into memory if they fit in `data.memory_gib`.
 
@@ -130,15 +140,16 @@ def _from_images(
     side = data.last_size
     size = (side, side) if side else None
     pixels = pixels_within(data.memory_gib)
-    height, width = size or _common_size(train.take(np.arange(1)), threads)
+    height, width = size or _common_size(splits["train"].take(np.arange(1)), threads)
     several_sizes = len(data.image_size or ()) > 1
-    bytes_in_memory = (len(train) + len(test)) * height * width * 3
+    bytes_in_memory = sum(map(len, splits.values())) * height * width * 3
     if bytes_in_memory <= data.memory_gib * 2**30 and not several_sizes:
         if size is None:
-            for split in (train, test):
+            for split in splits.values():
                 _common_size(split, threads, (height, width))
+        decoded = {name: _decoded(each, size, threads, pixels) for name, each in splits.items()}
         return with_statistics(
-            _decoded(train, size, threads, pixels), _decoded(test, size, threads, pixels), classes
+            decoded["train"], decoded["test"], classes, decoded.get("validation")
         )
     if size is None:
         raise UserError(
@@ -147,7 +158,15 @@ def _from_images(
         )
     # a pass over all images for their own statistics would take as long as an epoch
     return Dataset(
-        train, test, classes, size, 3, IMAGENET_MEAN, IMAGENET_STD, pixels_at_once=pixels
+        splits["train"],
+        splits["test"],
+        classes,
+        size,
+        3,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        pixels_at_once=pixels,
+        validation=splits.get("validation"),
     )
 
 

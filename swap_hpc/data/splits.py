@@ -45,9 +45,9 @@ class Arrays:
         """Return the split of the samples `which`, (n,) int64."""
         return replace(self, images=self.images[which], labels=self.labels[which])
 
-    # B019: the cache keeps its splits alive, which live as long as the run anyway. Two entries are
-    # the training split and the test split.
-    @lru_cache(maxsize=2)  # noqa: B019
+    # B019: the cache keeps its splits alive, which live as long as the run anyway. Three entries
+    # are the training, the validation and the test split.
+    @lru_cache(maxsize=3)  # noqa: B019
     def padded(self, pad: int) -> np.ndarray:
         """Return the images padded by reflection, (N, H + 2 pad, W + 2 pad, C) uint8.
 
@@ -55,7 +55,7 @@ class Arrays:
         """
         return self._pad(pad)
 
-    @lru_cache(maxsize=2)  # noqa: B019
+    @lru_cache(maxsize=3)  # noqa: B019
     def on_device(self, pad: int, device: torch.device) -> torch.Tensor:
         """Return `padded(pad)` as a tensor on a device, and keep no copy in the host's memory."""
         return torch.from_numpy(self._pad(pad)).to(device)

@@ -63,10 +63,12 @@ class Data(Section):
     """Folder that holds the data or receives the download; the option `--data` sets it."""
     test_every: Annotated[int, Field(ge=2)] | None = None
     """For a `folder` with one subfolder per class and no splits: hold out every N-th image of each
-    class (sorted by name) as the test split. None: the folder has `train` and `test`."""
+    class (sorted by name) as the test split. None: the folder has `train`, `test`
+    and, if you like, `val`."""
     validation: CountOrZero = 0
-    """Training samples to hold out, always the same ones; they replace the test split in all
-    evaluations. 0: train on all samples and evaluate on the test split."""
+    """Training samples to set aside as the validation split, always the same ones: epochs are
+    evaluated on it and choices are made by it, and the test split is for reports. 0: train on all
+    samples; the validation split is the data set's own (the folder `val` beside `test`), if any."""
     image_size: ImageSizes | None = None
     """Side of training images in pixels, or `[epoch, pixels]` pairs, each valid from its epoch of
     the run on; the refinement begins at epoch `large_batch.epochs`. None: the size of the files,

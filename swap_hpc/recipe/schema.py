@@ -29,7 +29,7 @@ class BatchNorm(Section):
 
 
 class Evaluate(Section):
-    """Test loss and accuracy during training."""
+    """The loss and the metrics on the validation split, or the test split if there is none."""
 
     batch_size: Count = 500
     """Samples per step and rank; affects speed and memory only."""

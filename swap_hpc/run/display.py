@@ -64,9 +64,9 @@ class Display:
         where = f"after epoch {point.at.epoch}, step {point.at.step}"
         self.say(f"{point.part} goes on {'at its end' if point.ended else where}")
 
-    def average(self, epoch: int, test: Evaluation) -> None:
+    def average(self, epoch: int, split: str, result: Evaluation) -> None:
         """Show the average of the groups before the end of their refinement."""
-        self.say(f"{'average':<12} epoch {epoch:>3}  {_main('test', test)}")
+        self.say(f"{'average':<12} epoch {epoch:>3}  {_main(split, result)}")
 
     def epoch(self, epoch: Epoch) -> None:
         """Show an epoch, and that it is the last one if its accuracy ends the phase."""
@@ -94,7 +94,8 @@ class Display:
 
 
 def _figures(epoch: Epoch, noun: str) -> str:
-    test = f"  {_main('test', epoch.test)}" if epoch.test else ""
+    others = {"validation": epoch.validation, "test": epoch.test}
+    test = "".join(f"  {_main(split, each)}" for split, each in others.items() if each)
     speed = epoch.images / epoch.train_seconds
     return (
         f"{_main('train', epoch.train)}{test}  lr {epoch.learning_rate:.4g}  {speed:,.0f} {noun}/s"

@@ -74,7 +74,8 @@ def load_run(run: Path) -> dict[str, Any]:
             "refine": recipe.refine.epochs * recipe.refine.cycles,
         },
         **{
-            f"test_{name}": _by_model(f"test_{name}", phase_1_end, ends, averaged)
+            f"{split}_{name}": _by_model(f"{split}_{name}", phase_1_end, ends, averaged)
+            for split in (["validation"] if "validation_loss" in phase_1_end else []) + ["test"]
             for name in (*recipe.metric_names, "loss")
         },
         "seconds": {},

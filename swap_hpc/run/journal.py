@@ -1,10 +1,11 @@
 """The metrics of a run: `metrics/world.jsonl`, `metrics/group-000.jsonl` and so on."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.atomic import write_text
@@ -16,8 +17,13 @@ from swap_hpc.train.events import Epoch, Evaluation
 from swap_hpc.train.updates import Updates
 
 
-def epoch_fields(epoch: Epoch) -> Line:
-    """Return an epoch as a line of metrics. Times are in seconds, accuracies are fractions."""
+def epoch_fields(epoch: Epoch, has_validation: bool = False) -> Line:
+    """Return an epoch as a line of metrics. Times are in seconds, accuracies are fractions.
+
+    Args:
+        epoch: the epoch.
+        has_validation: there is a validation split.
+    """
     metrics = [*epoch.train.metrics]
     return {
         "phase": epoch.part.phase.value,
@@ -26,6 +32,7 @@ def epoch_fields(epoch: Epoch) -> Line:
         "epoch": epoch.epoch,
         "learning_rate": epoch.learning_rate,
         **figures("train", replace(epoch.train, by_class={}), metrics),
+        **(figures("validation", epoch.validation, metrics) if has_validation else {}),
         **figures("test", epoch.test, metrics),
         "images": epoch.images,
         "images_per_second": epoch.images / epoch.train_seconds,
@@ -59,14 +66,21 @@ class Journal:
     file is made anew from them.
     """
 
-    def __init__(self, folder: Path, teams: Mapping[Part, Team], curves: Sequence[Curves] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        teams: Mapping[Part, Team],
+        curves: Sequence[Curves] = (),
+        has_validation: bool = False,
+    ):
         """
         Args:
             folder: of the files.
             teams: the parts of the run that this job has lines of, and whose numbers they are.
             curves: get the same lines.
+            has_validation: there is a validation split.
         """
-        self.folder, self.curves = folder, curves
+        self.folder, self.curves, self.has_validation = folder, curves, has_validation
         self.writes = {part: team.rank == 0 for part, team in teams.items()}
         self.lines: dict[Part, list[Line]] = {part: [] for part in self.writes}
 
@@ -80,25 +94,28 @@ class Journal:
             each.begin(metrics_name(part), lines, self._phase_1_epochs())
 
     def epoch(self, epoch: Epoch) -> None:
-        self.add(epoch.part, epoch_fields(epoch))
+        self.add(epoch.part, epoch_fields(epoch, self.has_validation))
 
-    def evaluation(self, model: str, result: Evaluation, **position: int) -> Line:
+    def evaluation(
+        self, model: str, results: Mapping[SplitName, Evaluation], **position: int
+    ) -> Line:
         """Add an evaluation by all ranks.
 
         Args:
             model: "large_batch", "average" (before the end) or "swap".
-            result: its loss and metrics.
+            results: its loss and metrics, by split.
             position: the epoch of the refinement, before its end.
 
         Returns:
             The line.
         """
-        line = {
+        line: Line = {
             "phase": EVALUATION,
             "model": model,
             **position,
-            **figures("test", result, result.metrics),
         }
+        for split, result in results.items():
+            line |= figures(split, result, result.metrics)
         self.add(PHASE_1, line)
         return line
 
@@ -127,10 +144,11 @@ class Journal:
         for each in self.curves:
             each.end()
 
-    def last_test(self, part: Part, metrics: Iterable[str]) -> Evaluation | None:
-        """Return the test figures of a part's last line, None where it has no line."""
+    def last(self, part: Part, metrics: Sequence[str]) -> dict[SplitName, Evaluation]:
+        """Return the evaluations in a part's last line, by split; none where it has no line."""
+        splits: tuple[SplitName, ...] = ("validation", "test") if self.has_validation else ("test",)
         lines = self.lines[part]
-        return evaluation_in(lines[-1], "test", metrics) if lines else None
+        return {split: evaluation_in(lines[-1], split, metrics) for split in splits if lines}
 
     def _phase_1_epochs(self) -> int:
         lines = self.lines.get(PHASE_1, [])

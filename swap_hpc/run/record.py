@@ -21,7 +21,7 @@ from swap_hpc.run.result import result_of
 from swap_hpc.run.stopwatch import Stopwatch
 from swap_hpc.run.tracker import tracker_of
 from swap_hpc.run.weights import save_model, save_snapshot, save_sum
-from swap_hpc.train.evaluation import evaluate_job
+from swap_hpc.train.evaluation import evaluate_for_report, evaluate_job
 from swap_hpc.train.events import (
     Averaged,
     Continued,
@@ -215,11 +215,11 @@ class Recorder:
         if refines_one_group(self.assignment.chosen):
             return  # another job has written what follows
         metrics = self.assignment.job.recipe.metric_names
-        test = self.journal.last_test(PHASE_1, metrics)
-        if test is None:  # the phase has no epoch: the model came from a file
-            test = evaluate_job(model, self.assignment.job, self.assignment.ranks.world)
+        found = self.journal.last(PHASE_1, metrics)
+        if not found:  # the phase has no epoch: the model came from a file
+            found = evaluate_for_report(model, self.assignment.job, self.assignment.ranks.world)
             self.watch.lap("evaluate")
-        self.journal.evaluation("large_batch", test)
+        self.journal.evaluation("large_batch", found)
         for line in self.averages:
             self.journal.add(PHASE_1, line)
         path = self.assignment.out / f"{PHASE_1.name}.safetensors"
@@ -227,17 +227,19 @@ class Recorder:
         self._agree_on_stop(self.assignment.job.control.stop)
 
     def _evaluate_average(self, model: nn.Module, sync: SyncPoint) -> None:
-        world = self.assignment.ranks.world
-        test = evaluate_job(model, self.assignment.job, world)
-        self.watch.lap("evaluate")
+        job, world = self.assignment.job, self.assignment.ranks.world
         if sync.then == "end":
-            self.journal.evaluation("swap", test)
+            self.journal.evaluation("swap", evaluate_for_report(model, job, world))
+            self.watch.lap("evaluate")
             save_model(
                 model, self.assignment.out / "swap.safetensors", self.assignment.job.header, world
             )
             return
-        self.assignment.display.average(sync.epoch, test)
-        self.averages.append(self.journal.evaluation("average", test, epoch=sync.epoch))
+        split = job.dataset.chosen_by
+        found = evaluate_job(model, job, world, split)
+        self.watch.lap("evaluate")
+        self.assignment.display.average(sync.epoch, split, found)
+        self.averages.append(self.journal.evaluation("average", {split: found}, epoch=sync.epoch))
         world.first(lambda: write_json(averages_file(self.assignment.checkpoints), self.averages))
 
 
@@ -257,6 +259,7 @@ def recorder_of(assignment: Assignment, started: float, averages: list[Line]) ->
     recipe = assignment.job.recipe
     board = Board(assignment.out / "tensorboard", recipe) if recipe.tensorboard else None
     curves = [each for each in (board, tracker_of(recipe, assignment.out)) if each is not None]
-    journal = Journal(assignment.out / "metrics", teams, curves)
+    has_validation = assignment.job.dataset.validation is not None
+    journal = Journal(assignment.out / "metrics", teams, curves, has_validation)
     refine_ranks: dict[Part, int | None] = dict.fromkeys(parts, world.size)
     return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refine_ranks)

@@ -52,8 +52,11 @@ def result_of(
             f"train_{name}": {"large_batch": first[-1][f"train_{name}"] if first else None}
             for name in recipe.metric_names
         },
-        **{f"test_{name}": _figures(f"test_{name}", finals, ends) for name in recipe.metric_names},
-        "test_loss": _figures("test_loss", finals, ends),
+        **{
+            f"{split}_{name}": _figures(f"{split}_{name}", finals, ends)
+            for split in splits_in(finals["large_batch"])
+            for name in (*recipe.metric_names, "loss")
+        },
         "seconds": dict(seconds),
         "images_per_second": {
             phase: count / seconds[phase] if seconds[phase] else None
@@ -62,6 +65,11 @@ def result_of(
         "peak_memory_mib": peak_memory(lines, memory, world),
         "weights_sha256": digest,
     }
+
+
+def splits_in(line: Line) -> list[str]:
+    """Return the splits besides training that a line has an evaluation of."""
+    return [split for split in ("validation", "test") if f"{split}_loss" in line]
 
 
 def peak_memory(

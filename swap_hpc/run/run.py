@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from swap_hpc.data import Arrays, Batches
+from swap_hpc.data import Arrays, Batches, Dataset
 from swap_hpc.data.normalisation import normalisation_line
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.atomic import write_json
@@ -217,7 +217,15 @@ def _facts(job: Job) -> dict[str, Any]:
         "mean": dataset.mean,  # of each channel
         "std": dataset.std,  # of each channel
         "image_size": dataset.image_size,
+        "samples": {name: len(split) for name, split in dataset.splits.items()},
     }
+
+
+def _sizes(data: Dataset) -> str:
+    """Return the numbers of samples: "1,198 training and 599 test"."""
+    words = {"train": "training", "validation": "validation", "test": "test"}
+    *parts, last = (f"{len(split):,} {words[name]}" for name, split in data.splits.items())
+    return f"{', '.join(parts)} and {last}"
 
 
 def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
@@ -231,7 +239,7 @@ def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
     lines = [
         f"{recipe.name}: {count(world.size, 'rank')}, {count(recipe.groups, 'group')}, "
         f"{device.name}, {count(device.threads, 'thread')} per rank, {recipe.precision}; "
-        f"{len(data.train):,} training and {len(data.test):,} test {data.noun}, {where}; into {out}"
+        f"{_sizes(data)} {data.noun}, {where}; into {out}"
     ]
     lines += data.notes
     lines += normalisation_line(data, recipe.data)

@@ -166,7 +166,7 @@ class Plan:
             if result is None and not trial.diverged:
                 raise RunError(f"{trial.folder}: this trial of the search has not ended")
             worst = math.inf if self.metric.smaller_is_better else -math.inf
-            yield final_value(result, self.metric.key) if result else worst
+            yield _value_for_choice(trial, result, self.metric.key) if result else worst
 
     def check(self) -> None:
         """Raise UserError for whatever in the study cannot run, before anything does."""
@@ -177,11 +177,7 @@ class Plan:
             self._check_rows(trial)
         for trial in self.trials():
             _check_ranks(trial)
-            if not trial.recipe.data.validation:
-                raise UserError(
-                    "the search would choose rates on test images: "
-                    "put data.validation=5000, say, into search.set"
-                )
+            _check_validation(trial)
 
     def _check_rows(self, trial: Trial) -> None:
         """Raise UserError for a row that shows a model which its run does not make."""
@@ -232,7 +228,36 @@ def _check_ranks(trial: Trial) -> None:
     check_ranks(trial.recipe, trial.ranks, phase_1_is_over="--from" in trial.line)
 
 
-def final_value(result: dict[str, Any], metric: str) -> float:
-    """Return a metric of the model that a run ends with."""
-    found = result[f"test_{metric}"]
+def _check_validation(trial: Trial) -> None:
+    """Raise UserError for a trial whose data have no validation split to choose a rate by.
+
+    Shards, a folder and the data of a user's function may have one of their own.
+    """
+    data = trial.recipe.data
+    has_own = ":" in data.name or (data.name in ("folder", "webdataset") and _has_val(data.path))
+    if not data.validation and not has_own:
+        raise UserError(
+            "the search would choose rates on test samples: "
+            "put data.validation=5000, say, into search.set"
+        )
+
+
+def _has_val(path: Path) -> bool:
+    return (path / "val").is_dir() and (path / "test").is_dir()
+
+
+def _value_for_choice(trial: Trial, result: dict[str, Any], metric: str) -> float:
+    """Return a metric on validation samples of the model that a trial ends with.
+
+    Raises:
+        UserError: its data have no validation split.
+    """
+    found = result.get(f"validation_{metric}")
+    if found is None and not trial.recipe.data.validation:
+        raise UserError(
+            f"{trial.folder}: the data have no validation split, and the search would choose on "
+            "test samples: put data.validation=5000, say, into search.set"
+        )
+    # Runs of earlier versions report data.validation as their test split.
+    found = found or result[f"test_{metric}"]
     return found["averaged"] if found["averaged"] is not None else found["large_batch"]

@@ -31,8 +31,10 @@ def table(result: dict[str, Any]) -> str:
     seconds = result["seconds"]
     metrics = metric_names(result)
     columns = [
-        *((f"test {heading(name)}", _column(result[f"test_{name}"], name)) for name in metrics),
-        ("test loss", _column(result["test_loss"], "loss")),
+        (f"{split} {heading(name)}", _column(result[f"{split}_{name}"], name))
+        for split in ("validation", "test")
+        for name in (*metrics, "loss")
+        if f"{split}_{name}" in result
     ]
     rows = zip(_models(result), *(cells for _, cells in columns), strict=True)
     head = ("model", *(title for title, _ in columns))

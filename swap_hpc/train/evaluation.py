@@ -13,6 +13,7 @@ from swap_hpc.train.events import Evaluation
 from swap_hpc.train.objective import CLASSIFICATION, Objective, as_float32
 
 if TYPE_CHECKING:  # a training loop of the user's own needs no DALI
+    from swap_hpc.data.dataset import SplitName
     from swap_hpc.train.job import Batch, Job
 
 
@@ -59,7 +60,16 @@ def evaluate(
     return objective.evaluation(total_loss, totals, total_samples)
 
 
-def evaluate_job(model: nn.Module, job: "Job", team: Team) -> Evaluation:
-    """Evaluate `model` on the job's test samples, in its precision. Collective."""
+def evaluate_job(
+    model: nn.Module, job: "Job", team: Team, split: "SplitName" = "test"
+) -> Evaluation:
+    """Evaluate `model` on a split of the job's data, in its precision. Collective."""
     with job.autocast():
-        return evaluate(model, job.test_batches(team), team, job.objective)
+        return evaluate(model, job.test_batches(team, split), team, job.objective)
+
+
+def evaluate_for_report(model: nn.Module, job: "Job", team: Team) -> "dict[SplitName, Evaluation]":
+    """Evaluate `model` on the validation split, if there is one, and the test split. Collective."""
+    names: tuple[SplitName, ...] = ("validation", "test")
+    there = [name for name in names if name in job.dataset.splits]
+    return {name: evaluate_job(model, job, team, name) for name in there}

@@ -43,13 +43,15 @@ class Epoch:
     epoch: int  # from 1, since the phase began, over all its cycles
     learning_rate: float  # at the epoch's end
     train: Evaluation  # running means over augmented batches, each taken before its step
-    test: Evaluation | None  # None where `evaluate.every` skips it
+    # None where `evaluate.every` skips it; where there is a validation split, inside of cycles, too
+    test: Evaluation | None
     images: int  # trained on by the whole team
     train_seconds: float  # of the slowest rank, with data loading
     evaluate_seconds: float
     peak_memory: Memory  # the largest of any rank's process since it began
     ends_cycle: bool
     updates: Updates = NO_UPDATES  # clipped and skipped steps
+    validation: Evaluation | None = None  # None where it is skipped, or there is no such split
 
 
 @dataclass(frozen=True)

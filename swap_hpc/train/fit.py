@@ -12,13 +12,14 @@ from swap_hpc.average.kinds import team_means
 from swap_hpc.average.sharing import average_buffers_, broadcast_weights_, share_extra_states_
 from swap_hpc.average.state import entries_of, split_state, state_of
 from swap_hpc.average.uniform import WeightSum
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.nested import first_tensor
 from swap_hpc.data.sampling import Key
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part, Phase
-from swap_hpc.train.evaluation import evaluate_job
+from swap_hpc.train.evaluation import evaluate_for_report, evaluate_job
 from swap_hpc.train.events import (
     FROM_THE_BEGINNING,
     Epoch,
@@ -172,7 +173,7 @@ class _Training:
         ends_cycle = reached or self.at.epoch % settings.epochs == 0
         every = job.recipe.evaluate.every
         is_evaluated = ends_cycle or (every > 0 and self.at.epoch % every == 0)
-        test = evaluate_job(self.model, job, team) if is_evaluated else None
+        found = self._evaluated(ends_cycle) if is_evaluated else {}
         train_seconds, evaluate_seconds, *peaks = team.maximum(
             seconds, perf_counter() - trained, *astuple(job.device.peak_memory())
         )
@@ -184,7 +185,8 @@ class _Training:
             epoch=self.at.epoch,
             learning_rate=settings.rate(epoch_in_cycle + 1),
             train=train,
-            test=test,
+            test=found.get("test"),
+            validation=found.get("validation"),
             images=steps * settings.batch_size,
             train_seconds=train_seconds,
             evaluate_seconds=evaluate_seconds,
@@ -192,6 +194,13 @@ class _Training:
             ends_cycle=ends_cycle,
             updates=updates,
         )
+
+    def _evaluated(self, ends_cycle: bool) -> dict[SplitName, Evaluation]:
+        """Evaluate the model on the split that choices are made by; at a cycle's end on all."""
+        if ends_cycle:
+            return evaluate_for_report(self.model, self.job, self.team)
+        split = self.job.dataset.chosen_by
+        return {split: evaluate_job(self.model, self.job, self.team, split)}
 
     def _is_sync_epoch(self) -> bool:
         """Tell whether the groups wait for each other after this epoch.

@@ -12,6 +12,7 @@ from torch import nn
 from swap_hpc.average.batchnorm import refresh_batchnorm_
 from swap_hpc.average.state import state_of
 from swap_hpc.data import Batches, Dataset, Graph, loader, sampling
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.loader import Batch, View
 from swap_hpc.data.places import streams_of
@@ -51,8 +52,10 @@ class Job:
     device: Device
     control: Control = field(default_factory=Control)
     make: Callable[[], nn.Module] | None = None
-    # endless streams of test batches, by rank and size of the team
-    _evaluations: dict[tuple[int, int], Iterator[Batch]] = field(default_factory=dict, init=False)
+    # endless streams of evaluation batches, by split, and by rank and size of the team
+    _evaluations: dict[tuple[SplitName, int, int], Iterator[Batch]] = field(
+        default_factory=dict, init=False
+    )
 
     @cached_property
     def identity(self) -> Identity:
@@ -186,15 +189,15 @@ class Job:
             train = self.dataset.train
             yield from loader.batches(self.dataset, train, picks, view, share, self.device)
 
-    def test_batches(self, team: Team) -> Iterator[Batch]:
-        """Yield this rank's share of the test samples, each of which the team sees once.
+    def test_batches(self, team: Team, name: SplitName = "test") -> Iterator[Batch]:
+        """Yield this rank's share of the samples of a split, each of which the team sees once.
 
         The pipeline is kept for the next evaluation: building it takes time, and building it again
         and again leaves memory in pieces.
         """
-        size, place = self.recipe.evaluate.batch_size, (team.rank, team.size)
-        test, data = self.dataset.test, self.recipe.data
-        picks = list(sampling.evaluation_picks(len(test), size, *place))
+        size, place = self.recipe.evaluate.batch_size, (name, team.rank, team.size)
+        test, data = self.dataset.splits[name], self.recipe.data
+        picks = list(sampling.evaluation_picks(len(test), size, team.rank, team.size))
         view = View(None, _square(data.evaluation_size), data.evaluation_crop)
         # A user's function is called anew each time: it may hold its batches in a list.
         keeps = not isinstance(test, Batches) or isinstance(test, Graph)

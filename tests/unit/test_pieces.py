@@ -158,7 +158,7 @@ def test_shapes_are_those_of_the_headers(sets: list[Dataset]) -> None:
 def test_the_file_that_fails_is_named_whatever_the_piece(harm: str, tmp_path: Path) -> None:
     """Also where its header is sound, and it fails in the decoder."""
     folder = imagenet_like.make(tmp_path, classes=3, train=4, test=1)
-    bad = Path(folder_files(folder)[0].paths[7])
+    bad = Path(folder_files(folder)[0]["train"].paths[7])
     content = {"no image": b"\x89PNG not really", "empty": b"", "cut": bad.read_bytes()[:700]}
     bad.write_bytes(content[harm])
     data = streamed("folder", folder, 8)

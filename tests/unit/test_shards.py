@@ -53,7 +53,8 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_comes_back_in_the_folders_order(folder: Path, shards: Path) -> None:
-    train, test, _ = folder_files(folder)
+    splits, _ = folder_files(folder)
+    train, test = splits["train"], splits["test"]
     for split, files in (("train", train), ("test", test)):
         found = find_shards(shards / split)
         read = [found.read(i).tobytes() for i in range(len(found))]
@@ -239,7 +240,7 @@ def test_packing_reports_what_it_leaves_out(folder: Path, tmp_path: Path) -> Non
 def test_grey_and_cmyk_images_have_pillows_colours(folder: Path) -> None:
     """Pillow converts CMYK without a colour profile, too."""
     data = load(Data(name="folder", path=folder, image_size=((0, 16),)), ONE, 1)
-    files, _, _ = folder_files(folder)
+    files = folder_files(folder)[0]["train"]
     kinds = set()
     for sample, path in enumerate(files.paths):
         with Image.open(path) as image:
@@ -300,7 +301,7 @@ def test_a_shard_that_is_cut_off_is_named_and_no_image_blamed(shards: Path, tmp_
 
 def test_shards_that_tar_made_of_folders_are_read(folder: Path, tmp_path: Path) -> None:
     """Names with `./`, folders with dots, no index, and labels only in `.cls` files."""
-    train, _, _ = folder_files(folder)
+    train = folder_files(folder)[0]["train"]
     for i in range(8):
         place = tmp_path / "all" / f"v1.{i % 2}"
         place.mkdir(parents=True, exist_ok=True)

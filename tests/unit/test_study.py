@@ -125,7 +125,7 @@ WRONG = [
     ("seeds = [5]", "seeds = [2]", "search.seeds and seeds must not share a seed"),
     ('from = "first"', 'from = "later"', "later: not among first, swap"),
     ("refine.epochs=0", "refine.epoch=0", "unknown field refine.epoch"),
-    ('set = ["data.validation=100"]', "", "the search would choose rates on test images"),
+    ('set = ["data.validation=100"]', "", "the search would choose rates on test samples"),
     (
         'set = ["refine.epochs=0"]',
         'set = ["large_batch.epochs={rate}"]\nrates = [2]',

@@ -36,14 +36,14 @@ def picture(path: Path, label: int) -> None:
 
 
 def found(root: Path) -> list[str]:
-    return [os.path.relpath(path, root / "train") for path in folder_files(root)[0].paths]
+    return [os.path.relpath(path, root / "train") for path in folder_files(root)[0]["train"].paths]
 
 
 def test_a_flat_folder_has_the_order_of_its_names(tmp_path: Path) -> None:
     names = ["b.png", "a.png", "B.png", "10.png", "9.png", "ä.png", "a b.png", "no extension"]
     cats = [f"cat/{name}" for name in sorted([*names, "0.png"])]
     assert found(make(tmp_path, *names)) == [*cats, "dog/0.png"]
-    assert folder_files(tmp_path)[0].notes == ()
+    assert folder_files(tmp_path)[0]["train"].notes == ()
 
 
 def test_nested_and_linked_folders_are_walked_and_hidden_ones_are_not(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_nested_and_linked_folders_are_walked_and_hidden_ones_are_not(tmp_path: 
     (root / "train" / "cat" / "6.png").symlink_to("more/1.png")
     nested = ["0.png", "6.png", "link/5.png", *visible]
     assert found(root) == [*(f"cat/{name}" for name in nested), "dog/0.png"]
-    assert folder_files(root)[0].notes == ()
+    assert folder_files(root)[0]["train"].notes == ()
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../cat", "/"])
@@ -63,7 +63,7 @@ def test_links_back_to_a_folder_above_are_left_out(target: str, tmp_path: Path) 
     back = root / "train" / "cat" / "more" / "back"
     back.symlink_to(target)
     assert found(root) == ["cat/0.png", "cat/more/1.png", "dog/0.png"]
-    (note,) = folder_files(root)[0].notes
+    (note,) = folder_files(root)[0]["train"].notes
     reason = f"1 link back to a folder above it ({back})"
     assert note == f"1 entry in {root}/train is left out: {reason}"
 
@@ -83,7 +83,7 @@ def test_what_is_not_a_file_is_left_out_and_reported(every: int | None, tmp_path
     first = min(f"{train}/{name}" for name in ("cat/more/x.png", "cat/a.png", "wolf"))
     reasons = f"3 broken links (first: {first}), 1 special file ({train}/dog/pipe.png)"
     assert data.notes == (f"4 entries in {train} are left out: {reasons}",)
-    assert len(data.train) + len(data.test) == (2 if every else 5)
+    assert data.validation and len(data.train) + len(data.validation) == (2 if every else 5)
 
 
 def test_a_class_of_broken_links_is_empty_and_the_message_has_the_reason(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_ranks_compare_the_places_in_the_folder_and_not_where_it_lies(
         assert len(contents) == 1
     # the same names in another order
     (other / "train" / "cat" / "a").rename(other / "train" / "cat" / "c")
-    assert folder_files(one)[0].contents != folder_files(other)[0].contents
+    assert folder_files(one)[0]["train"].contents != folder_files(other)[0]["train"].contents
 
 
 def contents_of(path: Path, test_every: int | None) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     data = load(Data(name="folder", path=root), Team.alone(), 1)
     assert isinstance(data.train, Arrays) and data.classes == (latin, "cat")
     assert data.train.images.mean((1, 2, 3)).tolist() == [140, 140, 40]
-    assert contents_of(root, None) == folder_files(root)[0].contents
+    assert contents_of(root, None) == folder_files(root)[0]["train"].contents
     damaged = root / "train" / latin / "0.png"
     damaged.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot decode the image .*/caf\udce9/0.png"):

@@ -42,9 +42,14 @@ class _Run:
         return self.recipe.metric_names[0]
 
     @property
+    def split(self) -> str:
+        """The split that epochs are evaluated on."""
+        return "validation" if "validation_loss" in self.result else "test"
+
+    @property
     def ends(self) -> dict[str, float | None]:
         """The main metric after phase 1, before averaging and after, as it is shown."""
-        found = self.result[f"test_{self.metric}"]
+        found = self.result[f"{self.split}_{self.metric}"]
         factor = scale(self.metric)
         names = ("large_batch", "mean_of_groups", "averaged")
         return {n: None if found[n] is None else factor * found[n] for n in names}
@@ -86,7 +91,7 @@ def draw_curves(run: Path, file: Path) -> None:
             _draw_metric(top, shown)
             _draw_learning_rate(bottom, shown)
             count_epochs(bottom)
-        axes[0, 0].set_ylabel(axis_label("test", shown.metric))
+        axes[0, 0].set_ylabel(axis_label(shown.split, shown.metric))
         axes[1, 0].set_ylabel("learning rate")
         if both:
             mark_phases(axes[0, 0], shown.begin, ("phase 1: large batch", "phase 2"))
@@ -142,8 +147,8 @@ def _values(
         begin: the epoch of the run at which this part begins.
         before: points to begin with.
     """
-    key, factor = f"test_{run.metric}", scale(run.metric)
-    measured = [line for line in lines if line[key] is not None]
+    key, factor = f"{run.split}_{run.metric}", scale(run.metric)
+    measured = [line for line in lines if line.get(key) is not None]
     points = [*before, *((begin + line["epoch"], factor * line[key]) for line in measured)]
     return [x for x, _ in points], [y for _, y in points]
 
