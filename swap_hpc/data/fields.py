@@ -84,8 +84,14 @@ def check_fields(data: Data, augment: Augment, dataset: Dataset) -> None:
             f"data.image_size has several sizes: only {STREAMED.name} change theirs, "
             f"and {_described(data, dataset)}"
         )
-    if _are_images(data, dataset):
-        _check_sizes(data, augment, dataset)
+    if isinstance(dataset.train, Batches):
+        return
+    if augment.mixes and dataset.train.labels.ndim > 1:
+        raise UserError(
+            "augment.mixup and augment.cutmix mix class numbers, and the targets of "
+            f"{data.name} are something else: leave them out"
+        )
+    _check_sizes(data, augment, dataset)
 
 
 def _check(

@@ -22,6 +22,7 @@ from swap_hpc.data.graphs import (
     random_crop_graph,
     whole_image_graph,
 )
+from swap_hpc.data.mixing import mixed, noted
 from swap_hpc.data.pieces import Piece, pieces
 from swap_hpc.data.pipeline import build_pipeline, run_pipeline
 from swap_hpc.data.sampling import Picks
@@ -59,8 +60,8 @@ def batches(
         device: where the batches go.
 
     Returns:
-        Images (n, C, H, W) float32 in the layout channels_last, and labels (n,) int64; or what a
-        user's function makes.
+        Images (n, C, H, W) float32 in the layout channels_last, and labels (n,) int64, or (n,
+        classes) float32 where images are mixed; or what a user's function makes.
 
     Raises:
         RunError: an image cannot be read or decoded.
@@ -69,6 +70,21 @@ def batches(
     if isinstance(split, Batches):
         training = view.augment is not None
         return custom_batches(split, picks, training, batch_size, device)
+    if view.augment is None or not view.augment.mixes:
+        return _images(dataset, split, picks, view, batch_size, device)
+    taken: deque[Picks] = deque()
+    images = _images(dataset, split, noted(picks, taken), view, batch_size, device)
+    return mixed(images, taken, view.augment, len(dataset.classes))
+
+
+def _images(
+    dataset: Dataset,
+    split: Arrays | Encoded,
+    picks: Iterator[Picks],
+    view: View,
+    batch_size: int,
+    device: Device,
+) -> Iterator[Batch]:
     if not isinstance(split, Arrays):
         return _streamed(dataset, split, picks, view, batch_size, device)
     if device.torch.type == "cuda" and is_simple(view.augment):

@@ -5,6 +5,9 @@ import numpy as np
 from swap_hpc.data.sampling import DRAWS, Picks
 from swap_hpc.recipe.augment import Augment
 
+# Which of mixup and CutMix, how much of each image, and the x and y of a box.
+MIX_DRAWS = 4
+
 # A box for each of n samples: its corners (column, row) and its sides (width, height), both
 # (n, 2) float32 in pixels.
 Boxes = tuple[np.ndarray, np.ndarray]
@@ -15,6 +18,8 @@ def streams_of(augment: Augment) -> dict[str, int]:
     streams = {}
     if augment.cutout and augment.crop_area:
         streams["cutout"] = 2
+    if augment.mixes:
+        streams["mix"] = MIX_DRAWS
     return streams
 
 

@@ -2,13 +2,16 @@
 
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, model_validator
 
 from swap_hpc.recipe.section import Section
-from swap_hpc.recipe.values import CountOrZero, Range
+from swap_hpc.recipe.values import CountOrZero, Fraction, Range
 
 # Fields that only matter beside another one.
-NEEDS = {"crop_ratio": "crop_area"}
+NEEDS = {
+    "crop_ratio": ("crop_area",),
+    "cutmix_share": ("mixup", "cutmix"),
+}
 
 
 class Augment(Section):
@@ -27,15 +30,40 @@ class Augment(Section):
     cutout: CountOrZero = 0
     """Side in pixels of a square at a random place, set to the mean (`data.mean`)."""
 
+    mixup: NonNegativeFloat = 0.0
+    """Mix pairs of images and their labels (arXiv 1710.09412): the alpha of the beta distribution
+    that an image's share is drawn from; larger values mix more evenly, 0 not at all. Every rank's
+    share of a batch must be even. Your own loss gets (n, classes) probabilities as targets."""
+    cutmix: NonNegativeFloat = 0.0
+    """Swap a box of pixels between pairs of images (arXiv 1905.04899), and mix their labels by its
+    area: the alpha that the area is drawn with, as for `mixup`."""
+    cutmix_share: Fraction = 0.5
+    """Share of the pairs that are mixed by `cutmix` where both are set."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def share_of_cutmix(self) -> float:
+        """The share of the pairs that are mixed by CutMix."""
+        if not (self.mixup and self.cutmix):
+            return float(self.cutmix > 0)
+        return self.cutmix_share
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Augment":
         if self.crop_area and self.pad:
             raise ValueError(
                 "crop_area and pad are two ways to take a random crop: choose one of them"
             )
-        for field, other in NEEDS.items():
-            if not getattr(self, other) and getattr(self, field) != default_of(field):
-                raise ValueError(f"{field} has no effect without {other}: set {other}, too")
+        for field, others in NEEDS.items():
+            missing = [other for other in others if not getattr(self, other)]
+            if missing and getattr(self, field) != default_of(field):
+                raise ValueError(
+                    f"{field} has no effect without {missing[0]}: set {missing[0]}, too"
+                )
         return self
 
 

@@ -4,6 +4,8 @@ All of them work in one folder. Eight small jobs may start sooner than one large
 phase 1, then one for each group, then one that averages.
 """
 
+from typing import Literal
+
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
@@ -95,9 +97,11 @@ def check_ranks(
         )
     if does(chosen, Phase.LARGE_BATCH) and recipe.large_batch.epochs and not phase_1_is_over:
         _check_large_batch(recipe, ranks)
+        _check_pairs("large_batch", recipe, ranks)
     if does(chosen, Phase.REFINE) and recipe.refine.epochs:
         per_group = ranks if chosen else max(1, ranks // groups)
         _check_share("refine", recipe.refine, per_group)
+        _check_pairs("refine", recipe, per_group)
 
 
 def _check_large_batch(recipe: Recipe, ranks: int) -> None:
@@ -121,4 +125,17 @@ def _check_share(name: str, phase: LargeBatch | Refine, ranks: int) -> None:
         raise UserError(
             f"{name}.batch_size = {batch_size} does not divide by its {ranks} ranks{times}: "
             f"--set {name}.batch_size={' or '.join(map(str, near))}"
+        )
+
+
+def _check_pairs(name: Literal["large_batch", "refine"], recipe: Recipe, ranks: int) -> None:
+    """Check that each rank's share consists of pairs, where images are mixed."""
+    phase: LargeBatch | Refine = getattr(recipe, name)
+    batch_size, share = phase.batch_size, phase.batch_size // ranks
+    even = 2 * ranks * phase.accumulate
+    if recipe.augment.mixes and share % 2:
+        raise UserError(
+            f"{name}.batch_size = {batch_size}: augment.mixup and augment.cutmix mix pairs of "
+            f"images, and each of {ranks} ranks would hold {share}: "
+            f"--set {name}.batch_size={(batch_size // even + 1) * even}"
         )

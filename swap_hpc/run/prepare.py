@@ -135,6 +135,11 @@ def _check_samples(recipe: Recipe, samples: int, has_batchnorm: bool) -> None:
     if recipe.refine.epochs and has_batchnorm:
         used["batchnorm.batch_size"] = recipe.batchnorm.batch_size
         used["batchnorm.samples"] = recipe.batchnorm.samples or 0
+    if recipe.augment.mixes and used.get("batchnorm.batch_size", 0) % 2:
+        raise UserError(
+            f"batchnorm.batch_size = {recipe.batchnorm.batch_size} is odd, and augment.mixup and "
+            "augment.cutmix mix pairs of images: set an even one"
+        )
     for name, wanted in used.items():
         if wanted > samples:
             raise UserError(

@@ -61,14 +61,19 @@ def _mean(sums: Sequence[float], samples: float) -> float:
     return sums[0] / samples
 
 
+def class_of(targets: Tensor) -> Tensor:
+    """Return (n,) class numbers; of mixed images, (n, classes), those of the larger share."""
+    return targets.argmax(1) if targets.ndim == 2 and targets.is_floating_point() else targets
+
+
 def is_right(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return (n,) bool: True where the largest of (n, classes) logits is that of the target."""
-    return outputs.argmax(1) == targets
+    return outputs.argmax(1) == class_of(targets)
 
 
 def is_among_5(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return (n,) bool: True where the target's is one of the 5 largest of (n, classes) logits."""
-    return (outputs.topk(5, dim=1).indices == targets[:, None]).any(1)
+    return (outputs.topk(5, dim=1).indices == class_of(targets)[:, None]).any(1)
 
 
 ACCURACY = mean_of(is_right, "accuracy")
@@ -84,8 +89,9 @@ def class_accuracy(classes: int) -> Metric:
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
         right = outputs.new_zeros(2, classes, dtype=torch.float64)
-        right[0].index_add_(0, targets, is_right(outputs, targets).double())
-        right[1].index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
+        known = class_of(targets)
+        right[0].index_add_(0, known, is_right(outputs, known).double())
+        right[1].index_add_(0, known, torch.ones_like(known, dtype=torch.float64))
         return right.flatten()
 
     def by_class(sums: Sequence[float], samples: float) -> list[float | None]:

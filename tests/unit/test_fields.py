@@ -92,6 +92,9 @@ AUGMENT: dict[str, dict[str, Any]] = {
     "pad": {"pad": 2},
     "flip": {"flip": True},
     "cutout": {"cutout": 3},
+    "mixup": {"mixup": 0.5},
+    "cutmix": {"cutmix": 1.0},
+    "cutmix_share": {"mixup": 0.5, "cutmix": 1.0, "cutmix_share": 0.9},
 }
 
 
