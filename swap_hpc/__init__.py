@@ -1,17 +1,20 @@
 """SWAP, Stochastic Weight Averaging in Parallel (Gupta, Akle Serrano, DeCoste, arXiv 2001.02312).
 
-The names below are for a training loop of your own: they take plain torch modules and any MPI
-communicator, and work with DistributedDataParallel, Horovod or neither.
+The names below are for a training loop of your own: they take plain torch modules, and any
+communicator of MPI or process group of torch.distributed. They work with DistributedDataParallel,
+Lightning, Horovod or none of them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swap_hpc.average.agreement import weights_sha256
     from swap_hpc.average.batchnorm import refresh_batchnorm_
     from swap_hpc.average.uniform import average_weights_
     from swap_hpc.data import Batches, Dataset, Graph
     from swap_hpc.parallel.grid import grid
+    from swap_hpc.parallel.rendezvous import distributed_environment
     from swap_hpc.parallel.teams import Team
     from swap_hpc.train.evaluation import evaluate
     from swap_hpc.train.metrics import Metric
@@ -24,9 +27,11 @@ __all__ = [
     "Metric",
     "Team",
     "average_weights_",
+    "distributed_environment",
     "evaluate",
     "grid",
     "refresh_batchnorm_",
+    "weights_sha256",
 ]
 
 _MODULES = {
@@ -36,9 +41,11 @@ _MODULES = {
     "Metric": "train.metrics",
     "Team": "parallel.teams",
     "average_weights_": "average.uniform",
+    "distributed_environment": "parallel.rendezvous",
     "evaluate": "train.evaluation",
     "grid": "parallel.grid",
     "refresh_batchnorm_": "average.batchnorm",
+    "weights_sha256": "average.agreement",
 }
 
 

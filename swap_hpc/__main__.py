@@ -20,6 +20,7 @@ import typer
 
 from swap_hpc import __version__
 from swap_hpc.errors import RunError, Stopped, UserError, explained
+from swap_hpc.parallel.launcher import launched
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.metrics import with_unit
 from swap_hpc.recipe.phase import Phase
@@ -127,13 +128,20 @@ def train(
 
 def _world() -> Any:
     """Return the team of all ranks; UserError if the launcher and the MPI library do not match."""
-    from swap_hpc.parallel.mpi import launcher_mismatch
     from swap_hpc.parallel.teams import Team
 
-    world = Team.world()
-    if mismatch := launcher_mismatch(world):
-        raise UserError(mismatch)
-    return world
+    return Team.world()
+
+
+def _check_alone(command: str) -> None:
+    """Raise a UserError if ranks were started for a command that starts its ranks itself."""
+    found = launched()
+    # In an interactive step srun counts the tasks that mpirun could start.
+    if found and found.size > 1 and found.by != "srun":
+        raise UserError(
+            f"{found.by} started {found.size} ranks, but {command} starts its ranks itself: "
+            f"start swap-hpc {command} alone"
+        )
 
 
 @app.command()
@@ -253,11 +261,11 @@ def data(
     ] = Path("data"),
 ) -> None:
     """Download and verify a data set, on a login node ahead of a job."""
+    world = _world()
     from swap_hpc.data import download
     from swap_hpc.parallel.grid import first_then_rest
-    from swap_hpc.parallel.teams import Team
 
-    say(first_then_rest(Team.world(), lambda: download(name, directory)))
+    say(first_then_rest(world, lambda: download(name, directory)))
 
 
 @app.command()
@@ -288,10 +296,10 @@ def doctor(
     ] = 1,
 ) -> None:
     """Print versions, MPI, Horovod, GPUs and where each rank runs, and diagnose problems."""
-    from swap_hpc.parallel.teams import Team
+    from swap_hpc.parallel.mpi import world_as_seen
     from swap_hpc.run import doctor
 
-    say("\n".join(doctor.report(Team.world(), groups)))
+    say("\n".join(doctor.report(world_as_seen(), groups)))
 
 
 @app.command()
@@ -330,6 +338,7 @@ def study(
         for known in studies.shipped_studies():
             say(f"{known:<18} {studies.load_study(known).title}")
         return
+    _check_alone("study")
     folder = out or Path("runs") / Path(name).stem
     plan = Plan(studies.load_study(name), folder, data, tuple(overrides or ()))
     plan.check()
@@ -401,8 +410,10 @@ def bench(
         for known, what in benches.NAMES.items():
             say(f"{known:<12} {what}")
     elif name == "scaling":
+        _check_alone("bench")
         benches.scale(launcher, out, say)
     elif name == "all" or name in benches.BENCHES:
+        _check_alone("bench")
         chosen = [*benches.BENCHES] if name == "all" else [name]
         benches.run(chosen, launcher, out / f"{name}.json", say)
     else:

@@ -71,6 +71,14 @@ def launch(
     )
 
 
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """Return the words that start a Python file, or -m and a module, on ranks of torch's launcher.
+
+    Each has a port of its own, so that several may run at the same time.
+    """
+    return (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks))
+
+
 def settings(*fields: str) -> tuple[str, ...]:
     """Return the options that set recipe fields, each written as `refine.epochs=1`."""
     return tuple(word for field in fields for word in ("--set", field))
@@ -155,10 +163,10 @@ def _mpirun() -> str:
 def _environment() -> dict[str, str]:
     """Return a fresh shell's variables, with permission to be root and to oversubscribe cores.
 
-    Variables that an MPI library set in this process would confuse the job's MPI.
+    Variables that MPI or torch's launcher set in this process would confuse the job.
     """
-    of_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(of_mpi)}
+    others = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return clean | {
         "PATH": f"{BIN}:{clean['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mpi4py import MPI
-
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import T, Team, nothing
 
@@ -67,12 +65,12 @@ def _grid(world: Team, groups: int) -> Ranks:
     if world.size % groups == 0:
         per_group = world.size // groups
         row, column = divmod(world.rank, per_group)
-        # Split is collective over the world: a rank that is alone in its group must call it, too.
-        return Ranks(world, _split(world, row), _split(world, column), (row,))
+        # A split is collective over the world: a rank that is alone in its group must call it, too.
+        return Ranks(world, world.split(row), world.split(column), (row,))
     if groups % world.size == 0:
         per_rank = groups // world.size
         mine = range(world.rank * per_rank, (world.rank + 1) * per_rank)
-        return Ranks(world, Team.alone(), _split(world, 0), tuple(mine))
+        return Ranks(world, Team.alone(), world.split(0), tuple(mine))
     raise UserError(
         f"{world.size} ranks cannot share {groups} groups: "
         "start a multiple or a divisor of the groups"
@@ -90,18 +88,14 @@ def single_row(world: Team, groups: tuple[int, ...]) -> Iterator[Ranks]:
     yield Ranks(world, world, Team.alone(), groups)
 
 
-def _split(team: Team, colour: int) -> Team:
-    return Team(team.comm.Split(colour, team.rank))
-
-
 @contextmanager
 def node_of(world: Team) -> Iterator[Team]:
     """Make a team of the ranks of `world` on this node, until the context ends. Collective.
 
-    A rank's number in it is its local rank. It comes from MPI, because launchers name their
+    A rank's number in it is its local rank. It does not come from launchers, which name their
     variables for it differently, or set none.
     """
-    node = Team(world.comm.Split_type(MPI.COMM_TYPE_SHARED, world.rank))
+    node = world.split_by_node()
     yield node
     node.free()
 

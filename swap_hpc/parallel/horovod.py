@@ -101,7 +101,15 @@ def horovod_session(team: Team, device: Device) -> Iterator[Session]:
     No thread of Horovod is then left in other parts of a run. Horovod also ends when all ranks
     leave training early. It goes on after an error, whose rank might wait in vain for the others to
     shut down with it.
+
+    Raises:
+        UserError: Horovod cannot be loaded, or torch.distributed connects the ranks.
     """
+    if not hasattr(team.comm, "Get_rank"):
+        raise UserError(
+            "several ranks train one model with Horovod, which needs MPI, and torch.distributed "
+            f"connects these: start them with mpirun -n {team.size}"
+        )
     hvd = load_horovod()
     if device.torch.type == "cpu":
         # Horovod's thread wakes up every millisecond to ask the other ranks. Where it shares a core

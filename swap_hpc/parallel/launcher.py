@@ -23,6 +23,11 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 
+# What torchrun, accelerate and DeepSpeed set; Lightning, where it starts the ranks, only the second
+# pair.
+TORCH = "torchrun or the like"
+TORCH_VARIABLES = [("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE")]
+
 # Lets ranks outnumber cores, unbound, under the mpirun of Open MPI 4 and 5, which refuses that
 # otherwise, and under Intel's, which would pin them. These are variables and not options, because
 # MPICH's mpirun, which allows it anyway, refuses Open MPI's options and ignores its variables.
@@ -76,21 +81,47 @@ def advice(library: str) -> Advice:
 class Launched(NamedTuple):
     """A launcher, and this process's place among the ranks that it started."""
 
-    by: str  # a key of `VARIABLES`
+    by: str  # a key of `VARIABLES`, or `TORCH`
     rank: int
     size: int
+
+    @property
+    def by_torch(self) -> bool:
+        return self.by == TORCH
 
 
 def launched() -> Launched | None:
     """Return how this process was launched; None if it was started alone.
 
-    Values that no launcher would set also count as started alone.
+    Values that no launcher would set also count as started alone, and so does a single rank of
+    torch's launchers, whose variables may be left over.
     """
-    for name, variables in VARIABLES.items():
-        rank, size = (os.environ.get(variable, "") for variable in variables)
-        if re.fullmatch("[0-9]+", rank) and re.fullmatch("[0-9]+", size):
-            return Launched(name, int(rank), int(size))
+    by_mpi = next(filter(None, (_place(*each) for each in VARIABLES.items())), None)
+    by_torch = next(filter(None, (_place(TORCH, names) for names in TORCH_VARIABLES)), None)
+    if by_torch is None or by_torch.size == 1:
+        return by_mpi
+    # srun and mpirun may have started torchrun, one per node. Under mpirun a job may also have set
+    # torch's variables itself, to the same numbers.
+    within_srun = by_mpi and by_mpi.by == "srun" and "TORCHELASTIC_RUN_ID" in os.environ
+    if by_mpi is None or by_torch.size > by_mpi.size or within_srun:
+        return by_torch
+    return by_mpi
+
+
+def _place(by: str, variables: tuple[str, str]) -> Launched | None:
+    rank, size = (os.environ.get(variable, "") for variable in variables)
+    if re.fullmatch("[0-9]+", rank) and re.fullmatch("[0-9]+", size):
+        return Launched(by, int(rank), int(size))
     return None
+
+
+def refusal(found: Launched) -> str:
+    """Return one line with a hint, for ranks that torch's launcher started without MPI."""
+    return (
+        f"{found.by} started {found.size} ranks (WORLD_SIZE={found.size}), "
+        f"and MPI sees each of them alone: start them with mpirun -n {found.size}; "
+        "or in a loop of your own, call torch.distributed.init_process_group() first"
+    )
 
 
 def launch_line(launcher: str, ranks: int) -> list[str]:

@@ -5,7 +5,9 @@ from contextlib import suppress
 
 from mpi4py import MPI
 
-from swap_hpc.parallel.launcher import advice, launched
+from swap_hpc.errors import UserError
+from swap_hpc.parallel.launcher import advice, launched, refusal
+from swap_hpc.parallel.mpi_communicator import MpiCommunicator
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.wording import count
 
@@ -15,18 +17,47 @@ def abort(code: int) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
-def launcher_mismatch(world: Team) -> str | None:
-    """Return one line with a hint where the launcher started other ranks than MPI sees, else None.
+def world_rank() -> int:
+    """Return this process's rank among those that MPI sees."""
+    return MPI.COMM_WORLD.Get_rank()
+
+
+def world_size() -> int:
+    """Return the number of ranks that MPI sees."""
+    return MPI.COMM_WORLD.Get_size()
+
+
+def world_as_seen() -> Team:
+    """Return the team of all ranks that MPI sees, also where a launcher started more."""
+    return Team(MpiCommunicator(MPI.COMM_WORLD))
+
+
+def check_launcher(comm: MPI.Comm) -> None:
+    """Check that a communicator's ranks can be those of the job.
+
+    Raises:
+        UserError: a launcher started more ranks than MPI sees, and `comm` is not meant to be this
+            rank alone.
+    """
+    mismatch = launcher_mismatch() if comm != MPI.COMM_SELF else None
+    if mismatch:
+        raise UserError(mismatch)
+
+
+def launcher_mismatch() -> str | None:
+    """Return one line with a hint where a launcher started more ranks than MPI sees, else None.
 
     An MPI library that does not know its launcher makes a world of one of each process.
     """
     by_launcher = launched()
-    if by_launcher is None or by_launcher.size == world.size:
+    if by_launcher is None or by_launcher.size <= world_size():
         return None
+    if by_launcher.by_torch:
+        return refusal(by_launcher)
     library = mpi_library()
     return (
         f"{by_launcher.by} started {count(by_launcher.size, 'rank')}, "
-        f"but MPI sees a world of {world.size}: launcher and MPI library do not match; "
+        f"but MPI sees a world of {world_size()}: launcher and MPI library do not match; "
         f"use the mpirun that belongs to {library} "
         f"(with srun: {advice(library).srun}, or the type that this library was built for)"
     )

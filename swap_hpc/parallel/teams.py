@@ -1,14 +1,22 @@
-"""`Team`: a communicator, and the collectives that the package needs."""
+"""`Team`: ranks, and the collectives that the package needs.
 
-import time
+Imports neither torch nor MPI before it knows which of them connects the ranks.
+"""
+
+import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from mpi4py import MPI
 
 from swap_hpc.errors import RunError, UserError, explained
+from swap_hpc.parallel.communicator import Alone, Communicator
+from swap_hpc.parallel.launcher import launched, refusal
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -22,40 +30,75 @@ def nothing() -> Any:
 
 
 class Team:
-    """A communicator, and the few collectives that the package needs.
+    """Ranks that MPI or torch.distributed connects, and the few collectives that the package needs.
 
-    Every method but `alone` and `world` is collective: all ranks of the team must call it, in the
-    same order. In a team of one, no method but `free` makes an MPI call.
+    Every method but `alone` is collective: all ranks of the team must call it, in the same order.
+    In a team of one, no method but `split` and `free` communicates.
+
+    A process group's ranks are connected once more, by gloo, when its first team is made: all of
+    them must make one. That connection has no time-out, takes NCCL's ranks as well, and outlives
+    the process group.
 
     Args:
-        comm: any intracommunicator of mpi4py.
+        comm: any intracommunicator of mpi4py, or any `torch.distributed.ProcessGroup` that this
+            rank belongs to.
 
     Attributes:
-        comm: the communicator.
+        comm: mpi4py's communicator or the process group. None in `alone`, and in a part of a
+            process group.
         rank: this process's rank in it, from 0.
         size: the number of its ranks.
+
+    Raises:
+        UserError: a launcher started more ranks than MPI sees.
     """
 
-    def __init__(self, comm: MPI.Comm):
-        self.comm = comm
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
+    def __init__(self, comm: "MPI.Comm | ProcessGroup | Communicator"):
+        self._communicator = comm if isinstance(comm, Communicator) else _communicator(comm)
+        self.comm: Any = comm.handle if isinstance(comm, Communicator) else comm
+        self.rank = self._communicator.rank
+        self.size = self._communicator.size
 
     @classmethod
     def world(cls) -> "Team":
-        """Return the team of all ranks of the job."""
+        """Return the team of all ranks of the job: MPI's, or those of torch's default group.
+
+        They are torch's where `torch.distributed.init_process_group` was called, unless this
+        process has started MPI, and MPI sees as many ranks.
+
+        Raises:
+            UserError: a launcher started more ranks than MPI or torch.distributed sees.
+        """
+        group = _default_group()
+        by_launcher = launched()
+        ranks = by_launcher.size if by_launcher else 1
+        if group and group.size() >= ranks and not _mpi_sees(group.size()):
+            return cls(group)
+        # MPI is not even started where torch's launcher started the ranks: each would be alone.
+        if by_launcher and by_launcher.by_torch and not _mpi_sees(by_launcher.size):
+            raise UserError(refusal(by_launcher))
+        from mpi4py import MPI
+
         return cls(MPI.COMM_WORLD)
 
     @classmethod
     def alone(cls) -> "Team":
         """Return the team of this rank alone."""
-        return cls(MPI.COMM_SELF)
+        return cls(Alone())
+
+    def split(self, colour: int) -> "Team":
+        """Return the team of the ranks that give the same number, in their present order."""
+        return Team(self._communicator.split(colour))
+
+    def split_by_node(self) -> "Team":
+        """Return the team of the ranks on this rank's node, in their present order."""
+        return Team(self._communicator.split_by_node())
 
     def sum_(self, array: np.ndarray) -> np.ndarray:
         """Replace a C-contiguous float64 or int64 array by its sum over the team, and return it."""
         assert array.dtype in (np.float64, np.int64) and array.flags.c_contiguous
         if self.size > 1:
-            self.comm.Allreduce(MPI.IN_PLACE, array, op=MPI.SUM)
+            self._communicator.sum_(array)
         return array
 
     def sums(self, *values: float) -> list[float]:
@@ -66,7 +109,7 @@ class Team:
         """Return each value's maximum over the team, in float64."""
         array = np.array(values, dtype=np.float64)
         if self.size > 1:
-            self.comm.Allreduce(MPI.IN_PLACE, array, op=MPI.MAX)
+            self._communicator.maximum_(array)
         return array.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -75,25 +118,25 @@ class Team:
 
     def broadcast(self, value: T) -> T:
         """Return the first rank's `value`, a small Python object."""
-        return self.comm.bcast(value) if self.size > 1 else value
+        return self._communicator.broadcast(value) if self.size > 1 else value
 
     def broadcast_(self, array: np.ndarray) -> np.ndarray:
         """Replace a contiguous uint8 array by the first rank's, and return it."""
         if self.size > 1:
             for start in range(0, array.size, BROADCAST_BYTES):
-                self.comm.Bcast(array[start : start + BROADCAST_BYTES])
+                self._communicator.broadcast_(array[start : start + BROADCAST_BYTES])
         return array
 
     def allgather(self, value: T) -> list[T]:
         """Return every rank's `value`, a small Python object, in the order of the ranks."""
-        return self.comm.allgather(value) if self.size > 1 else [value]
+        return self._communicator.allgather(value) if self.size > 1 else [value]
 
     def gather(self, array: np.ndarray) -> np.ndarray | None:
         """Return the ranks' arrays, (n,) uint8, as (ranks, n) on the first rank; None on others."""
         if self.size == 1:
             return array[None]
         rows = np.empty((self.size, len(array)), np.uint8) if self.rank == 0 else None
-        self.comm.Gather(array, rows)
+        self._communicator.gather(array, rows)
         return rows
 
     def first(self, function: Callable[[], T]) -> T | None:
@@ -106,7 +149,7 @@ class Team:
     def barrier(self) -> None:
         """Wait until all ranks of the team are here."""
         if self.size > 1:
-            self.comm.Barrier()
+            self._communicator.barrier()
 
     def agree(self, function: Callable[[], T]) -> T:
         """Return `function()`, called on every rank; an error on one rank is raised on all.
@@ -137,15 +180,48 @@ class Team:
         if self.size == 1:
             return function()
         result = function() if self.rank == 0 else None
-        request = self.comm.Ibarrier()
-        while not request.Test():
-            time.sleep(0.02)
+        self._communicator.sleeping_barrier()
         return self.broadcast(result)  # type: ignore[return-value]
 
     def free(self) -> None:
-        """Free the communicator, unless it is MPI's own."""
-        if self.comm not in (MPI.COMM_WORLD, MPI.COMM_SELF):
-            self.comm.Free()
+        """Free the communicator, unless it is MPI's own or that of a process group."""
+        self._communicator.free()
+
+
+def _communicator(comm: Any) -> Communicator:
+    if hasattr(comm, "Get_rank"):
+        from swap_hpc.parallel.mpi import check_launcher
+        from swap_hpc.parallel.mpi_communicator import MpiCommunicator
+
+        check_launcher(comm)
+        return MpiCommunicator(comm)
+    from torch.distributed import ProcessGroup
+
+    if not isinstance(comm, ProcessGroup):
+        raise TypeError(
+            f"a team is made of a communicator of mpi4py or of a ProcessGroup that this rank "
+            f"belongs to, not of {comm!r}"
+        )
+    from swap_hpc.parallel.gloo_communicator import of_process_group
+
+    return of_process_group(comm)
+
+
+def _default_group() -> "ProcessGroup | None":
+    """Return torch.distributed's default group; None if it has not been initialised."""
+    distributed = sys.modules.get("torch.distributed")
+    if not distributed or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.group.WORLD
+
+
+def _mpi_sees(ranks: int) -> bool:
+    """Tell whether this process has started MPI, with a world of so many ranks or more."""
+    if "mpi4py.MPI" not in sys.modules:
+        return False
+    from swap_hpc.parallel.mpi import world_size
+
+    return world_size() >= ranks
 
 
 def _portable(error: Exception | None) -> UserError | RunError | None:

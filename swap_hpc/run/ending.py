@@ -40,14 +40,17 @@ def _rank() -> int:
     commands on a login node need no MPI.
     """
     rank_of = launched()
-    if "swap_hpc.parallel.teams" in sys.modules:
-        from swap_hpc.parallel.teams import Team
+    if _mpi_is_started():
+        from swap_hpc.parallel import mpi
 
-        world = Team.world()
         # A world of one under a launcher of several is another MPI's: the launcher knows better.
-        if world.size > 1 or rank_of is None:
-            return world.rank
+        if mpi.world_size() > 1 or rank_of is None:
+            return mpi.world_rank()
     return rank_of.rank if rank_of else 0
+
+
+def _mpi_is_started() -> bool:
+    return "mpi4py.MPI" in sys.modules
 
 
 def fail(
@@ -72,12 +75,11 @@ def fail(
         time.sleep(10)
     elif rank:
         time.sleep(1 + 0.4 * min(rank, 8))
-    alone = "swap_hpc.parallel.teams" not in sys.modules
+    alone = not _mpi_is_started()
     if not alone:
         from swap_hpc.parallel import mpi
-        from swap_hpc.parallel.teams import Team
 
-        alone = Team.world().size == 1
+        alone = mpi.world_size() == 1
     if text and not reported_elsewhere and (rank == 0 or not alone):
         print(text, file=sys.stderr, flush=True)
         if details:

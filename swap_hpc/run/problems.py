@@ -88,7 +88,7 @@ def installation_problems(facts: dict[str, Any], world: Team, shared: bool) -> l
         One line per problem.
     """
     problems = []
-    if mismatch := launcher_mismatch(world):
+    if mismatch := launcher_mismatch():
         problems.append(mismatch)
     horovod = facts["horovod"]
     if horovod is None:

@@ -24,9 +24,12 @@ SECTIONS = {
         "swap_hpc:grid",
         "swap_hpc.parallel.grid:Ranks",
         "swap_hpc:average_weights_",
+        "swap_hpc.average.uniform:WeightSum",
         "swap_hpc:refresh_batchnorm_",
         "swap_hpc:evaluate",
         "swap_hpc:Metric",
+        "swap_hpc:weights_sha256",
+        "swap_hpc:distributed_environment",
     ),
     "For data of your own": (
         "swap_hpc:Dataset",

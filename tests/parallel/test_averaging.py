@@ -15,6 +15,8 @@ from swap_hpc.average.sharing import average_buffers_
 from swap_hpc.average.uniform import WeightSum, average_weights_
 from swap_hpc.parallel.teams import Team
 
+pytestmark = pytest.mark.process_groups(2, 4)
+
 
 def random_model(seed: int) -> nn.Sequential:
     """Return a model with every kind of tensor, in several types and layouts."""
@@ -283,6 +285,7 @@ class HandsOutCopies(nn.Linear):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.process_groups(2)
 def test_a_state_dict_that_hands_out_copies_does_not_matter(world: Team) -> None:
     model = HandsOutCopies(2, 3)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def node_number(world: Team) -> int:
 
 @contextmanager
 def node(world: Team) -> Iterator[Team]:
-    team = Team(world.comm.Split(node_number(world), world.rank))
+    team = world.split(node_number(world))
     yield team
     team.free()
 

@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import tiny
+from torch import distributed, nn, optim
 
 from swap_hpc.errors import UserError
+from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.grid import first_then_rest, grid, node_of
 from swap_hpc.parallel.teams import Team
+
+pytestmark = pytest.mark.process_groups(1, 2, 4)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 8, 12])
@@ -40,6 +45,14 @@ def test_collectives_return_what_their_names_say(world: Team) -> None:
     assert world.any(world.rank == n - 1) and not world.any(False)
     assert world.broadcast(f"from {world.rank}") == "from 0"
     assert (world.broadcast_(np.full(5, world.rank, np.uint8)) == 0).all()
+    values = [rank * "long" for rank in range(n)]
+    assert world.allgather(world.rank * "long") == values
+    rows = world.gather(np.full(3, world.rank, np.uint8))
+    assert (rows is None) == (world.rank > 0)
+    if rows is not None:
+        assert rows.tolist() == [3 * [rank] for rank in range(n)]
+    assert world.sum_(np.array([2**53, 1])).tolist() == [n * 2**53, n]
+    assert world.first_while_others_sleep(lambda: world.rank) == 0
 
 
 def test_the_first_rank_goes_first(world: Team, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -58,3 +71,47 @@ def test_the_first_rank_goes_first(world: Team, tmp_path_factory: pytest.TempPat
 def test_local_ranks_are_distinct(world: Team) -> None:
     with node_of(world) as node:
         assert sorted(node.allgather(node.rank)) == list(range(node.size))
+
+
+def test_teams_of_teams(world: Team) -> None:
+    """A part is split again, while the other parts do something else."""
+    half = world.split(world.rank % 2)
+    assert half.allgather(world.rank) == list(range(world.rank % 2, world.size, 2))
+    if world.rank % 2:
+        pair = half.split(half.rank // 2)
+        assert pair.sums(1.0) == [pair.size]
+        pair.free()
+    half.free()
+    world.barrier()
+
+
+def test_a_world_is_the_same_ranks_whenever_it_is_asked_for(world: Team) -> None:
+    if world.rank == 0:
+        assert (Team.world().rank, Team.world().size) == (0, world.size)
+    world.barrier()
+
+
+@pytest.mark.ranks()
+@pytest.mark.process_groups(2, 4)
+def test_a_process_group_of_torchs_is_a_team(world: Team) -> None:
+    """Several ranks of a group may train by DistributedDataParallel: it needs a process group."""
+    row, _ = distributed.new_subgroups(world.size // 2)
+    with grid(world, 2) as ranks:
+        team = Team(row)
+        assert (team.rank, team.size) == (ranks.group.rank, ranks.group.size)
+        assert (
+            team.comm is row and ranks.group.comm is None and world.comm is distributed.group.WORLD
+        )
+        assert team.allgather(world.rank) == ranks.group.allgather(world.rank)
+
+
+@pytest.mark.ranks()
+@pytest.mark.process_groups(2)
+def test_horovod_is_refused_where_torch_connects_the_ranks(world: Team) -> None:
+    model = nn.Linear(1, 1)
+    sgd = optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(UserError, match="needs MPI, and torch.distributed connects these"),
+        averaged_gradients(model, sgd, world, tiny.CPU),
+    ):
+        pass

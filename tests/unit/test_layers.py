@@ -18,6 +18,7 @@ PACKAGE = Path(swap_hpc.__file__).parent
 # files, what speaks to a person, and the teams themselves.
 MAY_BRANCH = {
     "__main__",
+    "parallel.gloo_communicator.GlooCommunicator",
     "parallel.grid.first_then_rest",
     "parallel.teams.Team",
     "run.checkpoint",

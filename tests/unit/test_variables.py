@@ -6,7 +6,7 @@ import pytest
 
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import choose_device
-from swap_hpc.parallel.launcher import VARIABLES, launched
+from swap_hpc.parallel.launcher import TORCH, TORCH_VARIABLES, VARIABLES, Launched, launched
 from swap_hpc.parallel.teams import Team
 
 
@@ -41,18 +41,59 @@ def test_what_is_no_number_of_threads_is_named(value: str, monkeypatch: pytest.M
     assert str(raised.value) == f"OMP_NUM_THREADS={value} is no number of threads: {hint}"
 
 
-@pytest.mark.parametrize("names", VARIABLES.values(), ids=VARIABLES)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove what launchers set."""
+    for names in (*VARIABLES.values(), *TORCH_VARIABLES, ("TORCHELASTIC_RUN_ID",)):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("names", [*VARIABLES.values(), *TORCH_VARIABLES])
 @pytest.mark.parametrize("value", ["", "x", "-1", "1.0", " 1", "²"])
 def test_a_rank_that_is_not_a_number_comes_from_no_launcher(
     names: tuple[str, str], value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, size = names
-    for each in VARIABLES.values():
-        for name in each:
-            monkeypatch.delenv(name, raising=False)
+    clean(monkeypatch)
     monkeypatch.setenv(rank, "0")
-    monkeypatch.setenv(size, "1")
+    monkeypatch.setenv(size, "2")
     found = launched()
-    assert found and (found.rank, found.size) == (0, 1)
+    assert found and (found.rank, found.size) == (0, 2)
     monkeypatch.setenv(rank, value)
     assert launched() is None
+
+
+MPIRUN, SRUN = "Open MPI's mpirun", "srun"
+
+
+@pytest.mark.parametrize(
+    ("of_mpi", "of_torch", "expected"),
+    [
+        (None, (1, 4), TORCH),
+        (None, (0, 1), None),  # a lone process, or variables that are left over
+        ((MPIRUN, 3, 4), (3, 4), MPIRUN),  # set by `distributed_environment`
+        ((MPIRUN, 3, 4), (1, 2), MPIRUN),  # mpirun in a shell with variables that are left over
+        ((MPIRUN, 1, 2), (9, 16), TORCH),  # a torchrun on each of two nodes
+        ((SRUN, 1, 2), (9, 16), TORCH),
+        ((SRUN, 3, 8), (1, 2), TORCH),  # eight jobs of torchrun
+        ((SRUN, 0, 1), (0, 1), SRUN),
+    ],
+)
+def test_the_launcher_is_the_one_that_is_nearest(
+    of_mpi: tuple[str, int, int] | None,
+    of_torch: tuple[int, int],
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clean(monkeypatch)
+    by_name = {TORCH: of_torch}
+    if of_mpi:
+        name, *place = of_mpi
+        by_name[name] = (place[0], place[1])
+    for name, (rank, size) in by_name.items():
+        names = TORCH_VARIABLES[0] if name == TORCH else VARIABLES[name]
+        monkeypatch.setenv(names[0], str(rank))
+        monkeypatch.setenv(names[1], str(size))
+    if of_mpi != (MPIRUN, 3, 4):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert launched() == (Launched(expected, *by_name[expected]) if expected else None)

@@ -1,0 +1,138 @@
+"""Ranks that torch.distributed connects: no MPI is needed.
+
+A process group of the user's is not used itself, except to begin. Its backend may be NCCL, which
+takes no tensors of the host, and its time-out ends a collective for which a rank is late by more
+than 10 or 30 minutes. In phase 2 ranks are alone for longer than that. So its ranks are connected
+once more, by gloo, without a time-out.
+"""
+
+import pickle
+import socket
+import uuid
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import distributed
+
+from swap_hpc.parallel.communicator import Alone, Communicator
+
+FOREVER = timedelta(days=10_000)
+
+_connected: "WeakKeyDictionary[distributed.ProcessGroup, GlooCommunicator]" = WeakKeyDictionary()
+
+
+def of_process_group(group: distributed.ProcessGroup) -> "GlooCommunicator":
+    """Return the communicator of a process group's ranks.
+
+    Collective over the group, when it is first called for it in this process.
+    """
+    if group not in _connected:
+        # The name is new for each connection, so that no rank finds what an earlier group with the
+        # same store has left there.
+        name = [uuid.uuid4().hex]
+        distributed.broadcast_object_list(name, group=group, group_src=0)
+        store = distributed.PrefixStore(f"swap_hpc/{name[0]}", group.get_group_store())
+        _connected[group] = GlooCommunicator(store, group.rank(), group.size())
+    return _connected[group]
+
+
+class GlooCommunicator(Communicator):
+    """Ranks connected by gloo.
+
+    Args:
+        store: through which the ranks find each other; no other communicator uses it.
+        rank: this process's, from 0.
+        size: the number of ranks.
+    """
+
+    handle = None
+
+    def __init__(self, store: distributed.Store, rank: int, size: int):
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._splits = 0  # so far: each has keys of its own in the store
+        # torch declares no collectives of this class, which has those of every backend.
+        self._gloo: Any = distributed.ProcessGroupGloo(store, rank, size, timeout=FOREVER)
+
+    def sum_(self, array: np.ndarray) -> None:
+        self._reduce_(array, distributed.ReduceOp.SUM)
+
+    def maximum_(self, array: np.ndarray) -> None:
+        self._reduce_(array, distributed.ReduceOp.MAX)
+
+    def _reduce_(self, array: np.ndarray, operation: Any) -> None:
+        options = distributed.AllreduceOptions()
+        options.reduceOp = operation
+        self._gloo.allreduce([torch.from_numpy(array)], options).wait()
+
+    def broadcast(self, value: Any) -> Any:
+        packed = _packed(value)
+        size = np.array([len(packed)])
+        self.broadcast_(size)
+        if self.rank:
+            packed = np.empty(size[0], np.uint8)
+        self.broadcast_(packed)
+        return pickle.loads(packed.tobytes())
+
+    def broadcast_(self, array: np.ndarray) -> None:
+        self._gloo.broadcast(torch.from_numpy(array), 0).wait()
+
+    def allgather(self, value: Any) -> list[Any]:
+        packed = _packed(value)
+        sizes = self._allgathered(np.array([len(packed)])).ravel()
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(packed)] = packed
+        rows = self._allgathered(padded)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def _allgathered(self, array: np.ndarray) -> np.ndarray:
+        """Return the ranks' arrays, (n,) of the same length, as (ranks, n)."""
+        rows = torch.from_numpy(np.empty((self.size, len(array)), array.dtype))
+        self._gloo.allgather(list(rows), torch.from_numpy(array)).wait()
+        return rows.numpy()
+
+    def gather(self, array: np.ndarray, rows: np.ndarray | None) -> None:
+        received = [] if rows is None else list(torch.from_numpy(rows))
+        self._gloo.gather(received, torch.from_numpy(array), 0).wait()
+
+    def barrier(self) -> None:
+        self._gloo.barrier().wait()
+
+    def sleeping_barrier(self) -> None:
+        self.barrier()  # gloo sleeps while it waits
+
+    def split(self, colour: int) -> Communicator:
+        colours = self.allgather(colour)
+        same = [rank for rank, each in enumerate(colours) if each == colour]
+        name = f"{self._splits}/{colour}"
+        self._splits += 1
+        if len(same) == 1:
+            return Alone()
+        store = distributed.PrefixStore(name, self._store)
+        return GlooCommunicator(store, same.index(self.rank), len(same))
+
+    def split_by_node(self) -> Communicator:
+        nodes = self.allgather(_node())
+        return self.split(nodes.index(_node()))
+
+    def free(self) -> None:
+        if self not in _connected.values():
+            self._gloo.shutdown()
+
+
+def _packed(value: Any) -> np.ndarray:
+    return np.frombuffer(bytearray(pickle.dumps(value)), np.uint8)
+
+
+def _node() -> tuple[str, str]:
+    """Return what the processes on this node, and in this container, have in common."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return socket.gethostname(), boot
