@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swap_hpc.average.agreement import weights_sha256
     from swap_hpc.average.batchnorm import refresh_batchnorm_
-    from swap_hpc.average.uniform import average_weights_
+    from swap_hpc.average.uniform import WeightSum, average_weights_
     from swap_hpc.data import Batches, Dataset, Graph
     from swap_hpc.parallel.grid import grid
     from swap_hpc.parallel.rendezvous import distributed_environment
@@ -26,6 +26,7 @@ __all__ = [
     "Graph",
     "Metric",
     "Team",
+    "WeightSum",
     "average_weights_",
     "distributed_environment",
     "evaluate",
@@ -40,6 +41,7 @@ _MODULES = {
     "Graph": "data",
     "Metric": "train.metrics",
     "Team": "parallel.teams",
+    "WeightSum": "average.uniform",
     "average_weights_": "average.uniform",
     "distributed_environment": "parallel.rendezvous",
     "evaluate": "train.evaluation",

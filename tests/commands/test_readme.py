@@ -74,6 +74,19 @@ ELSEWHERE = {
         "tests/commands/test_examples.py",
         '"mpi4py", "tests/examples/swap_loop.py"',
     ),
+    # On a port of their own, so that several may run at the same time.
+    "torchrun --nproc-per-node 2 tests/examples/ddp_loop.py": (
+        "tests/commands/test_launchers.py",
+        '"ddp_loop.py", torchrun(ranks)',
+    ),
+    "torchrun --nproc-per-node 2 tests/examples/lightning_module.py": (
+        "tests/commands/test_launchers.py",
+        '"lightning_module.py", torchrun(2)',
+    ),
+    "torchrun --nproc-per-node 4 tests/examples/grid_loop.py": (
+        "tests/commands/test_launchers.py",
+        '"grid_loop.py", torchrun(4)',
+    ),
     "mpirun -n 16 swap-hpc pack DIR SHARDS": ("tests/commands/test_imagenet_run.py", '"pack"'),
     "mpirun -n 16 swap-hpc train imagenet --data SHARDS --set data.name=webdataset": (
         "tests/commands/test_imagenet_run.py",

@@ -102,6 +102,7 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
         "data", "cifar10", "--data", tmp, variables={"https_proxy": "http://127.0.0.1:9"}
     ),
     "MPI sees a world of 1": other_mpirun,
+    "torchrun or the like": lambda tmp: train(cwd=tmp, variables={"RANK": "0", "WORLD_SIZE": "2"}),
     "not enough slots": lambda tmp: command("true", ranks=500, variables=ON_CORES),
     "attempt to run as root": lambda tmp: command(
         BIN / "mpirun", "-n", "1", "true", variables={"OMPI_ALLOW_RUN_AS_ROOT": ""}

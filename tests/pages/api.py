@@ -24,7 +24,7 @@ SECTIONS = {
         "swap_hpc:grid",
         "swap_hpc.parallel.grid:Ranks",
         "swap_hpc:average_weights_",
-        "swap_hpc.average.uniform:WeightSum",
+        "swap_hpc:WeightSum",
         "swap_hpc:refresh_batchnorm_",
         "swap_hpc:evaluate",
         "swap_hpc:Metric",

@@ -1,5 +1,8 @@
 """The grid of ranks, and a team's collectives."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -25,6 +28,16 @@ def test_the_grid_covers_every_group_once(world: Team, groups: int) -> None:
     assert sorted(led) == list(range(groups))
     assert all(size == max(1, world.size // groups) for _, size, _, _ in rows)
     assert all(peers * size == world.size for _, size, _, peers in rows)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.process_groups(4)
+def test_the_grid_is_that_of_the_guide(world: Team) -> None:
+    guide = (Path(__file__).parents[2] / "swap_hpc" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([\d, ]+) \| ([\d, ]+) \| ([\d, ]+) \|$", guide, re.MULTILINE)
+    with grid(world, 2) as ranks:
+        mine = (ranks.groups, *(team.allgather(world.rank) for team in (ranks.group, ranks.peers)))
+    assert rows[world.rank] == (str(world.rank), *(", ".join(map(str, each)) for each in mine))
 
 
 def test_an_error_on_one_rank_is_raised_on_all(world: Team) -> None:
@@ -95,8 +108,8 @@ def test_a_world_is_the_same_ranks_whenever_it_is_asked_for(world: Team) -> None
 @pytest.mark.process_groups(2, 4)
 def test_a_process_group_of_torchs_is_a_team(world: Team) -> None:
     """Several ranks of a group may train by DistributedDataParallel: it needs a process group."""
-    row, _ = distributed.new_subgroups(world.size // 2)
     with grid(world, 2) as ranks:
+        row, _ = distributed.new_subgroups(ranks.group.size)
         team = Team(row)
         assert (team.rank, team.size) == (ranks.group.rank, ranks.group.size)
         assert (
