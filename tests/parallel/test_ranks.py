@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from torch import distributed, nn, optim
+from torch import distributed
 
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.gradients import averaged_gradients
 from swap_hpc.parallel.grid import first_then_rest, grid, node_of
+from swap_hpc.parallel.horovod import horovod_session
 from swap_hpc.parallel.teams import Team
 
 pytestmark = pytest.mark.process_groups(1, 2, 4)
@@ -121,10 +121,8 @@ def test_a_process_group_of_torchs_is_a_team(world: Team) -> None:
 @pytest.mark.ranks()
 @pytest.mark.process_groups(2)
 def test_horovod_is_refused_where_torch_connects_the_ranks(world: Team) -> None:
-    model = nn.Linear(1, 1)
-    sgd = optim.SGD(model.parameters(), lr=0.1)
     with (
         pytest.raises(UserError, match="needs MPI, and torch.distributed connects these"),
-        averaged_gradients(model, sgd, world, tiny.CPU),
+        horovod_session(world, tiny.CPU),
     ):
         pass
