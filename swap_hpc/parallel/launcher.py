@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -42,6 +43,12 @@ CROWDED = {
 NO_MPI = "MPI4PY_RC_INITIALIZE"  # read by mpi4py when it is imported
 
 PARENT = os.getppid()  # when this process began; another one now means that the launcher has died
+
+
+def mpi_is_started() -> bool:
+    """Tell whether this process has started MPI."""
+    library = sys.modules.get("mpi4py.MPI")
+    return library is not None and library.Is_initialized() and not library.Is_finalized()
 
 
 @contextmanager

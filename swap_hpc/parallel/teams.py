@@ -12,7 +12,7 @@ import numpy as np
 
 from swap_hpc.errors import RunError, UserError, explained
 from swap_hpc.parallel.communicator import Alone, Communicator
-from swap_hpc.parallel.launcher import launched, refusal
+from swap_hpc.parallel.launcher import launched, mpi_is_started, refusal
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -217,7 +217,7 @@ def _default_group() -> "ProcessGroup | None":
 
 def _mpi_sees(ranks: int) -> bool:
     """Tell whether this process has started MPI, with a world of so many ranks or more."""
-    if "mpi4py.MPI" not in sys.modules:
+    if not mpi_is_started():
         return False
     from swap_hpc.parallel.mpi import world_size
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NoReturn
 
-from swap_hpc.parallel.launcher import launched
+from swap_hpc.parallel.launcher import launched, mpi_is_started
 from swap_hpc.train.control import ignore_stops
 
 
@@ -40,17 +40,13 @@ def _rank() -> int:
     commands on a login node need no MPI.
     """
     rank_of = launched()
-    if _mpi_is_started():
+    if mpi_is_started():
         from swap_hpc.parallel import mpi
 
         # A world of one under a launcher of several is another MPI's: the launcher knows better.
         if mpi.world_size() > 1 or rank_of is None:
             return mpi.world_rank()
     return rank_of.rank if rank_of else 0
-
-
-def _mpi_is_started() -> bool:
-    return "mpi4py.MPI" in sys.modules
 
 
 def fail(
@@ -75,7 +71,7 @@ def fail(
         time.sleep(10)
     elif rank:
         time.sleep(1 + 0.4 * min(rank, 8))
-    alone = not _mpi_is_started()
+    alone = not mpi_is_started()
     if not alone:
         from swap_hpc.parallel import mpi
 
