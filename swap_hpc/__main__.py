@@ -106,6 +106,10 @@ def train(
         typer.Option(metavar="N", help="With --phase refine: the group that all ranks refine."),
     ] = None,
     phase_1_of: PhaseOneOf = None,
+    extend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Continue a complete run for longer: refine.epochs=40"),
+    ] = None,
 ) -> None:
     """Run a recipe on all ranks that the launcher started."""
     control = Control()
@@ -113,15 +117,27 @@ def train(
     # Everything that needs no torch is checked first, because torch takes seconds to import.
     world = _world()
     parsed = world.agree(lambda: load_recipe(recipe, overrides or (), data))
+    before = None
+    if extend:
+        before, parsed = (
+            parsed,
+            world.agree(lambda: load_recipe(recipe, [*(overrides or ()), *extend], data)),
+        )
     folder = out or Path("runs") / on_disk(parsed.name)
     part = world.agree(lambda: chosen_part(phase, group, parsed))
     is_over = phase_1_of is not None or phase_1_is_over(folder, world)
     world.agree(lambda: check_ranks(parsed, world.size, part, is_over))
     from swap_hpc.run import run
     from swap_hpc.run.display import Screen
+    from swap_hpc.run.extend import check_extension
     from swap_hpc.study import report
 
-    result = run.train(parsed, folder, world, Screen(), control, STARTED, part, phase_1_of)
+    if before is not None:
+        if part or phase_1_of:
+            raise UserError("--extend continues a whole run: leave --phase and --from out")
+        old = before
+        world.agree(lambda: check_extension(old, parsed))
+    result = run.train(parsed, folder, world, Screen(), control, STARTED, part, phase_1_of, before)
     if result:
         say(f"\n{report.table(result)}")
 

@@ -65,7 +65,7 @@ def report(recipe: Recipe, folder: Path, world: Team) -> str:
             costs["large_batch"] = _measure(model, job, recipe.large_batch, ranks, checkpoints)
         if recipe.refine.epochs:
             costs["refine"] = _measure(deepcopy(model), job, recipe.refine, ranks, checkpoints)
-        checkpoints.remove(world)
+        checkpoints.end(world)
     title = f"{recipe.name} on {count(world.size, 'rank')}, {SAVES} saves into {folder}"
     return f"{title}\n\n{_table(costs)}"
 

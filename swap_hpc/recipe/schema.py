@@ -50,6 +50,9 @@ class Checkpoint(Section):
     """Longest time in minutes without a save inside an epoch; 0: no saves inside an epoch."""
     snapshots: CountOrZero = 0
     """Epochs between snapshots of the weights, which `swap-hpc trajectory` reads; 0: none."""
+    keep: bool = False
+    """Keep the last save of each part of a complete run, with the optimizer's state, so that
+    `--extend` can give it more epochs."""
 
     def saves(self, epochs: int, seconds: float) -> int:
         """Return the number of saves at the end of an epoch, for epochs of `seconds` each."""

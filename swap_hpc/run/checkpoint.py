@@ -18,7 +18,7 @@ from swap_hpc.average.uniform import WeightSum
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import check_same_recipe, recipe_of
-from swap_hpc.recipe.phase import Part, Phase
+from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.buffers import mean_of, packed, unpacked
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
@@ -246,9 +246,18 @@ class Checkpoints:
         """Tell whether there is a file of a part."""
         return bool(self._files(part))
 
-    def remove(self, team: Team) -> None:
-        """Remove the folder: the run is complete."""
-        team.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+    def end(self, team: Team) -> None:
+        """Remove the folder, or all but the newest file of each part: the run is complete."""
+        team.first(self._keep_ends if self.recipe.checkpoint.keep else self._remove)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _keep_ends(self) -> None:
+        groups = [refinement_of(group) for group in range(self.recipe.groups)]
+        for part in (PHASE_1, *groups):
+            for old in self._files(part)[1:]:
+                old.unlink()
 
 
 def _position(state: Mapping[str, Any]) -> Position:

@@ -3,6 +3,7 @@
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from swap_hpc.run.display import Display
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.ending import tell_launcher
 from swap_hpc.run.environment import environment
+from swap_hpc.run.extend import extend, is_extended
 from swap_hpc.run.folder import phase_1_is_over
 from swap_hpc.run.initial import begin_with_weights_
 from swap_hpc.run.lock import owning
@@ -58,6 +60,7 @@ def train(
     started: float,
     chosen: Part | None = None,
     phase_1_of: Path | None = None,
+    extends: Recipe | None = None,
 ) -> dict[str, Any] | None:
     """Run a recipe, or a part of it, on the ranks of `world`.
 
@@ -72,6 +75,8 @@ def train(
         started: `perf_counter()` when the process began.
         chosen: the part of the run that this job does; None is the whole run.
         phase_1_of: the folder of a complete run whose phase 1 this run begins with.
+        extends: the recipe of the complete run in `out` which this run goes on from; it has passed
+            `check_extension`.
 
     Returns:
         What `result.json` holds; None where this job's part does not complete the run.
@@ -83,14 +88,18 @@ def train(
     """
     with node_of(world) as node, _ranks(world, recipe, chosen) as ranks:
         display = Display(recipe, ranks, console)
-        if result := _complete(recipe, out, world, display):
+        if not _is_to_extend(extends, recipe, out, world) and (
+            result := _complete(recipe, out, world, display)
+        ):
             return result
         job, model = prepare(recipe, world, node)
         job = replace(job, control=control)
         display.noun = job.dataset.noun
         control.save_as(recipe.checkpoint)
         with owning(out, chosen, world):
-            # again: a job that had the folder until now may have completed the run
+            # again: a job that had the folder until now may have extended or completed the run
+            if extends and _is_to_extend(extends, recipe, out, world):
+                world.first(partial(extend, extends, job, out))
             if result := _complete(recipe, out, world, display):
                 return result
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
@@ -107,7 +116,7 @@ def train(
                 display.say(f"{chosen.name} is done, for the run in {out}")
                 return None
             world.first(lambda: write_json(out / "result.json", result))
-            checkpoints.remove(world)
+            checkpoints.end(world)
     return result
 
 
@@ -173,9 +182,20 @@ def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[
     """
     result = world.broadcast(world.agree(lambda: finished(recipe, out)))
     if result:
-        Checkpoints(out / "checkpoints", recipe).remove(world)
+        Checkpoints(out / "checkpoints", recipe).end(world)
         display.say(f"{out} holds this run, complete: nothing to do")
     return result
+
+
+def _is_to_extend(before: Recipe | None, recipe: Recipe, out: Path, world: Team) -> bool:
+    """Tell whether `out` holds the complete run that this one extends; collective.
+
+    Raises:
+        UserError: on all ranks, this run extends another one than `out` holds.
+    """
+    if before is None:
+        return False
+    return not world.broadcast(world.first(partial(is_extended, before, recipe, out)))
 
 
 def _ranks(world: Team, recipe: Recipe, chosen: Part | None) -> AbstractContextManager[Ranks]:
