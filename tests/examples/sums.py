@@ -1,4 +1,4 @@
-"""Text: a small transformer reads and completes sums such as "17+25=42", character by character.
+"""Text: a small transformer completes sums such as "3+8+4=15", character by character.
 
 Start it with: mpirun -n 2 swap-hpc train sums.toml
 """
@@ -19,10 +19,13 @@ CHARACTERS = " 0123456789+=\n"  # the blank pads a text
 Inputs = dict[str, Tensor]
 
 
-def load(path: Path, samples: int = 1500) -> Dataset:
-    """Return texts of sums; the model reads `inputs` and predicts `targets`, one character on."""
-    pairs = np.random.default_rng(0).integers(0, 100, (samples + samples // 3, 2))
-    texts = [f"{a}+{b}={a + b}\n" for a, b in pairs]
+def load(path: Path, test_every: int = 4) -> Dataset:
+    """Return the sums of three digits; every `test_every`-th one tests.
+
+    The model reads `inputs` and predicts `targets`, which are one character on.
+    """
+    numbers = np.random.default_rng(0).permutation(1000)
+    texts = [f"{'+'.join(f'{each:03}')}={sum(map(int, f'{each:03}'))}\n" for each in numbers]
 
     def split(texts: list[str]) -> Batches:
         def batches(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Inputs, Inputs]]:
@@ -31,16 +34,22 @@ def load(path: Path, samples: int = 1500) -> Dataset:
 
         return Batches(len(texts), batches)
 
-    return Dataset(split(texts[:samples]), split(texts[samples:]), classes=tuple(CHARACTERS))
+    tests = texts[::test_every]
+    rest = [text for text in texts if text not in tests]
+    return Dataset(split(rest), split(tests), classes=tuple(CHARACTERS))
 
 
 def padded(texts: list[str]) -> tuple[Inputs, Inputs]:
-    """Return a batch: characters (n, length) int64 and masks (n, length) bool, False at padding."""
+    """Return a batch: characters (n, length) int64, and masks (n, length) bool.
+
+    The mask of the inputs leaves out the padding; that of the targets, all but the answer.
+    """
     numbers = [torch.tensor([CHARACTERS.index(each) for each in text]) for text in texts]
     tokens = nn.utils.rnn.pad_sequence(numbers, batch_first=True)
     inputs, following = tokens[:, :-1], tokens[:, 1:]
     mask = following != 0
-    return {"tokens": inputs, "mask": mask}, {"tokens": following, "mask": mask}
+    is_answer = (inputs == CHARACTERS.index("=")).cumsum(1) > 0
+    return {"tokens": inputs, "mask": mask}, {"tokens": following, "mask": mask & is_answer}
 
 
 class Transformer(nn.Module):
@@ -49,7 +58,7 @@ class Transformer(nn.Module):
     def __init__(self, classes: int, channels: int, width: int, layers: int):
         super().__init__()
         self.tokens = nn.Embedding(classes, width)
-        self.places = nn.Embedding(len("99+99=198\n"), width)
+        self.places = nn.Embedding(len("9+9+9=27\n"), width)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.05, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.out = nn.Linear(width, classes)
