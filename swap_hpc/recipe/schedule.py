@@ -239,6 +239,13 @@ def check_schedule(schedule: Schedule, epochs: int) -> None:
         schedule.check(epochs)
 
 
+def is_constant(schedule: Schedule) -> bool:
+    """Tell whether a schedule has one value at all times."""
+    if isinstance(schedule, tuple):
+        return len({value for _, value in schedule}) == 1
+    return isinstance(schedule, Constant) and not in_epochs(schedule.warmup, 1)
+
+
 def rate_at(schedule: Schedule, epoch: float, epochs: int) -> float:
     """Return the learning rate of a schedule.
 

@@ -14,6 +14,7 @@ from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.inputs import Data, Model
 from swap_hpc.recipe.metrics import MetricChoice, Metrics, as_list, checked_metrics
 from swap_hpc.recipe.optimizer import Optimizer
+from swap_hpc.recipe.schedule import is_constant
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName, Precision
@@ -149,6 +150,8 @@ class Recipe(Section):
             raise ValueError(
                 "large_batch.epochs and refine.epochs are both 0: there is nothing to train"
             )
+        if self.optimizer.name == "Rprop":
+            self._check_rates_of_rprop()
         if self.deterministic and self.cudnn_benchmark:
             raise ValueError(
                 "deterministic and cudnn_benchmark exclude each other: "
@@ -173,6 +176,14 @@ class Recipe(Section):
     def metric_names(self) -> list[str]:
         """The names of the metrics in files, the main one first."""
         return [metric.key for metric in self.metrics]
+
+    def _check_rates_of_rprop(self) -> None:
+        for name, phase in (("large_batch", self.large_batch), ("refine", self.refine)):
+            if phase.epochs and not is_constant(phase.learning_rate):
+                raise ValueError(
+                    f"{name}.learning_rate changes, but Rprop takes the rate of its first step "
+                    "alone: give it a constant"
+                )
 
     def to_toml(self) -> str:
         """Return the complete recipe, with all defaults, as TOML that `load_recipe` reads."""

@@ -12,7 +12,7 @@ from swap_hpc.recipe.imports import imported
 from swap_hpc.recipe.optimizer import SETTINGS, Optimizer
 from swap_hpc.train.lamb import Lamb
 from swap_hpc.train.lars import Lars
-from swap_hpc.train.parameter_groups import parameter_groups
+from swap_hpc.train.parameter_groups import PLAIN, parameter_groups
 
 Class = type[torch.optim.Optimizer]
 
@@ -119,6 +119,9 @@ def _check_takes(built: Class, recipe: Optimizer) -> None:
     decays = not recipe.decay_vectors or any(g.weight_decay is not None for g in recipe.groups)
     if decays and "weight_decay" not in takes and not others:
         raise UserError(f"the optimizer {recipe.name} has no weight decay: nothing to set or spare")
+    decay = takes.get("weight_decay") if recipe.weight_decay is None else recipe.weight_decay
+    if not recipe.decay_vectors and decay == 0 and recipe.name not in PLAIN:
+        raise UserError("optimizer.decay_vectors = false: nothing is decayed, weight_decay is 0")
     arguments = set(recipe.arguments).union(*(group.arguments for group in recipe.groups))
     unknown = sorted(arguments - takes.keys()) if not others else []
     if unknown:

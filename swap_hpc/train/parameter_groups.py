@@ -14,7 +14,7 @@ from swap_hpc.train.layers import layers_of
 SCALE = "learning_rate_scale"
 
 # How LARS and LAMB leave out what makes them differ from SGD and Adam.
-_PLAIN: dict[str, dict[str, Any]] = {"lars": {"trust": 0.0}, "lamb": {"layer_adaptation": False}}
+PLAIN: dict[str, dict[str, Any]] = {"lars": {"trust": 0.0}, "lamb": {"layer_adaptation": False}}
 
 
 def freeze_(model: nn.Module, recipe: Optimizer) -> None:
@@ -59,6 +59,10 @@ def parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]
     if not members:
         raise UserError("optimizer.groups freezes all parameters: nothing is left to train")
     depth = max(layers.values(), default=0)
+    if recipe.layer_decay and not depth:
+        raise UserError("optimizer.layer_decay: the model has one layer, which has all the rate")
+    if not recipe.decay_vectors and not any(is_spared for _, _, is_spared in members):
+        raise UserError("optimizer.decay_vectors = false: the model has no vector to spare")
     return [
         {"params": members[key], **_settings(recipe, *key, depth=depth)} for key in sorted(members)
     ]
@@ -78,7 +82,7 @@ def _settings(
     """
     settings: dict[str, Any] = {"arguments": {}}
     if is_spared:
-        settings |= {"weight_decay": 0.0, **_PLAIN.get(recipe.name, {})}
+        settings |= {"weight_decay": 0.0, **PLAIN.get(recipe.name, {})}
     scale = (recipe.layer_decay or 1.0) ** (depth - layer)
     if number >= 0:
         group = recipe.groups[number]

@@ -57,14 +57,12 @@ def test_the_loop_with_swap_ends_alike_on_all_ranks_and_better_than_without() ->
     assert first == second and float(first.split()[1]) > float(plain.stdout.split()[1])
 
 
-# A torch Dataset of one's own, text in dictionaries, a table.
-OWN_BATCHES = ("shifted_digits", "sums", "table")
+# A torch Dataset of one's own, text in dictionaries, a table, a transformer with AdamW and groups.
+EXAMPLE_RECIPES = ("shifted_digits", "sums", "table", "vit")
 
 
-@pytest.mark.parametrize("name", OWN_BATCHES)
-def test_batches_of_ones_own_are_the_same_on_two_ranks_and_after_a_kill(
-    name: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", EXAMPLE_RECIPES)
+def test_examples_are_the_same_on_two_ranks_and_after_a_kill(name: str, tmp_path: Path) -> None:
     """One rank trains all; then two ranks go on from its phase 1, and one of them is killed."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = swap_hpc("train", f"{name}.toml", "--out", whole, cwd=EXAMPLES)

@@ -68,7 +68,7 @@ ELSEWHERE = {
     "mpirun -n 2 swap-hpc train discs.toml": ("tests/commands/test_examples.py", "discs.toml"),
     **{
         f"mpirun -n 2 swap-hpc train {name}.toml": ("tests/commands/test_examples.py", f'"{name}"')
-        for name in ("shifted_digits", "sums", "table")
+        for name in ("shifted_digits", "sums", "table", "vit")
     },
     "mpirun -n 4 python -m mpi4py tests/examples/swap_loop.py": (
         "tests/commands/test_examples.py",

@@ -14,7 +14,7 @@ from swap_hpc.data.sampling import Key
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.optimizer import DEFAULTS
+from swap_hpc.recipe.optimizer import DEFAULTS, Optimizer
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.train.fit import fit
@@ -122,7 +122,7 @@ def test_every_optimizer_on_several_ranks_is_that_on_one(world: Team) -> None:
     with gradient_averaging(model, world, tiny.CPU) as average_gradients:
         for name in (*DEFAULTS, *torch_optimizers(), "own_optimizers:Odd"):
             fields = {"name": name, **(matrices if name == "Muon" else {})}
-            recipe = tiny.recipe(optimizer=fields).optimizer
+            recipe = Optimizer.model_validate(fields)
             alone = deepcopy(start)
             model.load_state_dict(start.state_dict())
             several = (model, world.rank, world.size, average_gradients)

@@ -19,10 +19,11 @@ from swap_hpc.train.lamb import Lamb
 from swap_hpc.train.optimizers import OWN, build_optimizer, optimizer_class, torch_optimizers
 
 OF_TORCH = torch_optimizers()
+CONSTANT = {"large_batch": {"learning_rate": 0.1}, "refine": {"learning_rate": 0.1}}  # for Rprop
 TESTS = Path(__file__).parents[1]
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     """Return a model of matrices alone, which Muon can train, too."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
@@ -42,7 +43,7 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) 
 
 
 def section(**fields: Any) -> Optimizer:
-    return tiny.recipe(optimizer=fields).optimizer
+    return tiny.recipe(optimizer=fields, **CONSTANT).optimizer
 
 
 def test_the_list_of_torchs_classes_is_long() -> None:
@@ -101,7 +102,7 @@ def test_a_recipe_tells_the_defaults_of_its_optimizer(name: str) -> None:
     ids=str,
 )
 def test_a_written_recipe_means_the_same(fields: dict[str, Any]) -> None:
-    recipe = tiny.recipe(optimizer=fields)
+    recipe = tiny.recipe(optimizer=fields, **CONSTANT)
     assert recipe_of(recipe.to_toml(), "recipe.toml") == recipe
 
 
@@ -180,6 +181,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "own_optimizers:not_a_class"}, "is not a class derived from torch.optim.Optimizer"),
     ({"name": "own_optimizers:Gone"}, "own_optimizers has no Gone; it has Odd, Closing"),
     ({"name": "nowhere:Gone"}, "the optimizer nowhere:Gone cannot be imported"),
+    ({"weight_decay": 0.0, "decay_vectors": False}, "nothing is decayed, weight_decay is 0"),
+    ({"name": "Adam", "decay_vectors": False}, "nothing is decayed, weight_decay is 0"),
     ({"layer_decay": 1.0}, "optimizer.layer_decay: "),
 ]
 
@@ -189,6 +192,62 @@ def test_what_cannot_work_is_one_line_before_training(fields: dict[str, Any], me
     with pytest.raises(UserError, match=message) as error:
         build_optimizer(tiny.model(tiny.job()), section(**fields))
     assert "\n" not in str(error.value)
+
+
+# A value of each field that is no optimizer's default; `clip_norm` has tests of its own.
+OTHER_VALUES: dict[str, Any] = {
+    "momentum": 0.3,
+    "nesterov": True,
+    "weight_decay": 0.37,
+    "decay_vectors": False,
+    "trust": 0.5,
+    "fused": True,
+    "layer_decay": 0.5,
+    "arguments": {"eps": 0.01},
+    "groups": [{"match": "2.*", "learning_rate_scale": 0.5}],
+}
+
+
+def test_every_field_is_tried_below() -> None:
+    assert OTHER_VALUES.keys() | {"name", "clip_norm"} == Optimizer.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES)
+@pytest.mark.parametrize("name", [*DEFAULTS, *OF_TORCH])
+def test_a_field_changes_the_optimizer_or_is_refused(name: str, field: str) -> None:
+    """No field is accepted and has no effect, whatever the optimizer."""
+    model = net()
+    if name != "Muon":
+        model = nn.Sequential(*model, nn.Linear(3, 3))
+    momentum = {"momentum": 0.9} if (name, field) == ("SGD", "nesterov") else {}
+    plain = described(build_optimizer(model, section(name=name, **momentum)))
+    if plain[0].get(field) is True and isinstance(OTHER_VALUES[field], bool):
+        value: Any = False  # the default is true
+    else:
+        value = OTHER_VALUES[field]
+    try:
+        recipe = section(name=name, **momentum, **{field: value})
+        assert described(build_optimizer(model, recipe)) != plain
+    except UserError as error:
+        assert field in str(error) or name in str(error)
+
+
+def described(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each parameter."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+        for _ in group["params"]
+    ]
+
+
+def test_rprop_takes_a_constant_rate() -> None:
+    constant = {"epochs": 1, "learning_rate": {"shape": "constant", "peak": 0.1}}
+    phases: dict[str, Any] = {"large_batch": constant, "refine": {"learning_rate": 0.1}}
+    assert tiny.recipe(optimizer={"name": "Rprop"}, **phases).optimizer.name == "Rprop"
+    phases["refine"] = {"learning_rate": [[0, 0.1], [1, 0.0]]}
+    with pytest.raises(UserError, match="refine.learning_rate changes, but Rprop takes"):
+        tiny.recipe(optimizer={"name": "Rprop"}, **phases)
 
 
 def test_unknown_names_and_arguments_are_found_without_a_model() -> None:

@@ -51,7 +51,8 @@ class Transformer(nn.Module):
 
 
 def section(**fields: Any) -> Optimizer:
-    return tiny.recipe(optimizer=fields).optimizer
+    constant = {"learning_rate": 0.1}  # for Rprop
+    return tiny.recipe(optimizer=fields, large_batch=constant, refine=constant).optimizer
 
 
 def settings_by_name(model: nn.Module, recipe: Optimizer) -> dict[str, dict[str, Any]]:
@@ -181,6 +182,11 @@ def test_frozen_parameters_stay_and_have_no_gradient() -> None:
         assert in_buckets == {p for p in model.parameters() if p.requires_grad}
 
 
+def test_layer_decay_needs_layers() -> None:
+    with pytest.raises(UserError, match="layer_decay: the model has one layer,"):
+        build_optimizer(nn.Linear(3, 3), section(layer_decay=0.5))
+
+
 def test_a_group_without_an_effect_changes_nothing() -> None:
     """The same weights to the bit, though torch sees two groups."""
     hashes = set()
@@ -218,6 +224,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"name": "adamw", "groups": [{"match": "4.*", "arguments": {"beta": 1}}]},
         "optimizer.arguments.beta: adamw takes amsgrad, betas",
+    ),
+    (
+        {"layer_decay": 0.5, "groups": [{"match": "gone"}]},
+        'match = "gone" matches none of the 4 parameters',
     ),
     (
         {"name": "Rprop", "groups": [{"match": "4.*", "weight_decay": 0.1}]},
