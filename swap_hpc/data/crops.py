@@ -25,7 +25,7 @@ BYTES_AT_ONCE = 2**26  # of float32 images; always at least one batch
 
 def is_simple(augment: Augment | None) -> bool:
     """Tell whether `cropped` can do all that an augmentation asks for."""
-    return augment is None or augment.crop_area is None
+    return augment is None or not (augment.crop_area or augment.operates or augment.erasing)
 
 
 def cropped(

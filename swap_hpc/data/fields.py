@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.splits import Arrays, Batches, Files, Shards
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.augment import JITTERS, Augment
 from swap_hpc.recipe.inputs import Data
 
 
@@ -66,6 +66,8 @@ USES = {
     "samples": SYNTHETIC,
 }
 
+OPERATIONS = ("randaugment", "trivial_augment", *JITTERS)
+
 
 def check_fields(data: Data, augment: Augment, dataset: Dataset) -> None:
     """Check that no field of `[data]` and `[augment]` is set that has no effect on a data set.
@@ -90,6 +92,12 @@ def check_fields(data: Data, augment: Augment, dataset: Dataset) -> None:
         raise UserError(
             "augment.mixup and augment.cutmix mix class numbers, and the targets of "
             f"{data.name} are something else: leave them out"
+        )
+    if augment.operates and dataset.channels != 3:
+        wanted = [name for name in OPERATIONS if getattr(augment, name)]
+        raise UserError(
+            f"augment.{wanted[0]} is for images of 3 channels (red, green, blue), and "
+            f"{_described(data, dataset)} with {dataset.channels}: leave it out"
         )
     _check_sizes(data, augment, dataset)
 

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, types
+from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 from torch.nn import functional as F
 
+from swap_hpc.data.choices import choices
 from swap_hpc.data.dataset import Dataset
+from swap_hpc.data.operations import operated
 from swap_hpc.data.places import boxes, crop_places, draws, float32, mirrored, random_crops
 from swap_hpc.data.sampling import Picks
 from swap_hpc.recipe.augment import Augment
@@ -37,11 +40,17 @@ def numbers(pick: Picks, augment: Augment, size: tuple[int, int]) -> Numbers:
         # DALI wants the crop's place as a share of the room that it has
         room = np.float32(2 * augment.pad)
         found |= {"x": float32(x) / room, "y": float32(y) / room}
+    for number, each in enumerate(choices(pick, augment, size)):
+        found |= {f"operation {number}": each.chosen, f"parameter {number}": each.parameters}
+        if len(each.operations) == 1:
+            del found[f"operation {number}"]
     for number, (corners, sides) in enumerate(boxes(pick, augment, size)):
         found |= {f"corner {number}": corners, f"sides {number}": sides}
     return found
 
 
+# DALI rewrites a branching graph, and knows only a part of Python: not in these functions.
+@do_not_convert
 def taken_in(
     feed: Iterator[tuple[Any, ...]], layout: str, augment: Augment, size: tuple[int, int]
 ) -> tuple[Any, Nodes]:
@@ -74,12 +83,27 @@ def finished(
     place: Nodes = {}
     if augment.pad:
         place = {"crop": size, "crop_pos_x": nodes["x"], "crop_pos_y": nodes["y"]}
-    image = normalised(image, dataset, mirror=nodes["mirror"], **place)
+    if augment.operates:
+        image = fn.crop(image, **place) if augment.pad else image
+        image = operated(fn.flip(image, horizontal=nodes["mirror"]), rounds_of(nodes, augment))
+        image = normalised(image, dataset)
+    else:
+        image = normalised(image, dataset, mirror=nodes["mirror"], **place)
     for corner, sides in covered(nodes):
         image = fn.erase(image, anchor=corner, shape=sides, axis_names="WH", fill_value=0.0)
     return image
 
 
+@do_not_convert
+def rounds_of(nodes: Nodes, augment: Augment) -> list[tuple[tuple[str, ...], Any, Any]]:
+    """Return what `operated` takes in."""
+    return [
+        (each.operations, nodes.get(f"operation {number}"), nodes[f"parameter {number}"])
+        for number, each in enumerate(choices(NOBODY, augment, (1, 1)))
+    ]
+
+
+@do_not_convert
 def covered(nodes: Nodes) -> list[tuple[Any, Any]]:
     """Return the corners and the sides of each box of `numbers`."""
     corners = [node for name, node in nodes.items() if name.startswith("corner")]

@@ -44,7 +44,7 @@ def memory_graph(
 ) -> Callable[[], Any]:
     """Make a graph that augments and normalises images in the host's memory.
 
-    On the CPU, where `augment.crop_area` is set, it returns what `resize_crops` takes in.
+    Where `resizes_later`, it returns what `resize_crops` takes in.
     """
     size = dataset.image_size
     images = split.padded(augment.pad)
@@ -67,6 +67,15 @@ def memory_graph(
     return graph
 
 
+def resizes_later(augment: Augment, device: Device) -> bool:
+    """Tell whether crops leave a graph before they are resized.
+
+    On the CPU torch does it faster, but it cannot give them back to the graph's operations.
+    """
+    on_cpu = device.torch.type == "cpu"
+    return on_cpu and augment.crop_area is not None and not augment.operates
+
+
 def random_crop_graph(
     dataset: Dataset,
     split: Encoded,
@@ -77,7 +86,7 @@ def random_crop_graph(
 ) -> Callable[[], Any]:
     """Make a graph that decodes a random crop of each image, for training.
 
-    On a GPU it also resizes, mirrors and normalises the crop. On the CPU it returns what
+    It also resizes, mirrors and normalises the crop; or, where `resizes_later`, it returns what
     `resize_crops` takes in, which does the rest.
     """
 
@@ -129,8 +138,8 @@ def _resized(
     size: tuple[int, int],
     device: Device,
 ) -> Any:
-    """In a DALI graph, resize crops and finish them; on the CPU `resize_crops` does it later."""
-    if device.torch.type == "cpu":
+    """In a DALI graph, resize crops and finish them, unless `resize_crops` does it later."""
+    if resizes_later(augment, device):
         covers = [node for name, node in nodes.items() if name.startswith(("corner", "sides"))]
         return crop, nodes["mirror"], *covers
     height, width = size

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from swap_hpc.data.crops import cropped, is_simple
@@ -20,11 +21,12 @@ from swap_hpc.data.graphs import (
     centre_crop_graph,
     memory_graph,
     random_crop_graph,
+    resizes_later,
     whole_image_graph,
 )
 from swap_hpc.data.mixing import mixed, noted
 from swap_hpc.data.pieces import Piece, pieces
-from swap_hpc.data.pipeline import build_pipeline, run_pipeline
+from swap_hpc.data.pipeline import build_branching_pipeline, build_pipeline, run_pipeline
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Arrays, Batches, Split
 from swap_hpc.data.transfer import to_device
@@ -104,7 +106,7 @@ def _from_memory(
     parts = _noted((Piece(pick, [], is_last=True) for pick in picks), in_flight)
     graph = memory_graph(dataset, split, parts, augment, device)
     finish = _finish(dataset, augment, dataset.image_size, device)
-    outputs = run_pipeline(build_pipeline(graph, batch_size, device), device)
+    outputs = run_pipeline(_pipeline(graph, augment, batch_size, device), device)
     yield from _joined(itertools.starmap(finish, outputs), in_flight, split.labels, device)
 
 
@@ -130,16 +132,24 @@ def _streamed(
         make = random_crop_graph if is_cropped else whole_image_graph
         graph = make(dataset, split, parts, view.augment, size, device)
         finish = _finish(dataset, view.augment, size, device)
-    pipeline = build_pipeline(graph, batch_size, device)
+    pipeline = _pipeline(graph, view.augment, batch_size, device)
     outputs = _explained(run_pipeline(pipeline, device), split, in_flight)
     yield from _joined(itertools.starmap(finish, outputs), in_flight, split.labels, device)
+
+
+def _pipeline(
+    graph: Callable[[], Any], augment: Augment | None, batch_size: int, device: Device
+) -> Pipeline:
+    operates = augment is not None and augment.operates
+    build = build_branching_pipeline if operates else build_pipeline
+    return build(graph, batch_size, device)
 
 
 def _finish(
     dataset: Dataset, augment: Augment, size: tuple[int, int], device: Device
 ) -> Callable[..., Tensor]:
     """Return what is done to the outputs of a graph for training."""
-    if augment.crop_area and device.torch.type == "cpu":
+    if resizes_later(augment, device):
         return partial(resize_crops, size, dataset)
     return _unchanged
 

@@ -16,9 +16,21 @@ ON_GPU = 2  # kDLCUDA, DLPack's number for CUDA's memory
 
 def build_pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
     """Build a pipeline of `graph`, whose batches hold at most `batch_size` samples."""
+    return _built(graph, batch_size, device)
+
+
+def build_branching_pipeline(graph: Callable[[], Any], batch_size: int, device: Device) -> Pipeline:
+    """Build a pipeline of a graph in which samples go different ways.
+
+    DALI rewrites the graph's Python code for it.
+    """
+    return _built(graph, batch_size, device, enable_conditionals=True)
+
+
+def _built(graph: Callable[[], Any], batch_size: int, device: Device, **options: bool) -> Pipeline:
     index = device.torch.index if device.torch.type == "cuda" else None
     # sampling.py draws all that is random; the seed only keeps DALI from choosing one
-    return pipeline_def(graph)(
+    return pipeline_def(graph, **options)(
         batch_size=batch_size,
         num_threads=device.threads,
         device_id=index,

@@ -8,6 +8,15 @@ from swap_hpc.recipe.augment import Augment
 # Which of mixup and CutMix, how much of each image, and the x and y of a box.
 MIX_DRAWS = 4
 
+# Whether an image is erased, and the area, aspect ratio, x and y of the box.
+ERASING_DRAWS = 5
+
+# In each round: which operation, its sign, its magnitude.
+POLICY_DRAWS = 3
+
+# Of each operation: its place in the order, and its factor.
+JITTER_DRAWS = 2
+
 # A box for each of n samples: its corners (column, row) and its sides (width, height), both
 # (n, 2) float32 in pixels.
 Boxes = tuple[np.ndarray, np.ndarray]
@@ -18,6 +27,12 @@ def streams_of(augment: Augment) -> dict[str, int]:
     streams = {}
     if augment.cutout and augment.crop_area:
         streams["cutout"] = 2
+    if augment.erasing:
+        streams["erasing"] = ERASING_DRAWS
+    if rounds := augment.policy_rounds:
+        streams["policy"] = POLICY_DRAWS * rounds
+    if jitters := augment.jitters:
+        streams["jitter"] = JITTER_DRAWS * len(jitters)
     if augment.mixes:
         streams["mix"] = MIX_DRAWS
     return streams
@@ -89,7 +104,27 @@ def boxes(pick: Picks, augment: Augment, size: tuple[int, int]) -> list[Boxes]:
         *_, left, top = crop_places(pick, augment, size)
         corners = float32(np.stack([left, top], 1))
         found.append((corners, np.full_like(corners, augment.cutout)))
+    if augment.erasing:
+        found.append(_erased(pick, augment, size))
     return found
+
+
+def _erased(pick: Picks, augment: Augment, size: tuple[int, int]) -> Boxes:
+    """Compute the boxes of random erasing (Zhong et al., arXiv 1708.04896), some of them empty.
+
+    A box that does not fit is cut to the image's size, where torchvision draws again.
+    """
+    u = more_draws(pick, "erasing", ERASING_DRAWS).astype(np.float64)
+    extent = np.array(size[::-1])  # (width, height)
+    low, high = augment.erasing_area
+    narrow, wide = augment.erasing_ratio
+    area = (low + u[:, 1] * (high - low)) * extent.prod()
+    aspect = np.exp(np.log(narrow) + u[:, 2] * np.log(wide / narrow))
+    wanted = np.sqrt(np.stack([area * aspect, area / aspect], 1))
+    sides = np.clip(np.floor(wanted + 0.5), 1, extent)
+    corners = np.floor(u[:, 3:] * (extent - sides + 1))
+    is_erased = u[:, :1] < augment.erasing
+    return float32(corners * is_erased), float32(sides * is_erased)
 
 
 def float32(values: np.ndarray) -> np.ndarray:

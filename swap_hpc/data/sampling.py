@@ -21,7 +21,7 @@ DRAWS = 5
 
 # Further random numbers come from streams of their own, drawn only where a recipe needs them. So
 # what one part of the augmentation draws does not depend on the others. Never renumber them.
-STREAMS: Final = {"cutout": 1, "mix": 2}
+STREAMS: Final = {"cutout": 1, "mix": 2, "erasing": 3, "policy": 4, "jitter": 5}
 
 EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key of its own
 

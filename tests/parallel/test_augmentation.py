@@ -16,7 +16,9 @@ KEY = Key(3, Phase.REFINE, 1)
 PLAIN = {"pad": 0, "flip": False, "cutout": 0}
 AUGMENTS: list[dict[str, Any]] = [
     {"pad": 1, "flip": True, "cutout": 3, "mixup": 0.5, "cutmix": 1.0},
-    {"crop_area": [0.3, 1.0], "flip": True, "cutout": 3, "mixup": 0.5},
+    {"crop_area": [0.3, 1.0], "flip": True, "cutout": 3, "erasing": 0.5, "mixup": 0.5},
+    {"pad": 1, "flip": True, "randaugment": 2, "brightness": 0.4, "hue": 0.1, "saturation": 0.3},
+    {"crop_area": [0.3, 1.0], "trivial_augment": True, "erasing": 0.5, "contrast": 0.4},
 ]
 
 

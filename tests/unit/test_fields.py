@@ -92,6 +92,16 @@ AUGMENT: dict[str, dict[str, Any]] = {
     "pad": {"pad": 2},
     "flip": {"flip": True},
     "cutout": {"cutout": 3},
+    "randaugment": {"randaugment": 2},
+    "randaugment_magnitude": {"randaugment": 2, "randaugment_magnitude": 20},
+    "trivial_augment": {"trivial_augment": True},
+    "brightness": {"brightness": 0.4},
+    "contrast": {"contrast": 0.4},
+    "saturation": {"saturation": 0.4},
+    "hue": {"hue": 0.1},
+    "erasing": {"erasing": 0.5},
+    "erasing_area": {"erasing": 1.0, "erasing_area": [0.4, 0.5]},
+    "erasing_ratio": {"erasing": 1.0, "erasing_ratio": [0.5, 0.6]},
     "mixup": {"mixup": 0.5},
     "cutmix": {"cutmix": 1.0},
     "cutmix_share": {"mixup": 0.5, "cutmix": 1.0, "cutmix_share": 0.9},
@@ -170,6 +180,7 @@ def test_a_resolved_recipe_lists_all_defaults_and_is_accepted(kind: str, root: P
 
 
 REFUSED = [
+    ({"name": "digits"}, {"hue": 0.1}, "augment.hue is for images of 3 channels"),
     (
         {"name": "digits", "image_size": 16},
         {},
