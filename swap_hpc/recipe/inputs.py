@@ -35,15 +35,31 @@ class Model(Section):
     weights_except: tuple[str, ...] = ()
     """Patterns of names that are not loaded, as in `["head.*"]` for a head of another size: in the
     model they stay as initialised, in the file they are not used."""
+    pretrained: bool | str | None = None
+    """Begin with the package's pretrained weights of a `torchvision:` or `timm:` model: true for
+    its usual ones, or their name (`IMAGENET1K_V2` of torchvision, a tag of timm). A head for other
+    classes stays as initialised. A function of your own gets it as an argument."""
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Model":
         check_finite(self.arguments)
         if self.weights_entry and not self.weights:
             raise ValueError("weights_entry is an entry of the file in weights: name that, too")
-        if self.weights_except and not self.weights:
-            raise ValueError("weights_except leaves out names of weights: name their file, too")
+        if self.weights and self.pretrained:
+            raise ValueError("weights and pretrained exclude each other: begin with one of them")
+        if self.weights_except and not (self.weights or self.has_library_weights):
+            raise ValueError("weights_except leaves out names of weights, or of pretrained ones")
+        if self.pretrained and ":" not in self.name:
+            raise ValueError(
+                f"pretrained is for models of torchvision and timm: {self.name} has no"
+                " weights of its own"
+            )
         return self
+
+    @property
+    def has_library_weights(self) -> bool:
+        """Whether the model begins with pretrained weights of torchvision or timm."""
+        return bool(self.pretrained) and self.name.startswith(("torchvision:", "timm:"))
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -166,9 +166,10 @@ class Recipe(Section):
                 f"large_batch.stop_accuracy ends a phase at a value from below, and smaller values "
                 f"of {self.metrics[0].key} are better: leave it out, or list another metric first"
             )
-        if self.large_batch.epochs == 0 and self.model.weights is None:
+        if self.large_batch.epochs == 0 and not (self.model.weights or self.model.pretrained):
             raise ValueError(
-                "large_batch.epochs = 0 refines a model that exists: name its file in model.weights"
+                "large_batch.epochs = 0 refines a model that exists: "
+                "name its file in model.weights, or set model.pretrained"
             )
         return self
 

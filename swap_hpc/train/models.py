@@ -41,7 +41,7 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
             module whose weights can be averaged.
     """
     seed_all(seed)
-    builder, arguments = _builder(model.name, classes, channels)
+    builder, arguments = _builder(model, classes, channels)
     try:
         # Not merged into one dictionary, so that an argument given twice is an error.
         built = builder(**arguments, **model.arguments)
@@ -57,21 +57,32 @@ def build(model: Model, classes: int, channels: int, seed: int) -> nn.Module:
     return built
 
 
-def _builder(model: str, classes: int, channels: int) -> tuple[Builder, dict[str, int]]:
+def _builder(model: Model, classes: int, channels: int) -> tuple[Builder, dict[str, Any]]:
     """Return the function that builds a model, and the arguments that describe the data."""
-    package, colon, name = model.partition(":")
-    if model == "resnet9":
+    package, colon, name = model.name.partition(":")
+    if model.name == "resnet9":
         return ResNet9, {"classes": classes, "channels": channels}
     if not colon:
         raise UserError(
-            f'unknown model {model!r}: "resnet9", "torchvision:NAME", "timm:NAME" '
+            f'unknown model {model.name!r}: "resnet9", "torchvision:NAME", "timm:NAME" '
             'or "package.module:function"'
         )
     if package == "torchvision":
         return _torchvision(name), {"num_classes": classes}
     if package == "timm":
-        return _timm(name), {"num_classes": classes, "in_chans": channels}
-    return imported(model, "the model"), {"classes": classes, "channels": channels}
+        return _timm(timm_name(model)), {"num_classes": classes, "in_chans": channels}
+    own = {} if model.pretrained is None else {"pretrained": model.pretrained}
+    builder = imported(model.name, "the model")
+    return builder, {"classes": classes, "channels": channels, **own}
+
+
+def timm_name(model: Model) -> str:
+    """Return timm's name of a model, with the tag of the weights where `pretrained` names one.
+
+    The tag is part of the name even where no weights are loaded: it may change the model.
+    """
+    name = model.name.removeprefix("timm:")
+    return f"{name}.{model.pretrained}" if isinstance(model.pretrained, str) else name
 
 
 def _torchvision(name: str) -> Builder:
@@ -92,8 +103,16 @@ def _timm(name: str) -> Builder:
         raise UserError(
             f"model timm:{name} needs timm, which is not installed: pip install timm"
         ) from None
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}; timm.list_models() lists them")
+    plain, _, tag = name.partition(".")
+    if not timm.is_model(plain):
+        raise UserError(f"timm has no model {plain!r}; timm.list_models() lists them")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        there = ", ".join(each.partition(".")[2] for each in timm.list_pretrained(f"{plain}.*"))
+        raise UserError(
+            f"timm has no weights {tag!r} of {plain}; it has {there or 'none'}"
+        ) from None
     return partial(timm.create_model, name)
 
 
