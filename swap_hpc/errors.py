@@ -1,5 +1,7 @@
 """The errors that end a job with one clear line instead of a traceback."""
 
+import textwrap
+
 
 class UserError(ValueError):
     """The input is wrong; the message says what is wrong and how to fix it. Exit code 2."""
@@ -35,7 +37,7 @@ def explained(error: Exception) -> Exception:
     # The name is compared because commands that need no torch must not import it.
     if type(error).__name__ != "OutOfMemoryError":
         return error
-    why = " ".join(str(error).split())[:100]
+    why = textwrap.shorten(str(error), 100, placeholder=" ...")
     return UserError(
         f"the GPU's memory is full ({why}): set smaller batches, or raise large_batch.accumulate "
         "and refine.accumulate, which compute a batch in parts"

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -188,7 +189,7 @@ def _unusable(error: str) -> str:
             f"the GPU's driver{_driver()} is too old for CUDA {cuda}, "
             f"which needs {needed} or newer: update it{other} or --set device=cpu"
         )
-    reason = " ".join(error.split())[:200]
+    reason = textwrap.shorten(error, 200, placeholder=" ...")
     return f"torch sees a GPU and cannot use it ({reason}): nvidia-smi, or --set device=cpu"
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from swap_hpc.errors import RunError, UserError, explained
+from swap_hpc.recipe.wording import shortened
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
@@ -86,9 +87,8 @@ def _reason(error: BaseException) -> str:
     if "Original Traceback" in text:  # of a process that loads data for torch's DataLoader
         places = re.findall(r'File "(.+)", line (\d+)', text)
         message = text.rstrip().splitlines()[-1]
-        return message[:400] + _last_place([(file, int(line)) for file, line in places])
-    message = " ".join(text.split())
-    return f"{type(error).__name__}: {message}"[:400] + place_of(error)
+        return shortened(message, 400) + _last_place([(file, int(line)) for file, line in places])
+    return shortened(f"{type(error).__name__}: {text}", 400) + place_of(error)
 
 
 def place_of(error: BaseException) -> str:

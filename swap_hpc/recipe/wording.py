@@ -1,5 +1,6 @@
 """Words for people."""
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -11,13 +12,11 @@ def count(number: int, noun: str) -> str:
 def shortened(text: str, limit: int) -> str:
     """Return text in one line of at most `limit` characters, cut at the end of a word if longer.
 
-    A single word that is longer than the line is cut in its middle, as `without_middle` does.
+    A first word that is longer than the line is cut in its middle, as `without_middle` does.
     """
     line = " ".join(text.split())
-    if len(line) <= limit:
-        return line
-    whole_words = line[: limit - 3].rpartition(" ")[0]  # the word at the limit may be cut
-    return f"{whole_words} ..." if whole_words else without_middle(line, limit)
+    cut = textwrap.shorten(line, limit, placeholder=" ...")
+    return without_middle(line, limit) if cut == "..." else cut
 
 
 def without_middle(text: str, limit: int) -> str:

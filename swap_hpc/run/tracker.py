@@ -16,6 +16,7 @@ from swap_hpc.errors import UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.recipe.loading import flat
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.wording import shortened
 from swap_hpc.run.board import point_of
 from swap_hpc.run.lines import Line
 
@@ -109,7 +110,7 @@ class Tracker:
 
     def _warn(self, error: Exception) -> None:
         self.has_failed = True
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = shortened(f"{type(error).__name__}: {error}", 300)
         print(
             f"swap-hpc: warning: {self.recipe.tracker} failed ({reason}): "
             "the run goes on without it, its metrics are in its folder",

@@ -63,7 +63,7 @@ def test_torchvisions_weights_come_with_a_new_head(
     wanted: bool | str, cache: Path, shuffle: dict[str, Tensor]
 ) -> None:
     torch.save(shuffle, cache / Path(SHUFFLE.url).name)
-    fields = {"name": "torchvision:shufflenet_v2_x0_5", "pretrained": wanted}
+    fields: dict[str, Any] = {"name": "torchvision:shufflenet_v2_x0_5", "pretrained": wanted}
     model, notes = begun(10, **fields)
     fresh = models.build(Model.model_validate(fields), 10, 3, seed=0).state_dict()
     assert differing(model, shuffle) == ["fc.weight", "fc.bias"]
