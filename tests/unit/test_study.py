@@ -284,3 +284,15 @@ def test_a_folder_of_another_recipe_is_not_taken_for_complete(tmp_path: Path) ->
         match=r"holds a run of another recipe \(large_batch.epochs differ\): choose another --out",
     ):
         _ = other.trials()[0].result
+
+
+def test_an_empty_value_gives_a_field_of_a_study_its_default(tmp_path: Path) -> None:
+    study = plan(tmp_path).study
+    made = Plan(study, tmp_path, overrides=("evaluate.every=3", "evaluate.every="))
+    assert made.trials()[0].recipe.evaluate.every == 1
+    failed = made.trials()[0]
+    failed.folder.mkdir(parents=True)
+    other = failed.recipe.model_copy(update={"seed": 99})
+    (failed.folder / "recipe.toml").write_text(other.to_toml())
+    (failed.folder / "diverged.json").write_text("{}")
+    assert failed.result is None and not failed.diverged  # another recipe's, which saved nothing
