@@ -12,7 +12,7 @@ from swap_hpc.data.pipeline import build_pipeline, run_pipeline, to_torch
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Batches, Graph
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.devices import Device
 from swap_hpc.recipe.imports import in_one_line
 
@@ -30,7 +30,8 @@ def custom_batches(
         device: where the tensors go.
 
     Raises:
-        UserError: the function fails, or the batches are not one for each pick, in turn.
+        RunError: the function raises an error.
+        UserError: the batches are not one for each pick, in turn.
     """
     pending: deque[int] = deque()  # sizes of the picks handed out whose batches have not come yet
     caller = threading.get_ident()
@@ -63,13 +64,13 @@ def _made(
     name: str,
 ) -> Iterator[Any]:
     """Yield what the user's function makes; an error in it is one line."""
-    with in_one_line(f"{name} failed"):
+    with in_one_line(f"{name} failed", RunError):
         if isinstance(split, Graph):
             found = _graph_batches(split, split.picked(picks), training, batch_size, device)
         else:
             found = split.read(picks, training)
     while True:
-        with in_one_line(f"{name} failed"):
+        with in_one_line(f"{name} failed", RunError):
             batch = next(found, None)
         if batch is None:
             return

@@ -184,8 +184,8 @@ class Batches:
     run resumes. So is what it draws from the global generators of torch, `numpy.random` and
     `random` in the thread that calls it: they are seeded anew with each pick.
 
-    A run fails with `UserError` where the function raises an error or ends early, or a batch has
-    another size than its pick.
+    A run fails with `RunError` where the function raises an error, and with `UserError` where it
+    ends early or a batch has another size than its pick.
 
     Attributes:
         samples: number of samples of the split, N.

@@ -68,17 +68,21 @@ def _public_functions(module: ModuleType) -> list[str]:
 
 
 @contextmanager
-def in_one_line(what: str) -> Iterator[None]:
-    """Turn any error of a user's code into a UserError of one line, which begins with `what`.
+def in_one_line(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Turn any error of a user's code into one of one line, which begins with `what`.
 
     The package's own errors pass, and those of a GPU whose memory is full.
+
+    Args:
+        what: what fails.
+        kind: `UserError` before training; `RunError` where a restart may go well.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError | RunError) or explained(error) is not error:
             raise
-        raise UserError(f"{what}: {_reason(error)}") from error
+        raise kind(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 What cannot be trained, saved, loaded or built again ends with one line before phase 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 
 import numpy as np
@@ -14,7 +16,8 @@ from swap_hpc.average.state import is_extra, state_of
 from swap_hpc.data import Batches
 from swap_hpc.data.sampling import Key
 from swap_hpc.data.seeding import seed_all
-from swap_hpc.errors import UserError
+from swap_hpc.data.splits import Split
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.imports import in_one_line
@@ -70,7 +73,8 @@ def dry_step(
         return kept, []  # Horovod's layers call other ranks, and Horovod is not started yet
     # The batch may lie in memory of its stream, which must live as long.
     stream = job.training_batches(settings, key, team)
-    batch = next(stream)
+    with _as_wrong_input(job.dataset.train):
+        batch = next(stream)
     before = unsaved_state(model)
     seed_all(key.torch_seed(0, team.rank))
     try:
@@ -81,7 +85,8 @@ def dry_step(
         _check_buffers(model, changed, name)
         if isinstance(job.dataset.test, Batches):
             # A user's own batches may be of another kind in an evaluation.
-            tested = list(islice(job.test_batches(team), 1))
+            with _as_wrong_input(job.dataset.test):
+                tested = list(islice(job.test_batches(team), 1))
         else:
             tested = [batch]
         if tested:
@@ -93,6 +98,17 @@ def dry_step(
         return kept, [MEMORY_WARNING]
     kept.zero_grad()  # a loss that refers to it may have left gradients
     return kept, [unsaved_warning(name, changed)] if changed else []
+
+
+@contextmanager
+def _as_wrong_input(split: Split) -> Iterator[None]:
+    """Turn a failure of a user's own batches into a UserError: it would fail again at a restart."""
+    try:
+        yield
+    except RunError as error:
+        if not isinstance(split, Batches):
+            raise
+        raise UserError(str(error)) from error
 
 
 def _built_again(model: nn.Module, job: Job) -> nn.Module:

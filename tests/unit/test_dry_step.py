@@ -4,7 +4,7 @@ State that would be lost without an error is warned of.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from swap_hpc.data.sampling import Key
+from swap_hpc.data import Batches, Dataset
+from swap_hpc.data.sampling import Key, Picks
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Phase
@@ -274,6 +275,25 @@ def test_weights_whose_gradients_cannot_be_scaled_are_refused_in_fp16(
     assert warnings_of(job_of(build)) == []
     with pytest.raises(UserError, match=f"{kind}, whose gradients torch does not scale"):
         warnings_of(job_of(build, precision="fp16"))
+
+
+EMPTY: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("fails_in", ["training", "test"])
+def test_batches_of_ones_own_that_fail_at_once_are_wrong_input(fails_in: str) -> None:
+    def function(picks: Iterator[Picks], training: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        for pick in picks:
+            size = len(pick.indices)
+            if training == (fails_in == "training"):
+                EMPTY["label"]
+            yield torch.zeros(size, 3, 8, 8), torch.zeros(size, dtype=torch.int64)
+
+    split = Batches(101, function)
+    job = Job(tiny.recipe(), Dataset(split, split, tuple("abc")), tiny.CPU)
+    place = r"failed: KeyError: 'label' \(test_dry_step.py, line \d+\)$"
+    with pytest.raises(UserError, match=f"^the function that makes {fails_in} batches {place}"):
+        tried(job, tiny.model(job))
 
 
 def test_attributes_of_any_kind_are_passed_over(job_of: Callable[..., Job]) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from swap_hpc.data import Batches, Dataset, load
 from swap_hpc.data.sampling import Key, Picks
 from swap_hpc.data.splits import Arrays
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import parse
 from swap_hpc.recipe.phase import Phase
@@ -208,7 +208,7 @@ def test_an_error_in_a_users_function_is_one_line_with_its_place(own: ModuleType
     split = Batches(9, function)
     job = Job(tiny.recipe(), Dataset(split, split, tuple("abc")), tiny.CPU)
     place = r"failed: KeyError: 'label' \(test_own.py, line \d+\)$"
-    with pytest.raises(UserError, match=f"^the function that makes test batches {place}"):
+    with pytest.raises(RunError, match=f"^the function that makes test batches {place}"):
         list(job.test_batches(Team.alone()))
     own.load = lambda path: EMPTY["label"]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=f"^the data own_parts:load {place}"):
@@ -246,7 +246,7 @@ def test_a_torch_data_set_gives_the_same_with_workers_and_names_its_errors() -> 
     assert len({float(inputs["y"][0]) for inputs, _ in alone}) == len(alone)
     place = r"batches failed: KeyError: 'label' \(test_own.py, line \d+\)$"
     for workers in (0, 1):
-        with pytest.raises(UserError, match=place):
+        with pytest.raises(RunError, match=place):
             streams(Batches.of(Noisy(spoiled=True), workers=workers))
 
 
