@@ -38,27 +38,27 @@ def page() -> str:
     for name, file in shipped_recipes().items():
         lines.append(f"- [`{name}`]({file.name}): {_first_line(file)}")
     lines += ["", "## Top of the file", "", _table(top, Recipe)]
+    shown: set[type[BaseModel]] = set()
     for name, field in fields.items():
         if section := _section(field):
-            summary = _one_line(section.__doc__)
-            table = _table(section.model_fields, section)
-            lines += ["", f"## [{name}]", "", summary, "", table]
-    for name, section in _tables_within(Recipe):
-        lines += ["", f"### {name}", "", _one_line(section.__doc__), ""]
-        lines.append(_table(section.model_fields, section))
+            lines += _described(f"## [{name}]", section)
+            for heading, table in _tables_within(name, section):
+                if table not in shown:  # both phases have the same shapes
+                    shown.add(table)
+                    lines += _described(f"### {heading}", table)
     return "\n".join(lines) + "\n"
 
 
-def _tables_within(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+def _described(heading: str, section: type[BaseModel]) -> list[str]:
+    """Return a heading, what the section is, and the table of its fields."""
+    return ["", heading, "", _one_line(section.__doc__), "", _table(section.model_fields, section)]
+
+
+def _tables_within(name: str, section: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield the heading and the model of each table that is the value of a section's field."""
-    seen: set[type[BaseModel]] = set()
-    for name, field in model.model_fields.items():
-        section = _section(field)
-        for inner, of_section in section.model_fields.items() if section else ():
-            for table in models_in(of_section.annotation):
-                if table not in seen:
-                    seen.add(table)
-                    yield _heading(name, inner, table), table
+    for inner, field in section.model_fields.items():
+        for table in models_in(field.annotation):
+            yield _heading(name, inner, table), table
 
 
 def _heading(section: str, field: str, table: type[BaseModel]) -> str:

@@ -10,9 +10,11 @@ from torch import nn
 from swap_hpc.average.agreement import weights_sha256
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.gradients import gradient_buckets
+from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.optimizer import Optimizer
 from swap_hpc.recipe.phase import PHASE_1, refinement_of
+from swap_hpc.swap import swap
 from swap_hpc.train.fit import fit
 from swap_hpc.train.layers import layers_of
 from swap_hpc.train.optimizers import build_optimizer
@@ -180,6 +182,17 @@ def test_frozen_parameters_stay_and_have_no_gradient() -> None:
             assert (p.grad is None) == name.startswith("0."), name
         in_buckets = {p for bucket, _ in gradient_buckets(model) for p in bucket}
         assert in_buckets == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_frozen_parameters_are_the_same_in_the_average() -> None:
+    """The mean of equal values is that value, to the bit."""
+    job = tiny.job(groups=3, optimizer={"groups": [{"match": "0.*", "frozen": True}]})
+    model, start = tiny.model(job), tiny.model(job).state_dict()
+    with grid(ONE, 3) as ranks:
+        for _ in swap(model, job, ranks):
+            pass
+    for name, p in model.named_parameters():
+        assert torch.equal(p, start[name]) == name.startswith("0."), name
 
 
 def test_layer_decay_needs_layers() -> None:
