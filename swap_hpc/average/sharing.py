@@ -37,20 +37,31 @@ def broadcast_tensors(tensors: Sequence[Tensor], team: Team) -> list[Tensor]:
     return [from_bytes(part, t.dtype, t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
-@torch.no_grad()
 def average_buffers_(model: nn.Module, team: Team) -> None:
     """Make buffers alike on ranks that have seen different shares of the batches. Collective.
 
     Running statistics of the layers that are in training mode become their mean over the ranks, and
     all other buffers the first rank's.
     """
-    if team.size == 1:
-        return
     means = [once(buffer) for buffer in team_means(model).values()]
     places = {buffer.data_ptr() for buffer in means}
     others = [buffer for buffer in model.buffers() if buffer.data_ptr() not in places]
-    for buffer, first in zip(others, broadcast_tensors(others, team), strict=True):
-        assign_(buffer, first)
+    average_tensors_(means, others, team)
+
+
+@torch.no_grad()
+def average_tensors_(means: Sequence[Tensor], others: Sequence[Tensor], team: Team) -> None:
+    """Replace tensors by their mean over the ranks, and others by the first rank's. Collective.
+
+    Args:
+        means: tensors of the same number, types and shapes on all ranks.
+        others: likewise.
+        team: the ranks.
+    """
+    if team.size == 1:
+        return
+    for tensor, first in zip(others, broadcast_tensors(others, team), strict=True):
+        assign_(tensor, first)
     if means:
         _average_(means, team)
 

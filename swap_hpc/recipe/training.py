@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at
 from swap_hpc.recipe.section import Section
-from swap_hpc.recipe.values import Count, CountOrZero, Fraction
+from swap_hpc.recipe.values import Count, CountOrZero, Decay, Fraction
 
 
 class _Phase(Section):
@@ -23,6 +23,11 @@ class _Phase(Section):
     accumulate: Count = 1
     """Parts into which a rank cuts its share of a batch; their gradients are added up. More parts
     need less memory, and batch norm sees smaller batches."""
+    ema: Decay | None = None
+    """Decay, at each step, of an exponential moving average (EMA) of the weights and of batch
+    norm's statistics; 1 - 1/n averages about the last n steps. It begins with the weights at the
+    phase's beginning, and is evaluated and saved beside the model, whose training it does not
+    change. None: no such average."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "_Phase":

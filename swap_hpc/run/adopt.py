@@ -43,8 +43,9 @@ def adopt_large_batch(
     """
     if world.any(checkpoints.holds(PHASE_1)):
         return
-    state, lines, ranks, seconds = world.agree(lambda: _read(run, job))
+    state, average, lines, ranks, seconds = world.agree(lambda: _read(run, job))
     weights, buffers = split_state(state, model)
+    average_weights, average_buffers = split_state(average, model)
     point = SavePoint(
         part=PHASE_1,
         at=Position(len(lines), 0),
@@ -53,6 +54,8 @@ def adopt_large_batch(
         weights=weights,
         buffers=buffers,
         training={},  # the part is over: nothing of it is trained again
+        ema_weights=average_weights,
+        ema_buffers=average_buffers,
     )
     checkpoints.save(
         point,
@@ -65,6 +68,7 @@ class _PhaseOne(NamedTuple):
     """The end of another run's phase 1."""
 
     state: Tensors  # the state dict
+    average: Tensors  # that of the moving average; empty without one
     lines: list[Line]  # metrics
     ranks: int
     seconds: float
@@ -86,6 +90,9 @@ def _read(run: Path, job: Job) -> _PhaseOne:
         )
     try:
         state, header = read_tensors(run / f"{PHASE_1.name}.safetensors")
+        average: Tensors = {}
+        if recipe.large_batch.ema is not None:
+            average, _ = read_tensors(run / f"{PHASE_1.name}-ema.safetensors")
         metrics = (run / "metrics" / "world.jsonl").read_text(encoding="utf-8")
     except (Unreadable, OSError) as why:
         raise UserError(f"--from {run}: its phase 1 cannot be read: {why}") from None
@@ -97,6 +104,7 @@ def _read(run: Path, job: Job) -> _PhaseOne:
     lines = [json.loads(line) for line in metrics.splitlines()]
     return _PhaseOne(
         state,
+        average,
         [line for line in lines if line["phase"] == PHASE_1.phase],
         result["ranks"],
         result["seconds"]["large_batch"],

@@ -22,7 +22,7 @@ FIELDS = (
     "loss_scale",
 )
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "ema_validation", "ema_test")
 
 AVERAGE = "average"  # the name of the averaged model's curves
 

@@ -50,6 +50,7 @@ class Checkpoints:
     - `ranks`: the buffers of every rank as bytes, (ranks, n) uint8, where they differ
     - `training/PATH`: the state of the optimizer; the header holds its numbers (and in fp16 the
       loss scale) and its shape
+    - `ema_weights/NAME`, `ema_buffers/NAME`, `ema_ranks`: the same of the moving average
     - `sums/NAME`: the sum of the weights at the ends of a group's cycles
     - `kept/NAME`: what is not averaged, as it was at the end of the first cycle
 
@@ -76,23 +77,29 @@ class Checkpoints:
             RunError: on all ranks, it cannot be written; the files before it stay.
             UserError: on all ranks, the optimizer keeps something that a file cannot hold.
         """
-        buffers = packed(point.buffers)
-        longest = int(team.maximum(len(buffers))[0])  # extra states need not be of one length
-        rows = team.gather(np.pad(buffers, (0, longest - len(buffers))))
+        rows = {
+            "ranks": _gathered(point.buffers, team),
+            "ema_ranks": _gathered(point.ema_buffers, team),
+        }
         running = team.allgather(astuple(point.running))
         team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
 
-    def _write(self, point: SavePoint, rows: np.ndarray | None, state: dict[str, Any]) -> None:
+    def _write(
+        self, point: SavePoint, rows: dict[str, np.ndarray | None], state: dict[str, Any]
+    ) -> None:
         tensors = _prefixed(
             weights=point.weights,
             buffers=point.buffers,
             sums=point.cycle_sum.sums,
             kept=point.cycle_sum.kept,
+            ema_weights=point.ema_weights,
+            ema_buffers=point.ema_buffers,
         )
         training, training_tensors = flatten(point.training, "training")
         tensors |= training_tensors
-        if rows is not None and (rows != rows[0]).any():
-            tensors["ranks"] = torch.from_numpy(rows)
+        for name, of_ranks in rows.items():
+            if of_ranks is not None and (of_ranks != of_ranks[0]).any():
+                tensors[name] = torch.from_numpy(of_ranks)
         state = {
             **state,
             "phase": point.part.phase.value,
@@ -193,6 +200,8 @@ class Checkpoints:
             cycle_sum=sum_of(tensors, state["cycles"]),
             running=_running_of_rank([_running(each) for each in state["running"]], team),
             means=tuple(state["means"]),
+            ema_weights=_without_prefix(tensors, "ema_weights"),
+            ema_buffers=_own_buffers(tensors, state["means"], team, "ema_buffers", "ema_ranks"),
         )
         return Saved(point, state["notes"])
 
@@ -279,19 +288,43 @@ def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
     )
 
 
-def _shared_buffers(tensors: Tensors, means: Collection[str]) -> Tensors:
+def _gathered(buffers: Tensors, team: Team) -> np.ndarray | None:
+    """Return the bytes of all ranks' buffers, (ranks, n) uint8, on the first rank; collective."""
+    mine = packed(buffers)
+    longest = int(team.maximum(len(mine))[0])  # extra states need not be of one length
+    return team.gather(np.pad(mine, (0, longest - len(mine))))
+
+
+def _shared_buffers(
+    tensors: Tensors, means: Collection[str], prefix: str = "buffers", ranks: str = "ranks"
+) -> Tensors:
     """Return the buffers in a checkpoint for ranks that did not save it."""
-    buffers = _without_prefix(tensors, "buffers")
-    if "ranks" not in tensors:
+    buffers = _without_prefix(tensors, prefix)
+    if ranks not in tensors:
         return buffers
-    return mean_of([unpacked(row, buffers) for row in tensors["ranks"]], means)
+    rows = [unpacked(row, buffers) for row in tensors[ranks]]
+    return mean_of(rows, [name for name in means if name in buffers])
 
 
-def _own_buffers(tensors: Tensors, means: Collection[str], team: Team) -> Tensors:
-    """Return the buffers in a checkpoint for this rank: its own where the team has its old size."""
-    if "ranks" in tensors and len(tensors["ranks"]) == team.size:
-        return unpacked(tensors["ranks"][team.rank], _without_prefix(tensors, "buffers"))
-    return _shared_buffers(tensors, means)
+def _own_buffers(
+    tensors: Tensors,
+    means: Collection[str],
+    team: Team,
+    prefix: str = "buffers",
+    ranks: str = "ranks",
+) -> Tensors:
+    """Return the buffers in a checkpoint for this rank: its own where the team has its old size.
+
+    Args:
+        tensors: those of the file.
+        means: the names of the buffers whose mean another number of ranks takes.
+        team: the ranks that resume.
+        prefix: of the buffers' names in the file.
+        ranks: the name of the tensor with all ranks' buffers, where they differ.
+    """
+    if ranks in tensors and len(tensors[ranks]) == team.size:
+        return unpacked(tensors[ranks][team.rank], _without_prefix(tensors, prefix))
+    return _shared_buffers(tensors, means, prefix, ranks)
 
 
 def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:

@@ -96,10 +96,10 @@ class Display:
 def _figures(epoch: Epoch, noun: str) -> str:
     others = {"validation": epoch.validation, "test": epoch.test}
     test = "".join(f"  {_main(split, each)}" for split, each in others.items() if each)
+    ema = "".join(f"  EMA {_main(split, each)}" for split, each in epoch.ema.items())
     speed = epoch.images / epoch.train_seconds
-    return (
-        f"{_main('train', epoch.train)}{test}  lr {epoch.learning_rate:.4g}  {speed:,.0f} {noun}/s"
-    )
+    rate = f"lr {epoch.learning_rate:.4g}  {speed:,.0f} {noun}/s"
+    return f"{_main('train', epoch.train)}{test}{ema}  {rate}"
 
 
 def _main(split: str, result: Evaluation) -> str:

@@ -75,6 +75,7 @@ def load_run(run: Path) -> dict[str, Any]:
         },
         **{
             f"{split}_{name}": _by_model(f"{split}_{name}", phase_1_end, ends, averaged)
+            | ema_figures(f"{split}_{name}", phase_1[-1] if phase_1 else {}, ends)
             for split in (["validation"] if "validation_loss" in phase_1_end else []) + ["test"]
             for name in (*recipe.metric_names, "loss")
         },
@@ -134,6 +135,24 @@ def _by_model(
         "mean_of_groups": sum(known) / len(known) if complete else None,
         "averaged": averaged.get(name),
     }
+
+
+def ema_figures(name: str, phase_1: dict[str, Any], ends: Lines) -> dict[str, Any]:
+    """Return a figure of the moving averages of the weights, where the recipe asks for them.
+
+    Args:
+        name: the figure's field for the models, such as "test_accuracy".
+        phase_1: the line of phase 1's last epoch; empty without one.
+        ends: the line of the last epoch of each group and cycle; empty before it.
+
+    Returns:
+        "large_batch_ema": the figure; "groups_ema": a list in the order of `ends`.
+    """
+    key = f"ema_{name}"
+    found: dict[str, Any] = {"large_batch_ema": phase_1[key]} if key in phase_1 else {}
+    if any(key in line for line in ends):
+        found["groups_ema"] = [line.get(key) for line in ends]
+    return found
 
 
 def _state(run: Path, recipe: Recipe, epochs: int, groups: list[Lines]) -> str:

@@ -34,6 +34,7 @@ def epoch_fields(epoch: Epoch, has_validation: bool = False) -> Line:
         **figures("train", replace(epoch.train, by_class={}), metrics),
         **(figures("validation", epoch.validation, metrics) if has_validation else {}),
         **figures("test", epoch.test, metrics),
+        **_ema_fields(epoch),
         "images": epoch.images,
         "images_per_second": epoch.images / epoch.train_seconds,
         "train_seconds": epoch.train_seconds,
@@ -43,6 +44,14 @@ def epoch_fields(epoch: Epoch, has_validation: bool = False) -> Line:
         "peak_gpu_reserved_mib": epoch.peak_memory.gpu_reserved / 2**20 or None,
         **_update_fields(epoch.updates),
     }
+
+
+def _ema_fields(epoch: Epoch) -> Line:
+    """Return the evaluations of the moving average of the weights, as `ema_test_accuracy`."""
+    fields: Line = {}
+    for split, result in epoch.ema.items():
+        fields |= figures(f"ema_{split}", replace(result, by_class={}), result.metrics)
+    return fields
 
 
 def _update_fields(updates: Updates) -> Line:

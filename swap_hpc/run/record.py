@@ -20,7 +20,7 @@ from swap_hpc.run.lines import Line
 from swap_hpc.run.result import result_of
 from swap_hpc.run.stopwatch import Stopwatch
 from swap_hpc.run.tracker import tracker_of
-from swap_hpc.run.weights import save_model, save_snapshot, save_sum
+from swap_hpc.run.weights import save_ema, save_model, save_snapshot, save_sum
 from swap_hpc.train.evaluation import evaluate_for_report, evaluate_job
 from swap_hpc.train.events import (
     Averaged,
@@ -161,6 +161,9 @@ class Recorder:
                 header,
                 team,
             )
+        others_own_it = part == PHASE_1 and refines_one_group(self.assignment.chosen)
+        if point.ended and point.ema_weights and not others_own_it:
+            save_ema(point, self.assignment.out / f"{part.name}-ema.safetensors", header, team)
         if self._snapshot_is_due:
             # The epoch has just ended: where groups continue from their average, not yet from it.
             save_snapshot(point, self.assignment.out / "snapshots", header, team)

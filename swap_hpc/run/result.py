@@ -9,6 +9,7 @@ from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run.folder import ema_figures
 from swap_hpc.run.lines import Line
 
 
@@ -54,6 +55,7 @@ def result_of(
         },
         **{
             f"{split}_{name}": _figures(f"{split}_{name}", finals, ends)
+            | ema_figures(f"{split}_{name}", first[-1] if first else {}, ends)
             for split in splits_in(finals["large_batch"])
             for name in (*recipe.metric_names, "loss")
         },

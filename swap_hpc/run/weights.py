@@ -48,6 +48,11 @@ def save_sum(total: WeightSum, path: Path, header: Mapping[str, str], team: Team
     team.first(lambda: write_tensors(path, sums | kept, counted))
 
 
+def save_ema(point: SavePoint, path: Path, header: Mapping[str, str], team: Team) -> None:
+    """Write the moving average of a model as it is at a save point, once; see `save_model`."""
+    team.first(lambda: write_tensors(path, point.ema_state, header))
+
+
 def save_snapshot(point: SavePoint, folder: Path, header: Mapping[str, str], team: Team) -> None:
     """Write the model as it is at an epoch's end, once; see `save_model`.
 

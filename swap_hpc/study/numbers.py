@@ -9,7 +9,7 @@ from typing import Any
 from swap_hpc.recipe.metrics import scale
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.study.plan import Plan, Trial
-from swap_hpc.study.study import Model, Row
+from swap_hpc.study.study import OF_PHASE_1, Model, Row
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def lines(plan: Plan) -> list[Line]:
 def _line(plan: Plan, row: Row, trials: Sequence[Trial]) -> Line:
     recipe, ranks = trials[0].recipe, trials[0].ranks
     complete = [(trial, result) for trial in trials if (result := trial.result)]
-    refines = recipe.refine.epochs > 0 and row.model != "large_batch"
+    refines = recipe.refine.epochs > 0 and row.model not in OF_PHASE_1
     line = Line(
         method=row.method,
         rate=plan.rate(row.run),
@@ -89,6 +89,7 @@ def _epochs_of_phase_1(recipe: Recipe, results: Sequence[dict[str, Any]]) -> str
 # The phases that it takes to make a model.
 _PHASES: dict[Model, tuple[str, ...]] = {
     "large_batch": ("large_batch",),
+    "large_batch_ema": ("large_batch",),
     "mean_of_groups": ("large_batch", "refine"),
     "averaged": ("large_batch", "refine", "average", "batchnorm"),
 }

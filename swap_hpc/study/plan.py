@@ -16,7 +16,7 @@ from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.values import on_disk
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.run.folder import holds_weights
-from swap_hpc.study.study import Search, Study
+from swap_hpc.study.study import OF_PHASE_1, Search, Study
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,15 @@ class Plan:
 
     def _check_rows(self, trial: Trial) -> None:
         """Raise UserError for a row that shows a model which its run does not make."""
-        if trial.recipe.refine.epochs:
-            return
         for row in self.study.rows:
-            if row.run == trial.name and row.model != "large_batch":
+            if row.run != trial.name:
+                continue
+            if row.model == "large_batch_ema" and trial.recipe.large_batch.ema is None:
+                raise UserError(
+                    f'the row "{row.method}" shows the moving average of phase 1 of {trial.name}, '
+                    "which has none: set large_batch.ema"
+                )
+            if not trial.recipe.refine.epochs and row.model not in OF_PHASE_1:
                 raise UserError(
                     f'the row "{row.method}" shows the {row.model} model of {trial.name}, '
                     'which has no refinement: write model = "large_batch"'

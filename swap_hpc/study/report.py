@@ -31,12 +31,13 @@ def table(result: dict[str, Any]) -> str:
     seconds = result["seconds"]
     metrics = metric_names(result)
     columns = [
-        (f"{split} {heading(name)}", _column(result[f"{split}_{name}"], name))
+        (f"{split} {heading(name)}", _column(result, split, name))
         for split in ("validation", "test")
         for name in (*metrics, "loss")
         if f"{split}_{name}" in result
     ]
-    rows = zip(_models(result), *(cells for _, cells in columns), strict=True)
+    names = [name for name, _ in _rows(result, result["test_loss"])]
+    rows = zip(names, *(cells for _, cells in columns), strict=True)
     head = ("model", *(title for title, _ in columns))
     parts = [_head(result), markdown_table(head, [*rows])]
     if seconds:
@@ -58,12 +59,25 @@ def _head(result: dict[str, Any]) -> str:
     )
 
 
-def _models(result: dict[str, Any]) -> list[str]:
-    """Return the names of the rows."""
-    first = "end of phase 1 (large batch)"
-    if not result["test_loss"]["groups"]:
-        return [first]
-    return [first, *_names(result), "mean of groups (before averaging)", "**averaged (SWAP)**"]
+def _rows(result: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the name and the value of each row.
+
+    Args:
+        result: the run's.
+        figures: one metric of all models, or the loss.
+    """
+    rows = [("end of phase 1 (large batch)", figures["large_batch"])]
+    if "large_batch_ema" in figures:
+        rows.append(("end of phase 1, moving average (EMA)", figures["large_batch_ema"]))
+    if not figures["groups"]:
+        return rows
+    names = _names(result)
+    rows += zip(names, figures["groups"], strict=True)
+    if "groups_ema" in figures:
+        averages = [f"{name}, moving average (EMA)" for name in names]
+        rows += zip(averages, figures["groups_ema"], strict=True)
+    before, after = "mean of groups (before averaging)", "**averaged (SWAP)**"
+    return [*rows, (before, figures["mean_of_groups"]), (after, figures["averaged"])]
 
 
 def _names(result: dict[str, Any]) -> list[str]:
@@ -75,11 +89,9 @@ def _names(result: dict[str, Any]) -> list[str]:
     return [f"group {group}, cycle {cycle}" for group in groups for cycle in cycles]
 
 
-def _column(figures: dict[str, Any], name: str) -> list[str]:
-    """Return the cells of one figure of all models, in the order of `_models`."""
-    values = [figures["large_batch"]]
-    if figures["groups"]:
-        values += [*figures["groups"], figures["mean_of_groups"], figures["averaged"]]
+def _column(result: dict[str, Any], split: str, name: str) -> list[str]:
+    """Return the cells of a metric on a split, or of the loss, for the models of `_rows`."""
+    values = [value for _, value in _rows(result, result[f"{split}_{name}"])]
     if name == "loss":
         return ["-" if value is None else f"{value:.4f}" for value in values]
     return [shown(name, value) for value in values]

@@ -17,7 +17,8 @@ from swap_hpc.recipe.values import Count, on_disk
 SHIPPED = Path(__file__).parent
 
 # The models that a row may show: keys of `test_accuracy` in `result.json`.
-Model = Literal["large_batch", "mean_of_groups", "averaged"]
+Model = Literal["large_batch", "large_batch_ema", "mean_of_groups", "averaged"]
+OF_PHASE_1 = ("large_batch", "large_batch_ema")
 
 # A text in the bytes of the command line, whatever the locale.
 Argument = Annotated[str, AfterValidator(on_disk)]

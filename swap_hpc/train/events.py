@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part
 from swap_hpc.train.updates import NO_UPDATES, Read, Updates
+
+if TYPE_CHECKING:  # a training loop of the user's own needs no DALI
+    from swap_hpc.data.dataset import SplitName
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Epoch:
     ends_cycle: bool
     updates: Updates = NO_UPDATES  # clipped and skipped steps
     validation: Evaluation | None = None  # None where it is skipped, or there is no such split
+    # Of the moving average of the weights, on the same splits as the model; empty without one.
+    ema: "Mapping[SplitName, Evaluation]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,16 @@ class SavePoint:
     # The buffers whose mean over the ranks another number of ranks resumes from; it takes the
     # first rank's for all other buffers.
     means: tuple[str, ...] = ()
+    # The moving averages of weights and buffers, where the recipe asks for them.
+    ema_weights: dict[str, Tensor] = field(default_factory=dict)  # the same on all ranks
+    ema_buffers: dict[str, Tensor] = field(default_factory=dict)  # this rank's own
+
+    @property
+    def ema_state(self) -> dict[str, Tensor]:
+        """The state dict of the moving average; what is not averaged is the model's."""
+        state = self.weights | self.buffers
+        averages = self.ema_weights | self.ema_buffers
+        return state | {name: t.to(state[name].dtype) for name, t in averages.items()}
 
 
 class Saves(Protocol):

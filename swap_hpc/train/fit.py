@@ -19,6 +19,7 @@ from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Part, Phase
+from swap_hpc.train.ema import MovingAverage
 from swap_hpc.train.evaluation import evaluate_for_report, evaluate_job
 from swap_hpc.train.events import (
     FROM_THE_BEGINNING,
@@ -97,8 +98,9 @@ def fit(
         forward = torch.compile(model, dynamic=False) if job.recipe.compile else model
         scaler = loss_scaler(job.recipe.precision, job.device.torch, optimizer)
         stepper = Stepper(forward, optimizer, average_gradients, scaler, job, settings.accumulate)
+        ema = MovingAverage(model, settings.ema) if settings.ema is not None else None
         training = _Training(
-            model, stepper, job, part, team, cycle_sum, TeamCheck(team, job.control)
+            model, stepper, ema, job, part, team, cycle_sum, TeamCheck(team, job.control)
         )
         if start:
             training.restore_(start)
@@ -112,6 +114,7 @@ class _Training:
 
     model: nn.Module
     stepper: Stepper
+    ema: MovingAverage | None
     job: Job
     part: Part
     team: Team
@@ -125,12 +128,15 @@ class _Training:
         restore_optimizer_(self.stepper.optimizer, self.model, start.training["optimizer"])
         if self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(start.training["loss_scale"])
+        if self.ema:
+            self.ema.restore_(start.ema_weights | start.ema_buffers)
 
     def savepoint(self, due: bool) -> SavePoint:
         weights, buffers = split_state(state_of(self.model), self.model)
         training = {"optimizer": optimizer_state(self.stepper.optimizer, self.model)}
         if self.stepper.scaler.is_enabled():
             training["loss_scale"] = self.stepper.scaler.state_dict()
+        averages = self.ema.averages if self.ema else {}
         return SavePoint(
             part=self.part,
             at=self.at,
@@ -142,6 +148,8 @@ class _Training:
             cycle_sum=self.cycle_sum,
             running=self.check.running,
             means=tuple(sorted(entries_of(self.model, team_means(self.model).values()))),
+            ema_weights={name: t for name, t in averages.items() if name in weights},
+            ema_buffers={name: t for name, t in averages.items() if name in buffers},
         )
 
     def epochs(self) -> Iterator[Epoch | SavePoint]:
@@ -165,6 +173,8 @@ class _Training:
         train = _means(self.check.running, job.objective, team)
         average_buffers_(self.model, team)
         share_extra_states_(self.model, team)
+        if self.ema:
+            self.ema.share_buffers_(self.model, team)
         trained = perf_counter()
         self.at, self.check.running = Position(self.at.epoch + 1, 0), Running()
         target = settings.stop_accuracy
@@ -174,6 +184,7 @@ class _Training:
         every = job.recipe.evaluate.every
         is_evaluated = ends_cycle or (every > 0 and self.at.epoch % every == 0)
         found = self._evaluated(ends_cycle) if is_evaluated else {}
+        ema = self._evaluated_average(ends_cycle) if is_evaluated else {}
         train_seconds, evaluate_seconds, *peaks = team.maximum(
             seconds, perf_counter() - trained, *astuple(job.device.peak_memory())
         )
@@ -193,6 +204,7 @@ class _Training:
             peak_memory=Memory(*map(int, peaks)),
             ends_cycle=ends_cycle,
             updates=updates,
+            ema=ema,
         )
 
     def _evaluated(self, ends_cycle: bool) -> dict[SplitName, Evaluation]:
@@ -201,6 +213,13 @@ class _Training:
             return evaluate_for_report(self.model, self.job, self.team)
         split = self.job.dataset.chosen_by
         return {split: evaluate_job(self.model, self.job, self.team, split)}
+
+    def _evaluated_average(self, ends_cycle: bool) -> dict[SplitName, Evaluation]:
+        """Evaluate the moving average of the weights as the model; empty without one."""
+        if not self.ema:
+            return {}
+        with self.ema.in_place_of(self.model):
+            return self._evaluated(ends_cycle)
 
     def _is_sync_epoch(self) -> bool:
         """Tell whether the groups wait for each other after this epoch.
@@ -238,6 +257,8 @@ class _Training:
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
             update = self.stepper.update()
+            if self.ema:
+                self.ema.update_(self.model)
             self.at = Position(self.at.epoch, self.at.step + 1)
             self.check.add(StepLoss(loss, sums, samples, rate, self._where, update))
             self.job.control.heartbeat(self._where)

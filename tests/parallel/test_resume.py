@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from swap_hpc.average.agreement import weights_sha256
+from swap_hpc.average.agreement import hashed, weights_sha256
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.grid import Ranks, grid
 from swap_hpc.parallel.teams import Team
@@ -35,9 +35,10 @@ from swap_hpc.train.job import Job
 
 NORMED: dict[str, Any] = {
     "model": {"name": "tiny:normed"},
-    "refine": {"epochs": 2, "cycles": 2},
+    "large_batch": {"ema": 0.8},
+    "refine": {"epochs": 2, "cycles": 2, "ema": 0.9},
     "optimizer": {"clip_norm": 1.0},
-}  # batch norm and dropout
+}  # batch norm and dropout, averages of the weights, clipping
 
 
 @pytest.fixture
@@ -74,8 +75,11 @@ class Record:
                     event.learning_rate,
                     event.images,
                     event.updates,
+                    event.ema,
                 )
                 self.epochs[event.part, event.epoch] = facts
+            case SavePoint() if event.ended and event.ema_weights:
+                self.models[f"{event.part.name} ema"] = hashed(event.ema_state).hexdigest()
             case LargeBatchEnded(model):
                 self.models["large_batch 0"] = weights_sha256(model)
             case GroupArrived(part, model, sync):
@@ -275,11 +279,12 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_sums(
 def test_batch_norm_statistics_of_each_rank_come_back(
     world: Team, folder: Path, every_step: None
 ) -> None:
-    job = eager(tiny.job(model={"name": "tiny:normed"}))
+    job = eager(tiny.job(model={"name": "tiny:normed"}, large_batch={"ema": 0.5}))
     checkpoints = Checkpoints(folder, job.recipe)
     events = fit(tiny.model(job), job, PHASE_1, world)
     point = next(event for event in events if isinstance(event, SavePoint) and event.at.step == 2)
     mine = {name: t.clone() for name, t in point.buffers.items()}
+    averages = {name: t.clone() for name, t in point.ema_buffers.items()}
     checkpoints.save(point, {"a": 1}, world)
     events.close()
     there = world.allgather(mine["1.running_mean"])
@@ -287,6 +292,8 @@ def test_batch_norm_statistics_of_each_rank_come_back(
     saved = checkpoints.load(PHASE_1, world)
     assert saved and saved.notes == {"a": 1} and saved.point.running == point.running
     assert all(torch.equal(saved.point.buffers[name], t) for name, t in mine.items())
+    assert saved.point.ema_buffers.keys() == averages.keys()
+    assert all(torch.equal(saved.point.ema_buffers[name], t) for name, t in averages.items())
     alone = Checkpoints(folder, job.recipe).load(PHASE_1, Team.alone())
     assert alone
     torch.testing.assert_close(
@@ -295,6 +302,10 @@ def test_batch_norm_statistics_of_each_rank_come_back(
         rtol=0,
         atol=0,
     )
+    everyones = torch.stack(world.allgather(averages["1.running_mean"]))
+    assert not torch.equal(everyones[0], everyones[1])
+    mean = everyones.double().mean(0).float()
+    assert torch.equal(alone.point.ema_buffers["1.running_mean"], mean)
     assert alone.point.running.samples == 2 * 24
 
 
@@ -323,6 +334,24 @@ def test_more_team_checks_change_nothing(
             records.append(Record())
             run(eager(job) if seconds == 0 else job, ranks, folder / str(seconds), records[-1])
     assert records[0] == records[1]
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_moving_average_changes_nothing_of_the_training(world: Team, folder: Path) -> None:
+    phases = {"large_batch": {}, "refine": {"epochs": 2, "cycles": 2}}
+    jobs = [tiny.job(groups=1, **NORMED), tiny.job(groups=1, **NORMED | phases)]
+    records = [Record(), Record()]
+    with grid(world, 1) as ranks:
+        for number, (job, record) in enumerate(zip(jobs, records, strict=True)):
+            run(job, ranks, folder / str(number), record)
+    averages = {"large_batch ema", "group-000 ema"}
+    assert records[0].models.keys() - records[1].models.keys() == averages
+    assert {name: records[0].models[name] for name in records[1].models} == records[1].models
+    assert len({*records[0].models.values()}) == len(records[0].models)
+    for key, (*facts, ema) in records[1].epochs.items():
+        (*others, of_average) = records[0].epochs[key]
+        assert others == facts and not ema
+        assert of_average["test"].loss != facts[1].loss
 
 
 def test_evaluating_the_average_on_the_way_changes_nothing(world: Team, folder: Path) -> None:

@@ -75,7 +75,7 @@ WRONG = [
     (
         {"refine": {"epoch": 3}},
         "unknown field refine.epoch; "
-        "valid here: batch_size, epochs, learning_rate, accumulate, cycles",
+        "valid here: batch_size, epochs, learning_rate, accumulate, ema, cycles",
     ),
     ({"group": 3}, "unknown field group; valid here: name, seed, groups, precision"),
     ({"groups": 0}, r"groups: Input should be greater than or equal to 1 \(given: 0\)"),

@@ -140,7 +140,7 @@ WRONG = [
     (
         'model = "large_batch"',
         'model = "best"',
-        "Input should be 'large_batch', 'mean_of_groups' or 'averaged'",
+        "Input should be 'large_batch', 'large_batch_ema', 'mean_of_groups' or 'averaged'",
     ),
     ('title = "tiny"', "title = tiny", "is not TOML"),
 ]
@@ -273,6 +273,14 @@ def test_a_row_of_a_model_that_its_run_does_not_make_is_refused(tmp_path: Path) 
     message = 'the row "phase 1" shows the averaged model of first, which has no refinement: write'
     with pytest.raises(UserError, match=message):
         made.check()
+
+
+def test_a_row_of_a_moving_average_needs_one(tmp_path: Path) -> None:
+    table = TINY.replace('model = "large_batch"', 'model = "large_batch_ema"')
+    message = 'the row "phase 1" shows the moving average of phase 1 of first, which has none: set'
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path, table).check()
+    Plan(plan(tmp_path, table).study, tmp_path, overrides=("large_batch.ema=0.9",)).check()
 
 
 def test_a_folder_of_another_recipe_is_not_taken_for_complete(tmp_path: Path) -> None:
