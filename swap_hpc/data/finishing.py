@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from swap_hpc.data.choices import choices
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.operations import operated
-from swap_hpc.data.places import boxes, crop_places, draws, float32, mirrored, random_crops
+from swap_hpc.data.places import boxes, crop_corners, draws, float32, mirrored, random_crops
 from swap_hpc.data.sampling import Picks
 from swap_hpc.recipe.augment import Augment
 
@@ -36,10 +36,10 @@ def numbers(pick: Picks, augment: Augment, size: tuple[int, int]) -> Numbers:
     if augment.crop_area:
         found |= random_crops(pick, augment)
     if augment.pad:
-        x, y, *_ = crop_places(pick, augment, size)
         # DALI wants the crop's place as a share of the room that it has
         room = np.float32(2 * augment.pad)
-        found |= {"x": float32(x) / room, "y": float32(y) / room}
+        x, y = crop_corners(draws(pick), augment).T / room
+        found |= {"x": float32(x), "y": float32(y)}
     for number, each in enumerate(choices(pick, augment, size)):
         found |= {f"operation {number}": each.chosen, f"parameter {number}": each.parameters}
         if len(each.operations) == 1:

@@ -71,13 +71,21 @@ def crop_places(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndar
         the cutout's column and row.
     """
     u = draws(pick)
-    height, width = size
-    # the last two draws have another use where a crop is resized
-    v = more_draws(pick, "cutout", 2) if augment.crop_area else u[:, 3:5]
-    cutout_places = [width - augment.cutout + 1, height - augment.cutout + 1]
-    crop = np.floor(u[:, :2] * (2 * augment.pad + 1))
-    cutout = np.floor(v * cutout_places)
+    crop, cutout = crop_corners(u, augment), _cutout_corners(pick, augment, size)
     return np.stack([*crop.T, mirrored(u, augment), *cutout.T]).astype(np.int64)
+
+
+def crop_corners(u: np.ndarray, augment: Augment) -> np.ndarray:
+    """Return (n, 2) float32: the column and row of each crop, by the random numbers `u`."""
+    return np.floor(u[:, :2] * np.float32(2 * augment.pad + 1))
+
+
+def _cutout_corners(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndarray:
+    """Return (n, 2): the column and row of each cutout."""
+    # the last two draws have another use where a crop is resized
+    u = more_draws(pick, "cutout", 2) if augment.crop_area else draws(pick)[:, 3:5]
+    height, width = size
+    return np.floor(u * [width - augment.cutout + 1, height - augment.cutout + 1])
 
 
 def random_crops(pick: Picks, augment: Augment) -> dict[str, np.ndarray]:
@@ -101,8 +109,7 @@ def boxes(pick: Picks, augment: Augment, size: tuple[int, int]) -> list[Boxes]:
     """Compute the boxes in which the finished images, (height, width) `size`, are set to 0."""
     found = []
     if augment.cutout:
-        *_, left, top = crop_places(pick, augment, size)
-        corners = float32(np.stack([left, top], 1))
+        corners = float32(_cutout_corners(pick, augment, size))
         found.append((corners, np.full_like(corners, augment.cutout)))
     if augment.erasing:
         found.append(_erased(pick, augment, size))

@@ -22,7 +22,9 @@ from swap_hpc.average.agreement import fingerprint
 from swap_hpc.average.power import iterate_power_methods_
 from swap_hpc.average.state import encoded
 from swap_hpc.average.uniform import WeightSum, average_weights_
-from swap_hpc.data import Dataset, Files, Graph, loader
+from swap_hpc.data import Arrays, Dataset, Files, Graph, loader
+from swap_hpc.data.decode import decode
+from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import Key, Picks, epoch_picks, training_picks
 from swap_hpc.parallel import gradients
 from swap_hpc.parallel.devices import Device
@@ -244,6 +246,40 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
         ((images, labels),) = loader.batches(data, split, iter([pick]), view, 12, GPU)
         assert images.shape == (12, 3, 32, 32) and labels.tolist() == pick.indices.tolist()
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)
+
+
+ALL: dict[str, Any] = {
+    "flip": True,
+    "cutout": 5,
+    "erasing": 0.5,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "hue": 0.1,
+}
+AUGMENTS = [
+    Augment(pad=3, randaugment=2, mixup=0.4, **ALL),
+    Augment(crop_area=(0.3, 1.0), trivial_augment=True, cutmix=1.0, **ALL),
+    Augment(crop_area=(0.3, 1.0), flip=True),
+    Augment(erasing=1.0, mixup=0.4, cutmix=1.0),
+]
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_augmented_images_are_nearly_the_cpus(augment: Augment, kind: str, tmp_path: Path) -> None:
+    """Few pixels differ by more than rounding: some operations make much of one level."""
+    data = coloured(tmp_path, 32)
+    if kind == "memory":
+        assert isinstance(data.train, Files)
+        data = replace(data, train=Arrays(decode(data.train, (42, 42), 1), data.train.labels))
+    pick = epoch_picks(KEY, 0, 32, streams_of(augment))
+    view = loader.View(augment)
+    ((here, targets),) = loader.batches(data, data.train, iter([pick]), view, 32, tiny.CPU)
+    ((there, their_targets),) = loader.batches(data, data.train, iter([pick]), view, 32, GPU)
+    assert there.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(their_targets.cpu(), targets)
+    off = (there.cpu() - here).abs()  # of 255 levels
+    assert (off > 12).float().mean() < 0.02 and off.median() <= 1, (off.mean(), off.max())
 
 
 def coloured(folder: Path, number: int) -> Dataset:
