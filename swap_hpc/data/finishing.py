@@ -13,13 +13,24 @@ from torch.nn import functional as F
 from swap_hpc.data.choices import choices
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.operations import operated
-from swap_hpc.data.places import boxes, crop_corners, draws, float32, mirrored, random_crops
+from swap_hpc.data.places import (
+    crop_corners,
+    cutout_corners,
+    draws,
+    erased,
+    float32,
+    mirrored,
+    random_crops,
+)
 from swap_hpc.data.sampling import Picks
 from swap_hpc.recipe.augment import Augment
 
 # Name -> what a graph takes in for one batch, with an entry for each sample.
 Numbers = dict[str, np.ndarray]
 Nodes = dict[str, Any]
+
+# The numbers of the boxes that are set to 0, each (n, 2) float32: corners, and sides.
+BOXES = ("cutout", "erased", "erased sides")
 
 NOBODY = Picks(np.zeros(0, np.int64), None)
 
@@ -44,8 +55,10 @@ def numbers(pick: Picks, augment: Augment, size: tuple[int, int]) -> Numbers:
         found |= {f"operation {number}": each.chosen, f"parameter {number}": each.parameters}
         if len(each.operations) == 1:
             del found[f"operation {number}"]
-    for number, (corners, sides) in enumerate(boxes(pick, augment, size)):
-        found |= {f"corner {number}": corners, f"sides {number}": sides}
+    if augment.cutout:
+        found["cutout"] = float32(cutout_corners(pick, augment, size))
+    if augment.erasing:
+        found["erased"], found["erased sides"] = erased(pick, augment, size)
     return found
 
 
@@ -89,8 +102,10 @@ def finished(
         image = normalised(image, dataset)
     else:
         image = normalised(image, dataset, mirror=nodes["mirror"], **place)
-    for corner, sides in covered(nodes):
-        image = fn.erase(image, anchor=corner, shape=sides, axis_names="WH", fill_value=0.0)
+    if augment.cutout:
+        image = _covered(image, nodes["cutout"], (augment.cutout, augment.cutout))
+    if augment.erasing:
+        image = _covered(image, nodes["erased"], nodes["erased sides"])
     return image
 
 
@@ -103,12 +118,8 @@ def rounds_of(nodes: Nodes, augment: Augment) -> list[tuple[tuple[str, ...], Any
     ]
 
 
-@do_not_convert
-def covered(nodes: Nodes) -> list[tuple[Any, Any]]:
-    """Return the corners and the sides of each box of `numbers`."""
-    corners = [node for name, node in nodes.items() if name.startswith("corner")]
-    sides = [node for name, node in nodes.items() if name.startswith("sides")]
-    return list(zip(corners, sides, strict=True))
+def _covered(image: Any, corner: Any, sides: Any) -> Any:
+    return fn.erase(image, anchor=corner, shape=sides, axis_names="WH", fill_value=0.0)
 
 
 def normalised(image: Any, dataset: Dataset, **arguments: Any) -> Any:
@@ -141,7 +152,12 @@ def reflected(image: Any, pad: int, size: tuple[int, int]) -> Any:
 
 
 def resize_crops(
-    size: tuple[int, int], dataset: Dataset, crops: Any, mirror: Any, *covers: Any
+    size: tuple[int, int],
+    dataset: Dataset,
+    augment: Augment,
+    crops: Any,
+    mirror: Any,
+    *boxes: Any,
 ) -> Tensor:
     """Resize, mirror, normalise and cover crops on the CPU.
 
@@ -150,10 +166,10 @@ def resize_crops(
     Args:
         size: (height, width) in pixels to resize to.
         dataset: whose mean and deviation normalise the images.
+        augment: what covers the images: its cutout and erasing.
         crops: a batch of DALI's, each (h, w, C) uint8 of any size.
         mirror: a batch of DALI's, (n,) int32, 1 for each crop to mirror.
-        covers: batches of DALI's, each (n, 2) float32: by turns the corners and the sides of boxes
-            that are set to 0.
+        boxes: the batches of `BOXES` that the augmentation has.
 
     Returns:
         (n, H, W, C) float32.
@@ -172,8 +188,11 @@ def resize_crops(
             resized = resized.flip(3)
         rows = image.view(height, -1)
         rows.copy_(resized.permute(0, 2, 3, 1).view(rows.shape)).sub_(mean).div_(deviation)
-    for corners, sides in zip(covers[::2], covers[1::2], strict=True):
-        _cover_(images, np.asarray(corners.as_tensor()), np.asarray(sides.as_tensor()))
+    corners = [np.asarray(each.as_tensor()) for each in boxes]
+    if augment.cutout:
+        _cover_(images, corners[0], np.full_like(corners[0], augment.cutout))
+    if augment.erasing:
+        _cover_(images, *corners[-2:])
     torch.set_num_threads(threads)
     return images
 

@@ -8,7 +8,7 @@ from nvidia.dali import fn, math, types
 
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.encoded import Encoded, centre_of, decode_whole, file_content
-from swap_hpc.data.finishing import Nodes, finished, normalised, numbers, reflected, taken_in
+from swap_hpc.data.finishing import BOXES, Nodes, finished, normalised, numbers, reflected, taken_in
 from swap_hpc.data.pieces import Piece
 from swap_hpc.data.splits import Arrays
 from swap_hpc.parallel.devices import Device
@@ -140,8 +140,7 @@ def _resized(
 ) -> Any:
     """In a DALI graph, resize crops and finish them, unless `resize_crops` does it later."""
     if resizes_later(augment, device):
-        covers = [node for name, node in nodes.items() if name.startswith(("corner", "sides"))]
-        return crop, nodes["mirror"], *covers
+        return crop, nodes["mirror"], *(nodes[name] for name in BOXES if name in nodes)
     height, width = size
     resized = fn.resize(crop, resize_x=width, resize_y=height)
     return finished(resized, nodes, dataset, augment, size)

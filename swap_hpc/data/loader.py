@@ -150,7 +150,7 @@ def _finish(
 ) -> Callable[..., Tensor]:
     """Return what is done to the outputs of a graph for training."""
     if resizes_later(augment, device):
-        return partial(resize_crops, size, dataset)
+        return partial(resize_crops, size, dataset, augment)
     return _unchanged
 
 

@@ -17,10 +17,6 @@ POLICY_DRAWS = 3
 # Of each operation: its place in the order, and its factor.
 JITTER_DRAWS = 2
 
-# A box for each of n samples: its corners (column, row) and its sides (width, height), both
-# (n, 2) float32 in pixels.
-Boxes = tuple[np.ndarray, np.ndarray]
-
 
 def streams_of(augment: Augment) -> dict[str, int]:
     """Return how many random numbers per sample an augmentation takes from each stream."""
@@ -71,7 +67,7 @@ def crop_places(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndar
         the cutout's column and row.
     """
     u = draws(pick)
-    crop, cutout = crop_corners(u, augment), _cutout_corners(pick, augment, size)
+    crop, cutout = crop_corners(u, augment), cutout_corners(pick, augment, size)
     return np.stack([*crop.T, mirrored(u, augment), *cutout.T]).astype(np.int64)
 
 
@@ -80,7 +76,7 @@ def crop_corners(u: np.ndarray, augment: Augment) -> np.ndarray:
     return np.floor(u[:, :2] * np.float32(2 * augment.pad + 1))
 
 
-def _cutout_corners(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndarray:
+def cutout_corners(pick: Picks, augment: Augment, size: tuple[int, int]) -> np.ndarray:
     """Return (n, 2): the column and row of each cutout."""
     # the last two draws have another use where a crop is resized
     u = more_draws(pick, "cutout", 2) if augment.crop_area else draws(pick)[:, 3:5]
@@ -105,21 +101,13 @@ def random_crops(pick: Picks, augment: Augment) -> dict[str, np.ndarray]:
     return {"share": float32(share), "aspect": float32(aspect), "place": u[:, 1::-1].copy()}
 
 
-def boxes(pick: Picks, augment: Augment, size: tuple[int, int]) -> list[Boxes]:
-    """Compute the boxes in which the finished images, (height, width) `size`, are set to 0."""
-    found = []
-    if augment.cutout:
-        corners = float32(_cutout_corners(pick, augment, size))
-        found.append((corners, np.full_like(corners, augment.cutout)))
-    if augment.erasing:
-        found.append(_erased(pick, augment, size))
-    return found
-
-
-def _erased(pick: Picks, augment: Augment, size: tuple[int, int]) -> Boxes:
+def erased(pick: Picks, augment: Augment, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Compute the boxes of random erasing (Zhong et al., arXiv 1708.04896), some of them empty.
 
     A box that does not fit is cut to the image's size, where torchvision draws again.
+
+    Returns:
+        The boxes' corners (column, row) and their sides (width, height), both (n, 2) float32.
     """
     u = more_draws(pick, "erasing", ERASING_DRAWS).astype(np.float64)
     extent = np.array(size[::-1])  # (width, height)

@@ -248,14 +248,8 @@ def test_streamed_files_are_decoded_on_the_gpu(tmp_path: Path) -> None:
         np.testing.assert_allclose(images.mean((1, 2, 3)).cpu(), 20 * pick.indices, atol=2)
 
 
-ALL: dict[str, Any] = {
-    "flip": True,
-    "cutout": 5,
-    "erasing": 0.5,
-    "brightness": 0.3,
-    "contrast": 0.3,
-    "hue": 0.1,
-}
+JITTER: dict[str, Any] = {"brightness": 0.3, "contrast": 0.3, "hue": 0.1}
+ALL: dict[str, Any] = {"flip": True, "cutout": 5, "erasing": 0.5, **JITTER}
 AUGMENTS = [
     Augment(pad=3, randaugment=2, mixup=0.4, **ALL),
     Augment(crop_area=(0.3, 1.0), trivial_augment=True, cutmix=1.0, **ALL),
