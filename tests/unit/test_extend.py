@@ -9,9 +9,10 @@ import pytest
 import tiny
 from rich.console import Console
 
-from swap_hpc.errors import Stopped, UserError
+from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.run import extend as extending
 from swap_hpc.run.extend import check_extension
 from swap_hpc.run.run import train
 from swap_hpc.train.control import Control
@@ -106,6 +107,31 @@ def test_an_extension_that_was_stopped_is_started_again_by_the_same_line(tmp_pat
         run(after, tmp_path / "run", before, control)
     resumed = run(after, tmp_path / "run", before)
     assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"), [("write_tensors", 2), ("_rename", 2), ("write_text", 1)]
+)
+def test_an_extension_that_broke_off_at_any_place_is_made_again(
+    function: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase, short, long = LONGER["epochs"]
+    before, after = recipe(phase, **short), recipe(phase, **long)
+    whole = run(after, tmp_path / "whole")
+    run(before, tmp_path / "run")
+    original, seen = getattr(extending, function), []
+
+    def broken(*arguments: Any) -> None:
+        seen.append(arguments)
+        if len(seen) == calls:
+            raise RunError("the disk is full")
+        original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="the disk is full"):
+        patched.setattr(extending, function, broken)
+        run(after, tmp_path / "run", before)
+    extended = run(after, tmp_path / "run", before)
+    assert extended["weights_sha256"] == whole["weights_sha256"]
 
 
 def test_what_would_not_end_alike_is_refused_and_changes_nothing(tmp_path: Path) -> None:
