@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from swap_hpc.errors import UserError
+from swap_hpc.recipe.complaints import complaints
 from swap_hpc.recipe.earlier import without_unused_crops
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.section import models_in
@@ -119,8 +120,7 @@ def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(without_unused_crops(fields))
     except ValidationError as error:
-        reasons = "; ".join(one_line(each, Recipe) for each in error.errors())
-        raise UserError(f"{source}: {reasons}") from None
+        raise UserError(f"{source}: {complaints(error, Recipe)}") from None
 
 
 def _apply(override: str, fields: dict[str, Any]) -> None:
@@ -168,42 +168,6 @@ def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
         if not isinstance(fields, dict):
             raise UserError(f"--set {key}={value}: {section} is a field, not a section")
     fields[field] = value
-
-
-def one_line(error: Any, model: type[BaseModel]) -> str:
-    """Return an error of pydantic in one line, for the author of a TOML file.
-
-    Args:
-        error: An item of `ValidationError.errors()`.
-        model: The model of the whole file; it names the valid fields beside an unknown one.
-    """
-    parts = [part for part in error["loc"] if isinstance(part, str) and not _is_tag(part)]
-    where = ".".join(parts)
-    if error["type"] == "extra_forbidden":
-        valid = ", ".join(_fields_beside(error["loc"], model))
-        return f"unknown field {where}; valid here: {valid}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-    return f"{where}: {message}{given}"
-
-
-def _fields_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    """Return the names of all fields in the section of the field at `location`."""
-    section: Any = model
-    for part in location[:-1]:
-        if part not in section.model_fields:
-            continue  # the key of a dictionary, or the index of a tuple
-        models = models_in(section.model_fields[part].annotation)
-        tagged = [each for each in models if f"<{each.__name__}>" in location]
-        section = (tagged or models)[0]
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _is_tag(part: str) -> bool:
-    """Tell whether a part of a location names a member of a union, as in `<Cosine>`."""
-    return part.startswith("<")
 
 
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:

@@ -3,7 +3,14 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    model_validator,
+)
 
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Fraction, check_finite
@@ -85,7 +92,7 @@ class ParameterGroup(Section):
 class Optimizer(Section):
     """The optimizer of both phases. Its state begins anew in each phase."""
 
-    name: Annotated[str, BeforeValidator(_checked_name)] = "sgd"
+    name: Annotated[str, AfterValidator(_checked_name)] = "sgd"
     """`sgd`; `lars` (arXiv 1708.03888) and `lamb` (arXiv 1904.00962) for very large batches;
     `adamw`; any other class of `torch.optim` by its name, such as `RAdam`; or a class of your own,
     `package.module:Class`."""

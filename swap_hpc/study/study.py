@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from swap_hpc.errors import UserError
-from swap_hpc.recipe.loading import one_line, read_toml
+from swap_hpc.recipe.complaints import complaints
+from swap_hpc.recipe.loading import read_toml
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Count, on_disk
 
@@ -142,5 +143,4 @@ def load_study(name: str) -> Study:
     try:
         return Study.model_validate(read_toml(path))
     except ValidationError as error:
-        problems = "; ".join(one_line(each, Study) for each in error.errors())
-        raise UserError(f"{path}: {problems}") from None
+        raise UserError(f"{path}: {complaints(error, Study)}") from None

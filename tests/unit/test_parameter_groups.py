@@ -220,11 +220,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         'all that match = "4.bias" matches belongs to an earlier group',
     ),
     ({"groups": [{"match": "*", "frozen": True}]}, "freezes all parameters: nothing is left"),
-    ({"groups": [{"match": []}]}, "optimizer.groups.match: "),
-    ({"groups": [{"weight_decay": 0}]}, "optimizer.groups.match: "),
+    ({"groups": [{"match": []}]}, r"optimizer.groups.match \(item 1\): needs at least 1 item"),
+    ({"groups": [{"weight_decay": 0}]}, r"optimizer.groups.match \(item 1\) is missing"),
     (
         {"groups": [{"match": "4.*", "decay": 0}]},
-        "unknown field optimizer.groups.decay; valid here: match, learning_rate_scale",
+        r"unknown field optimizer.groups.decay \(item 1\); valid here: match, learning_rate_scale",
     ),
     (
         {"groups": [{"match": "4.*", "frozen": True, "weight_decay": 0.1}]},

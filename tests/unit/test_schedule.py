@@ -148,7 +148,7 @@ WRONG: list[tuple[Any, str]] = [
     ("fast", "refine.learning_rate: needs a number, or pairs"),
     ({"shape": "cubic", "peak": 1}, "or a table: .* shapes: constant, linear, cosine, step"),
     ({"peak": 1}, "shapes: constant, linear, cosine, step"),
-    ({"shape": "cosine"}, "refine.learning_rate.peak: "),
+    ({"shape": "cosine"}, "refine.learning_rate.peak is missing"),
     (
         {"shape": "cosine", "peak": 1, "factor": 2},
         "unknown field refine.learning_rate.factor; valid here: peak, warmup, start, end, shape",
@@ -166,7 +166,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"shape": "step", "peak": 1, "at": [1], "warmup": 2}, "learning_rate.at needs ascending"),
     ([["60%", 1], [12, 0]], "pairs in ascending order"),
     ([["60%", 1], ["40%", 0]], "refine.learning_rate: needs .* ascending order"),
-    ([["60 %", 1]], "refine.learning_rate: needs finite epochs"),
+    ([["60 %", 1]], r"refine.learning_rate \(item 1 of item 1\): needs finite epochs"),
 ]
 
 

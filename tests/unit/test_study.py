@@ -140,7 +140,7 @@ WRONG = [
     (
         'model = "large_batch"',
         'model = "best"',
-        "Input should be 'large_batch', 'large_batch_ema', 'mean_of_groups' or 'averaged'",
+        'needs "large_batch", "large_batch_ema", "mean_of_groups" or "averaged"',
     ),
     ('title = "tiny"', "title = tiny", "is not TOML"),
 ]
