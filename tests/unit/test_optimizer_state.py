@@ -190,3 +190,10 @@ def test_the_dry_step_refuses_it_before_any_training(monkeypatch: pytest.MonkeyP
     key = Key.of(JOB.recipe.seed, PHASE_1)
     with pytest.raises(UserError, match="the optimizer keeps a deque at 0.weight/queue"):
         dry_step_module.dry_step(tiny.model(JOB), JOB, JOB.recipe.large_batch, key, ONE)
+
+
+def test_the_dry_step_refuses_an_optimizer_that_cannot_train_the_model() -> None:
+    job = tiny.job(optimizer={"name": "Muon"})
+    key = Key.of(0, PHASE_1)
+    with pytest.raises(UserError, match="the optimizer Muon: Muon only supports 2D parameters"):
+        dry_step_module.dry_step(tiny.model(job), job, job.recipe.large_batch, key, ONE)
