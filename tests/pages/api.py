@@ -35,6 +35,7 @@ SECTIONS = {
         "swap_hpc:Dataset",
         "swap_hpc.data:Arrays",
         "swap_hpc:Batches",
+        "swap_hpc:Batches.of",
         "swap_hpc:Graph",
         "swap_hpc.data:Picks",
     ),
@@ -74,7 +75,9 @@ def section() -> str:
 
 def _entry(path: str) -> str:
     module, _, name = path.partition(":")
-    thing = getattr(import_module(module), name)
+    thing: Any = import_module(module)
+    for each in name.split("."):
+        thing = getattr(thing, each)
     fields = isinstance(thing, type) and is_dataclass(thing)
     code = _fields(thing) if fields else _signature(name, thing)
     parts = [f"#### `{module}.{name}`\n", f"```python\n{code}\n```\n"]
