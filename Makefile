@@ -66,8 +66,9 @@ soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAUL
 fuzz: setup  ## train random mixtures of layers of every kind, 5 minutes (MODELS=300, SEED=0; ARGS="--only NAME")
 	@$(activate) && python tests/fuzz.py --models $(MODELS) --seed $(SEED) $(ARGS)
 
-pages: setup  ## write what pages take from the code: the recipes' fields, the API, the drawing of the grid
+pages: setup  ## write what pages take from the code: the fields of recipes and studies, the API, the drawing of the grid
 	@$(activate) && swap-hpc recipes --page >swap_hpc/recipe/README.md.new && mv swap_hpc/recipe/README.md.new swap_hpc/recipe/README.md
+	@$(activate) && swap-hpc study --page >swap_hpc/study/fields.md.new && mv swap_hpc/study/fields.md.new swap_hpc/study/fields.md
 	@$(activate) && python tests/pages/api.py && python tests/pages/grid.py
 
 lint: setup  ## run ruff, mypy, import-linter and codespell

@@ -343,6 +343,9 @@ def study(
     out: StudyDir = None,
     overrides: Overrides = None,
     launcher: Launcher = "mpirun -n {ranks}",
+    page: Annotated[
+        bool, typer.Option("--page", help="Explain every field of a study, as Markdown.")
+    ] = False,
 ) -> None:
     """Run all rows of a table, one after the other; a second call runs what is missing."""
     from swap_hpc.study import study as studies
@@ -350,6 +353,11 @@ def study(
     from swap_hpc.study.plan import Plan
     from swap_hpc.study.runner import run_trials
 
+    if page:
+        from swap_hpc.study import page as study_page
+
+        say(study_page.page().rstrip())
+        return
     if name is None:
         for known in studies.shipped_studies():
             say(f"{known:<18} {studies.load_study(known).title}")

@@ -41,15 +41,15 @@ def page() -> str:
     shown: set[type[BaseModel]] = set()
     for name, field in fields.items():
         if section := _section(field):
-            lines += _described(f"## [{name}]", section)
+            lines += described(f"## [{name}]", section)
             for heading, table in _tables_within(name, section):
                 if table not in shown:  # both phases have the same shapes
                     shown.add(table)
-                    lines += _described(f"### {heading}", table)
+                    lines += described(f"### {heading}", table)
     return "\n".join(lines) + "\n"
 
 
-def _described(heading: str, section: type[BaseModel]) -> list[str]:
+def described(heading: str, section: type[BaseModel]) -> list[str]:
     """Return a heading, what the section is, and the table of its fields."""
     return ["", heading, "", _one_line(section.__doc__), "", _table(section.model_fields, section)]
 
@@ -86,7 +86,7 @@ def _table(fields: dict[str, FieldInfo], model: type[BaseModel]) -> str:
     schema = model.model_json_schema()["properties"]
     rows = [
         (f"`{name}`", _kind(schema[name]), _default(field), _one_line(field.description))
-        for name, field in fields.items()
+        for name, field in ((field.alias or name, field) for name, field in fields.items())
         if name != "shape"  # the heading has it
     ]
     return markdown_table(("field", "type", "default", "meaning"), rows)
@@ -101,14 +101,15 @@ def _kind(schema: dict[str, Any]) -> str:
     if either := schema.get("anyOf") or schema.get("oneOf"):
         kinds = (_kind(each) for each in either if each.get("type") != "null")
         return " or ".join(dict.fromkeys(kinds))
-    if schema.get("items", {}).get("type") == "string":
-        return "list of texts"
     if schema["type"] == "array":
         # A pair of numbers has "prefixItems" instead of "items".
         items = schema.get("items")
         if items is None:
             return "two numbers"
-        return "`[epoch, value]` pairs" if "prefixItems" in items else f"list of {_kind(items)}"
+        if "prefixItems" not in items:
+            return f"list of {_kind(items).replace(' or ', 's or ')}s"
+        texts = all(each.get("type") == "string" for each in items["prefixItems"])
+        return "list of pairs of texts" if texts else "`[epoch, value]` pairs"
     name = TYPES[schema["type"]]
     low, above, high = (schema.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
     if high is not None:
@@ -129,7 +130,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
-    if value is None or isinstance(value, dict):
+    if value is None or value == "" or isinstance(value, dict):
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -31,9 +31,9 @@ class Run(Section, populate_by_name=True):
     """A training run, repeated for each seed."""
 
     recipe: Argument | None = None
-    """None: the study's."""
+    """Recipe of this run. None: the study's."""
     ranks: Count | None = None
-    """None: the study's."""
+    """Ranks of this run. None: the study's."""
     overrides: Annotated[Arguments, Field(alias="set")] = ()
     """Fields as `train --set` takes them; `{rate}` stands for the chosen rate."""
     phase_1_of: Annotated[str | None, Field(alias="from")] = None
@@ -48,30 +48,44 @@ class Row(Section):
     """A line of the table."""
 
     method: str
+    """Name of the line, as the table shows it and `differences` call it."""
     run: str
+    """The run under `[runs.NAME]` whose models are shown."""
     model: Model = "averaged"
+    """The model that is shown: the end of phase 1, its moving average along the phase, the mean of
+    the groups' own results, or the averaged model."""
 
 
 class Search(Section, populate_by_name=True):
     """The choice of rates: trials with other seeds, evaluated on samples that are held out."""
 
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Seeds of the trials; none of the study's own."""
     overrides: Annotated[Arguments, Field(alias="set")] = ()
+    """Fields of all trials, as `train --set` takes them, such as `data.validation=5000`."""
 
 
 class Study(Section, populate_by_name=True):
     """A table, and the runs that fill it."""
 
     title: str
+    """Heading of the table."""
     recipe: Argument
+    """Recipe of all runs: a shipped one's name, or a TOML file."""
     ranks: Count
+    """Ranks of all runs."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Seeds with which each run is repeated."""
     overrides: Annotated[Arguments, Field(alias="set")] = ()
+    """Fields of all runs, as `train --set` takes them."""
     note: str = ""
     """A text below the table."""
     search: Search | None = None
+    """The choice of rates, where a run has several. None: no run has."""
     runs: dict[str, Run]
+    """The runs, each as a table `[runs.NAME]`."""
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    """The lines of the table, each as `[[rows]]`."""
     differences: tuple[tuple[str, str], ...] = ()
     """Pairs of methods; the table shows the first one's accuracy less the second one's."""
 

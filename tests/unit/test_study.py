@@ -8,10 +8,11 @@ import pytest
 
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.study import numbers
+from swap_hpc.study import page as study_page
 from swap_hpc.study import table as study_report
 from swap_hpc.study.plan import Plan, Trial
 from swap_hpc.study.runner import run_trials
-from swap_hpc.study.study import load_study, shipped_studies
+from swap_hpc.study.study import SHIPPED, load_study, shipped_studies
 
 TINY = """
 title = "tiny"
@@ -304,3 +305,12 @@ def test_an_empty_value_gives_a_field_of_a_study_its_default(tmp_path: Path) -> 
     (failed.folder / "recipe.toml").write_text(other.to_toml())
     (failed.folder / "diverged.json").write_text("{}")
     assert failed.result is None and not failed.diverged  # another recipe's, which saved nothing
+
+
+def test_the_page_of_studies_is_that_of_the_schema() -> None:
+    page = (SHIPPED / "fields.md").read_text()
+    assert page == study_page.page(), "swap-hpc study --page > swap_hpc/study/fields.md"
+    described = [line for line in page.splitlines() if line.startswith("| `")]
+    models = study_page.SECTIONS.values()
+    assert len(described) == sum(len(model.model_fields) for model in models)
+    assert all(line.split("|")[-2].strip() for line in described)
