@@ -71,7 +71,8 @@ class Augment(Section):
     mixup: NonNegativeFloat = 0.0
     """Mix pairs of images and their labels (arXiv 1710.09412): the alpha of the beta distribution
     that an image's share is drawn from; larger values mix more evenly, 0 not at all. Every rank's
-    share of a batch must be even. Your own loss gets (n, classes) probabilities as targets."""
+    share of a batch must be even. In training, your own loss and metrics get (n, classes)
+    probabilities as targets; accuracy compares with the larger one."""
     cutmix: NonNegativeFloat = 0.0
     """Swap a box of pixels between pairs of images (arXiv 1905.04899), and mix their labels by its
     area: the alpha that the area is drawn with, as for `mixup`."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from swap_hpc.data.decode import decode
 from swap_hpc.data.splits import Files
+from swap_hpc.recipe.loading import load_recipe, parse, tomllib
 
 ROOT = Path(__file__).parents[2]
 GUIDE = "swap_hpc/README.md"
@@ -146,7 +147,7 @@ KINDS_ELSEWHERE = {
 }
 
 # Blocks of code that are files: their names, and what each page calls them by.
-FILES = {"python": {"nets.py", "use.py", "r2.py"}, "toml": {"mine.toml"}}
+FILES = {"python": {"nets.py", "use.py", "r2.py"}, "toml": {"mine.toml", "augment.toml"}}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -258,6 +259,13 @@ def test_a_model_and_a_folder_of_ones_own_are_the_two_files_shown(tmp_path: Path
         shutil.copy(tmp_path / "images" / name / "0.jpg", tmp_path / "picture.jpg")
         used = command(sys.executable, "-c", block, cwd=tmp_path)
         assert used.stdout == f"{name}\n", used.stderr
+
+
+def test_the_section_about_augmentation_is_one_of_a_recipe() -> None:
+    section = tomllib.loads(file_shown("augment.toml", "toml"))
+    recipe = load_recipe("cifar10-cpu", ["augment.pad=0", "augment.cutout=0"])
+    fields = recipe.model_dump(mode="json", exclude_none=True) | section
+    assert parse(fields).augment.policy_rounds == 2
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from torchvision.transforms.v2 import functional
 from swap_hpc.data import loader
 from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.decode import decode
+from swap_hpc.data.normalisation import normalisation_line, with_normalisation
 from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import Key, Picks, epoch_picks, evaluation_picks, training_picks
 from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError
 from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.inputs import Data
 from swap_hpc.recipe.phase import Phase
 
 
@@ -117,6 +119,42 @@ def test_images_in_memory_and_streamed_ones_are_augmented_alike(
     ((found, labels),) = loader.batches(files, files.train, iter([pick]), view, 40, tiny.CPU)
     ((images, expected),) = loader.batches(kept, kept.train, iter([pick]), view, 40, tiny.CPU)
     assert torch.equal(found, images) and torch.equal(labels, expected)
+
+
+def test_cutouts_of_random_crops_are_placed_by_draws_of_their_own(files: Dataset) -> None:
+    """The other draws choose the crop's area and aspect ratio."""
+    augment, plain = Augment(crop_area=CROPS, cutout=9), Augment(crop_area=CROPS)
+    pick = epoch_picks(Key(0, Phase.REFINE), 0, 40, streams_of(augment))
+    batches = [
+        next(loader.batches(files, files.train, iter([pick]), loader.View(each), 40, tiny.CPU))[0]
+        for each in (augment, plain)
+    ]
+    for image, whole, u in zip(*batches, pick.more["cutout"], strict=True):
+        left, top = (int(each * (32 - 9 + 1)) for each in u)
+        whole[:, top : top + 9, left : left + 9] = 0
+        assert torch.equal(image, whole)
+
+
+def test_images_are_normalised_by_the_stated_mean_and_deviation() -> None:
+    kept = tiny.dataset()
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    assert isinstance(kept.test, Arrays)
+    pixels = kept.test.images / 255
+    imagenet = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for data, (m, s), owner in (
+        (Data(name="synthetic", mean=mean, std=std), (mean, std), "the recipe's mean and standard"),
+        (Data(name="synthetic", mean="imagenet", std="imagenet"), imagenet, "ImageNet's mean and"),
+    ):
+        found = with_normalisation(kept, data)
+        picks = evaluation_picks(37, 37, 0, 1)
+        view = loader.View(None)
+        ((images, _),) = loader.batches(found, found.test, picks, view, 37, tiny.CPU)
+        np.testing.assert_allclose(images.permute(0, 2, 3, 1), (pixels - m) / s, atol=1e-5)
+        assert owner in normalisation_line(found, data)[0]
+    data = Data(name="synthetic", std=std)
+    assert normalisation_line(kept, data) == [
+        "images are normalised by the training images' mean and the recipe's standard deviation"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["memory", "streamed"])
