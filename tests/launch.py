@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,7 +48,12 @@ def command(
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        # torchrun gives each rank a session of its own.
+        ranks_below = ranks_of(process)
         os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks_below:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         stdout, stderr = process.communicate()
         raise AssertionError(
             f"{arguments} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}"

@@ -1,14 +1,14 @@
 """Ranks that torch.distributed connects: no MPI is needed.
 
-A process group of the user's is not used itself, except to begin. Its backend may be NCCL, which
-takes no tensors of the host, and its time-out ends a collective for which a rank is late by more
-than 10 or 30 minutes. In phase 2 ranks are alone for longer than that. So its ranks are connected
-once more, by gloo, without a time-out.
+A process group of the user's is not used itself. Its backend may be NCCL, which takes no tensors of
+the host, and its time-out ends a collective for which a rank is late by more than 10 or 30 minutes.
+In phase 2 ranks are alone for longer than that. So its ranks are connected once more, through the
+same store, by gloo, without a time-out.
 """
 
 import pickle
 import socket
-import uuid
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from swap_hpc.parallel.communicator import Alone, Communicator
 
 FOREVER = timedelta(days=10_000)
 
+_made: Counter[str] = Counter()  # by the process group's name
 _connected: "WeakKeyDictionary[distributed.ProcessGroup, GlooCommunicator]" = WeakKeyDictionary()
 
 
@@ -32,11 +33,12 @@ def of_process_group(group: distributed.ProcessGroup) -> "GlooCommunicator":
     Collective over the group, when it is first called for it in this process.
     """
     if group not in _connected:
-        # The name is new for each connection, so that no rank finds what an earlier group with the
-        # same store has left there.
-        name = [uuid.uuid4().hex]
-        distributed.broadcast_object_list(name, group=group, group_src=0)
-        store = distributed.PrefixStore(f"swap_hpc/{name[0]}", group.get_group_store())
+        # The name agrees without a message: the group's own would be subject to its time-out. It
+        # differs from that of an earlier group of the same name, whose keys may still be there.
+        number = _made[group.group_name]
+        _made[group.group_name] += 1
+        prefix = f"swap_hpc/{group.group_name}/{number}"
+        store = distributed.PrefixStore(prefix, group.get_group_store())
         _connected[group] = GlooCommunicator(store, group.rank(), group.size())
     return _connected[group]
 

@@ -64,10 +64,14 @@ from torch import distributed
 from swap_hpc import Team, average_weights_
 
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+if distributed.get_rank() == 1:
+    time.sleep(4)
 world = Team.world()
 model = torch.nn.Linear(1, 1)
-time.sleep(5 * world.rank)
+time.sleep(4 * world.rank)
 average_weights_(model, world)
+distributed.destroy_process_group()
+assert world.sums(1) == [2]  # the team outlives the process group
 print("averaged", flush=True)
 if world.rank == 1:
     raise ValueError("a fault of rank 1's")
