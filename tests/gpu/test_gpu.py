@@ -33,6 +33,8 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.augment import Augment
 from swap_hpc.recipe.phase import PHASE_1, Phase
 from swap_hpc.run.prepare import choose_algorithms
+from swap_hpc.train import precision
+from swap_hpc.train.events import Epoch
 from swap_hpc.train.fit import fit
 from swap_hpc.train.optimizers import without_guards
 
@@ -178,6 +180,23 @@ def test_training_gives_the_cpus_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     list(fit(here, job, PHASE_1, Team.alone()))
     list(fit(there, replace(job, device=GPU), PHASE_1, Team.alone()))
     torch.testing.assert_close(tiny.weights(there.cpu()), tiny.weights(here), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_skips_steps_that_overflow_and_trains(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**22)
+    job = tiny.job(precision="fp16", optimizer={"clip_norm": 1.0, "fused": fused})
+    expected, model = tiny.model(job), tiny.model(job).cuda()
+    list(fit(expected, job, PHASE_1, Team.alone()))
+    events = [*fit(model, replace(job, device=GPU), PHASE_1, Team.alone())]
+    updates = [event.updates for event in events if isinstance(event, Epoch)]
+    assert updates[0].skipped > 0 and updates[-1].loss_scale
+    assert updates[-1].loss_scale == 2.0 ** (22 - sum(each.skipped for each in updates))
+    torch.testing.assert_close(
+        tiny.weights(model.cpu()), tiny.weights(expected), rtol=5e-2, atol=5e-2
+    )
 
 
 def test_the_average_is_the_cpus_bit_for_bit() -> None:
