@@ -9,12 +9,13 @@ Exit codes:
 """
 
 import io
+import json
 import re
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,6 +81,9 @@ PhaseOneOf = Annotated[
     ),
 ]
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")
+]
 Launcher = Annotated[str, typer.Option(metavar="LINE", help="Command that starts the ranks.")]
 Overrides = Annotated[
     list[str] | None,
@@ -169,27 +173,58 @@ def average(
         str | None, typer.Option(metavar="0,2,3", help="The groups to average.  [default: all]")
     ] = None,
     data: DataDir = None,
+    greedy: Annotated[
+        bool,
+        typer.Option("--greedy", help="Keep only groups that improve it on validation samples."),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Average the final weights of a run's groups and refresh batch norm, without training."""
     world = _world()
     chosen = world.agree(lambda: _numbers("--groups", groups) if groups is not None else None)
     from swap_hpc.run import saved
+    from swap_hpc.run.greedy import greedy_average
 
-    _say_result(saved.average(run, chosen, data, world))
+    combine = greedy_average if greedy else saved.average
+    _say_result(combine(run, chosen, data, world), as_json)
 
 
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(callback=_utf8, help="A .safetensors file of a run.")
+        Path,
+        typer.Argument(
+            callback=_utf8,
+            help="A file of weights, of a run or of another program: .safetensors, .pt or .pth.",
+        ),
     ],
     data: DataDir = None,
+    split: Annotated[
+        Literal["test", "validation", "train"], typer.Option(help="The samples to evaluate on.")
+    ] = "test",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Names the model and the data, for another program's weights."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=_utf8, help="Write a CSV file with each sample's outputs."
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the test metrics and loss of a saved model."""
+    """Print the metrics and the loss of a saved model on a split of the data."""
     world = _world()
     from swap_hpc.run import saved
 
-    _say_result(saved.evaluate(checkpoint, data, world))
+    result = saved.evaluate(
+        checkpoint, data, world, split, tuple(overrides or ()), recipe, predictions
+    )
+    _say_result(result, as_json)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -200,12 +235,36 @@ def _numbers(option: str, text: str) -> list[int]:
         raise UserError(f"{option} {text}: write the numbers as 0,2,3") from None
 
 
-def _say_result(result: Any) -> None:
+def _say_result(result: Any, as_json: bool) -> None:
+    """Print what was found, as lines or as one JSON object."""
+    if as_json:
+        say(json.dumps(_as_object(result)))
+        return
     for note in result.notes:
         say(note)
-    metrics = [f"test {name} {with_unit(name, each)}" for name, each in result.test.metrics.items()]
-    say(f"{result.file}: {', '.join(metrics)}, test loss {result.test.loss:.4f}")
+    figures = [
+        text
+        for split, found in result.found.items()
+        for text in (
+            *(f"{split} {name} {with_unit(name, each)}" for name, each in found.metrics.items()),
+            f"{split} loss {found.loss:.4f}",
+        )
+    ]
+    say(f"{result.file}: {', '.join(figures)}")
+    if result.file.name == "average-greedy.safetensors":
+        say(f"groups in it, the best first: {', '.join(map(str, result.members))}")
     say(f"weights_sha256 {result.weights_sha256}")
+
+
+def _as_object(result: Any) -> dict[str, Any]:
+    from swap_hpc.run.lines import figures
+
+    content: dict[str, Any] = {"file": from_disk(result.file)}
+    if result.members is not None:
+        content["groups"] = result.members
+    for split, found in result.found.items():
+        content |= figures(split, found, found.metrics)
+    return content | {"weights_sha256": result.weights_sha256, "notes": result.notes}
 
 
 @app.command()

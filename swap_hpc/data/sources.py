@@ -171,7 +171,9 @@ def _from_images(
 
 
 def _decoded(split: Encoded, size: tuple[int, int] | None, threads: int, pixels: int) -> Arrays:
-    return Arrays(decode(split, size, threads, pixels), split.labels, "".join(split.contents))
+    names = tuple(map(split.name, range(len(split))))
+    images = decode(split, size, threads, pixels)
+    return Arrays(images, split.labels, "".join(split.contents), names)
 
 
 def _common_size(

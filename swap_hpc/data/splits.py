@@ -27,11 +27,13 @@ class Arrays:
         labels: (N,) int64 class numbers from 0; for a loss of the user's own, targets (N, ...).
         files: a hash of the files that the images were decoded from, or empty. Ranks and runs
             compare it instead of the pixels: their last bits may differ between processors.
+        names: of the files, one for each image, or empty.
     """
 
     images: np.ndarray
     labels: np.ndarray
     files: str = ""
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +45,12 @@ class Arrays:
 
     def take(self, which: np.ndarray) -> "Arrays":
         """Return the split of the samples `which`, (n,) int64."""
-        return replace(self, images=self.images[which], labels=self.labels[which])
+        names = tuple(self.names[i] for i in which) if self.names else ()
+        return replace(self, images=self.images[which], labels=self.labels[which], names=names)
+
+    def name(self, sample: int) -> str:
+        """Return the path of an image, or "" where it does not come from a file."""
+        return self.names[sample] if self.names else ""
 
     # B019: the cache keeps its splits alive, which live as long as the run anyway. Three entries
     # are the training, the validation and the test split.

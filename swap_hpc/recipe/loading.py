@@ -25,6 +25,9 @@ SHIPPED = Path(__file__).parent
 # when the run is saved and watched, not what is computed.
 MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard", "tracker")
 
+# Of these sections, fields that may not: files depend on them from the first epoch on.
+MUST_STAY = ("checkpoint.best",)
+
 
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of the recipes that come with the package."""
@@ -89,21 +92,27 @@ def _text(name: str | Path, what: str) -> str:
         ) from None
 
 
-def recipe_of(text: str, source: str, data: Path | None = None) -> Recipe:
+def recipe_of(
+    text: str, source: str, data: Path | None = None, overrides: Iterable[str] = ()
+) -> Recipe:
     """Return the recipe that `Recipe.to_toml` wrote.
 
     Args:
         text: The recipe as TOML.
         source: The name of the file in error messages.
         data: Replaces `data.path`.
+        overrides: Fields to set, as `load_recipe` takes them.
 
     Raises:
-        UserError: The text is not a recipe.
+        UserError: The text is not a recipe, or a field to set is unknown or wrong.
     """
     try:
-        recipe = parse(tomllib.loads(text), source)
+        fields = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} holds no recipe: {error}") from None
+    for override in overrides:
+        _apply(_text(override, "--set"), fields)
+    recipe = parse(fields, source)
     if data is None:
         return recipe
     _text(data, "--data")
@@ -173,7 +182,11 @@ def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
 def differing_fields(one: Recipe, other: Recipe) -> list[str]:
     """Return the dotted names of the fields that differ, sorted, without those in `MAY_CHANGE`."""
     left, right = flat(one.model_dump()), flat(other.model_dump())
-    names = (name for name in left.keys() | right.keys() if not name.startswith(MAY_CHANGE))
+    names = (
+        name
+        for name in left.keys() | right.keys()
+        if name in MUST_STAY or not name.startswith(MAY_CHANGE)
+    )
     return sorted(name for name in names if left.get(name) != right.get(name))
 
 

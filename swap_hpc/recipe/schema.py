@@ -55,6 +55,11 @@ class Checkpoint(Section):
     """Keep the last save of each part of a complete run, with the optimizer's state, so that
     `--extend` can give it more epochs."""
 
+    best: bool = False
+    """Also leave the weights of phase 1 and of each group at the epoch with the best main metric on
+    validation samples, as `large_batch-best.safetensors`, `group-000-best.safetensors`. What is
+    refined and averaged does not change. Needs a validation split."""
+
     def saves(self, epochs: int, seconds: float) -> int:
         """Return the number of saves at the end of an epoch, for epochs of `seconds` each."""
         if not self.epochs:

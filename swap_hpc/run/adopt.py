@@ -20,7 +20,7 @@ from swap_hpc.train.events import Position, SavePoint
 from swap_hpc.train.job import Job
 
 # The fields and sections of a recipe that do not concern phase 1.
-AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.")
+AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.", "checkpoint.")
 
 
 def adopt_large_batch(

@@ -10,8 +10,10 @@ from torch import nn
 from swap_hpc.average.agreement import check_equal
 from swap_hpc.errors import Stopped
 from swap_hpc.parallel.atomic import write_json
+from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
 from swap_hpc.run.assignment import Assignment
+from swap_hpc.run.best import BestKeeper, best_of_parts
 from swap_hpc.run.board import Board
 from swap_hpc.run.checkpoint import Checkpoints, Saved
 from swap_hpc.run.checks import refines_one_group
@@ -54,6 +56,8 @@ class Recorder:
     refine_ranks: dict[Part, int | None]
     _is_saved: bool = False  # at the last save point
     _snapshot_is_due: bool = False  # at the next one
+    _epoch_has_ended: bool = False  # since the last one
+    best: BestKeeper | None = None
 
     def begin(self) -> None:
         """Begin the record, after the set-up.
@@ -71,6 +75,9 @@ class Recorder:
         """Take over what an earlier start has recorded of a part, up to its last save."""
         if part in self.journal.lines:
             self.journal.begin(part, saved.notes["lines"] if saved else [])
+            if self.best:
+                team = self._team_of(part)
+                self.best.resume(part, self.journal.lines[part], team)
         if not saved:
             return
         before = saved.notes["ranks"]
@@ -133,7 +140,7 @@ class Recorder:
         numbers = world.allgather(set(self.refine_ranks.values()))
         refine_ranks = {number for mine in numbers for number in mine}
         is_one_number = len(refine_ranks) == 1 and self.assignment.chosen is None
-        return result_of(
+        result = result_of(
             self.assignment.job.recipe,
             self.journal.lines,
             self.watch.slowest(world),
@@ -142,6 +149,11 @@ class Recorder:
             digest,
             world,
         )
+        if self.best:
+            lines = self.journal.lines
+            out, metric = self.assignment.out, self.assignment.job.recipe.metrics[0]
+            result["best"] = best_of_parts(out, lines, metric, world)
+        return result
 
     def _epoch(self, epoch: Epoch) -> None:
         self.assignment.display.epoch(epoch)
@@ -150,10 +162,11 @@ class Recorder:
         self.watch.own["evaluate"] += epoch.evaluate_seconds
         every = self.assignment.job.recipe.checkpoint.snapshots
         self._snapshot_is_due = every > 0 and epoch.epoch % every == 0
+        self._epoch_has_ended = True
 
     def _savepoint(self, point: SavePoint) -> None:
         part, header = point.part, self.assignment.job.header
-        team = self.assignment.ranks.world if part == PHASE_1 else self.assignment.ranks.group
+        team = self._team_of(part)
         if point.ended and point.cycle_sum.count > 1:
             save_sum(
                 point.cycle_sum,
@@ -168,12 +181,17 @@ class Recorder:
             # The epoch has just ended: where groups continue from their average, not yet from it.
             save_snapshot(point, self.assignment.out / "snapshots", header, team)
             self._snapshot_is_due = False
+        if self.best and self._epoch_has_ended:
+            self.best.at_epoch_end(point, self.journal.lines[part], team)
+        self._epoch_has_ended = False
         self._is_saved = point.due
         if not point.due:
             self.watch.lap()
             return
         begin = perf_counter()
         self.assignment.job.control.heartbeat(f"the start of a save of {part.name}")
+        if self.best:
+            self.best.before_save(point, self.journal.lines[part], team)
         self.assignment.checkpoints.save(point, self._notes(part), team)
         self.assignment.job.control.saved()
         self.watch.own["save"] += perf_counter() - begin
@@ -181,6 +199,10 @@ class Recorder:
         saves_alone = part == PHASE_1 or not self.assignment.job.recipe.refine.average_every_steps
         if saves_alone and team.any(self.assignment.job.control.stop):
             self._agree_on_stop(True)
+
+    def _team_of(self, part: Part) -> Team:
+        ranks = self.assignment.ranks
+        return ranks.world if part == PHASE_1 else ranks.group
 
     def _notes(self, part: Part) -> dict[str, Any]:
         """Return what is saved beside a part's save point, for `resume`."""
@@ -265,4 +287,8 @@ def recorder_of(assignment: Assignment, started: float, averages: list[Line]) ->
     has_validation = assignment.job.dataset.validation is not None
     journal = Journal(assignment.out / "metrics", teams, curves, has_validation)
     refine_ranks: dict[Part, int | None] = dict.fromkeys(parts, world.size)
-    return Recorder(assignment, journal, Stopwatch(started), averages, world.size, refine_ranks)
+    recorder = Recorder(assignment, journal, Stopwatch(started), averages, world.size, refine_ranks)
+    if recipe.checkpoint.best:
+        folder, header = assignment.checkpoints.folder, assignment.job.header
+        recorder.best = BestKeeper(assignment.out, folder, recipe.metrics[0], header)
+    return recorder

@@ -1,6 +1,6 @@
 """Averages and evaluations of the weights that a run has saved, without training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from swap_hpc.average.agreement import check_equal
 from swap_hpc.average.uniform import WeightSum, average_weights_
+from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.grid import node_of
@@ -15,8 +16,11 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe, recipe_of
 from swap_hpc.recipe.phase import refinement_of
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.run.checkpoint import model_state, sum_of
+from swap_hpc.run.checkpoint import sum_of
+from swap_hpc.run.fitting import load_foreign_
+from swap_hpc.run.predictions import evaluate_and_write
 from swap_hpc.run.prepare import prepare
+from swap_hpc.run.state_dicts import read_state_dict
 from swap_hpc.run.weights import (
     Tensors,
     Unreadable,
@@ -25,7 +29,7 @@ from swap_hpc.run.weights import (
     read_tensors,
     save_model,
 )
-from swap_hpc.train.evaluation import evaluate_job
+from swap_hpc.train.evaluation import evaluate_for_report, evaluate_job
 from swap_hpc.train.events import Evaluation
 from swap_hpc.train.job import Job
 from swap_hpc.train.models import fill_
@@ -35,9 +39,14 @@ class Result(NamedTuple):
     """A model that was averaged or evaluated."""
 
     file: Path
-    test: Evaluation
+    found: Mapping[SplitName, Evaluation]  # by split
     weights_sha256: str
     notes: tuple[str, ...] = ()  # what a person should know about the data
+    members: tuple[int, ...] | None = None  # the groups that were averaged
+
+    @property
+    def test(self) -> Evaluation:
+        return self.found["test"]
 
 
 def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: Team) -> Result:
@@ -55,57 +64,106 @@ def average(run: Path, groups: Sequence[int] | None, data: Path | None, world: T
         UserError: on all ranks, the folder is no run's, the run does not have such a group, or the
             refinement of one has not ended.
     """
-    recipe = world.agree(lambda: recipe_in(run, data))
-    chosen = world.agree(lambda: _chosen(run, recipe, groups))
-    job, model = prepare_saved(recipe, world)
-    world.agree(lambda: _check_data(_file(run, chosen[0]), job))
-    total = world.agree(lambda: _sum(chosen[world.rank :: world.size], run, recipe, model))
+    job, model, chosen = prepare_average(run, groups, data, world)
+    recipe, mine = job.recipe, chosen[world.rank :: world.size]
+    total = world.agree(lambda: sum_of_groups(mine, run, recipe, model))
     average_weights_(model, world, total)
     job.refresh_batchnorm_(model, world)
     digest = check_equal(model, world)
     name = "average" if len(chosen) == recipe.groups else "average-" + "-".join(map(str, chosen))
     file = run / f"{name}.safetensors"
     save_model(model, file, job.header, world)
-    return Result(file, evaluate_job(model, job, world), digest, job.dataset.notes)
+    found = evaluate_for_report(model, job, world)
+    return Result(file, found, digest, job.dataset.notes, tuple(chosen))
 
 
-def evaluate(file: Path, data: Path | None, world: Team) -> Result:
-    """Evaluate the model in any .safetensors file that a run leaves.
+def prepare_average(
+    run: Path, groups: Sequence[int] | None, data: Path | None, world: Team
+) -> tuple[Job, nn.Module, list[int]]:
+    """Return a run's job and model, and the groups to average; see `average`."""
+    recipe = world.agree(lambda: recipe_in(run, data))
+    chosen = world.agree(lambda: _chosen(run, recipe, groups))
+    job, model = prepare_saved(recipe, world)
+    world.agree(lambda: _check_data(_file(run, chosen[0]), job))
+    return job, model, chosen
+
+
+def evaluate(
+    file: Path,
+    data: Path | None,
+    world: Team,
+    split: SplitName = "test",
+    overrides: Sequence[str] = (),
+    recipe: str | None = None,
+    predictions: Path | None = None,
+) -> Result:
+    """Evaluate the model in any file of weights that a run leaves, or in one of another program.
 
     In a checkpoint it is the model as it stands, with the mean of batch-norm statistics that differ
     between ranks. In a group's sum over cycles it is their average, its batch norm refreshed.
 
     Args:
-        file: the file.
+        file: the file; see `read_state_dict` for what it may be.
         data: where the data are; None: where the recipe says.
         world: all ranks.
+        split: the samples.
+        overrides: fields of the recipe to set, as in "evaluate.batch_size=100".
+        recipe: name or file of the recipe that describes the model and the data, for weights of
+            another program. None: the recipe in the file, or in the run's folder it lies in.
+        predictions: a CSV file to write; see `evaluate_and_write`.
 
     Raises:
-        UserError: on all ranks, the file cannot be read, or the model was trained on other classes.
+        UserError: on all ranks, the file cannot be read, the model was trained on other classes, or
+            there is no such split.
     """
-    tensors, header = world.agree(lambda: _read(file))
-    recipe = world.agree(lambda: _recipe_beside(file, header, data))
-    job, model = prepare_saved(recipe, world)
+    parsed = world.agree(lambda: load_recipe(recipe, overrides, data) if recipe else None)
+    entry = parsed.model.weights_entry if parsed else None
+    tensors, header, read_notes = world.agree(lambda: read_state_dict(file, entry))
+    described = parsed or world.agree(lambda: _recipe_beside(file, header, data, overrides))
+    job, model = prepare_saved(described, world)
+    world.agree(lambda: _check_split(split, job))
     notes = world.agree(lambda: _checked_classes(file, header, job))
     if "count" in header:
         average_weights_(model, Team.alone(), sum_of(tensors, int(header["count"])))
         job.refresh_batchnorm_(model, world)
+    elif parsed:
+        left_out = parsed.model.weights_except
+        notes += tuple(world.agree(lambda: load_foreign_(model, tensors, str(file), left_out)))
     else:
-        state = model_state(tensors, header) if "checkpoint" in header else tensors
-        world.agree(lambda: fill_(model, state, str(file)))
-    test, digest = evaluate_job(model, job, world), check_equal(model, world)
-    return Result(file, test, digest, (*job.dataset.notes, *notes))
+        world.agree(lambda: fill_(model, tensors, str(file)))
+    if predictions:
+        result = evaluate_and_write(model, job, world, split, predictions)
+    else:
+        result = evaluate_job(model, job, world, split)
+    digest = check_equal(model, world)
+    return Result(file, {split: result}, digest, (*read_notes, *job.dataset.notes, *notes))
+
+
+def _check_split(split: SplitName, job: Job) -> None:
+    if split not in job.dataset.splits:
+        raise UserError(
+            "--split validation: the data have no validation split: --set data.validation=N sets "
+            "training samples aside"
+        )
 
 
 def _file(run: Path, group: int, what: str = "") -> Path:
     return run / f"{refinement_of(group).name}{what}.safetensors"
 
 
-def _recipe_beside(file: Path, header: dict[str, str], data: Path | None) -> Recipe:
+def _recipe_beside(
+    file: Path, header: dict[str, str], data: Path | None, overrides: Sequence[str]
+) -> Recipe:
     """Return the recipe in a file, or in the run's folder that the file lies in."""
     if "recipe" in header:
-        return recipe_of(header["recipe"], str(file), data)
-    return recipe_in(file.parent, data)
+        return recipe_of(header["recipe"], str(file), data, overrides)
+    beside = file.parent / "recipe.toml"
+    if not beside.is_file():
+        raise UserError(
+            f"{file} is of another program, and no run lies beside it: "
+            "--recipe RECIPE names the model and the data"
+        )
+    return load_recipe(str(beside), overrides, data)
 
 
 def _check_data(file: Path, job: Job) -> None:
@@ -174,7 +232,7 @@ def _chosen(run: Path, recipe: Recipe, groups: Sequence[int] | None) -> list[int
     return chosen
 
 
-def _sum(groups: Sequence[int], run: Path, recipe: Recipe, model: nn.Module) -> WeightSum:
+def sum_of_groups(groups: Sequence[int], run: Path, recipe: Recipe, model: nn.Module) -> WeightSum:
     """Return what groups contribute to the average: the weights at the ends of all their cycles.
 
     `model` is changed.

@@ -87,13 +87,13 @@ def test_every_model_is_evaluated_as_the_run_did(run: Path) -> None:
 
 def test_a_file_that_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     done = swap_hpc("evaluate", run)
-    message = f"swap-hpc: cannot read {run}: a folder: name a .safetensors file in it"
+    message = f"swap-hpc: cannot read the weights {run}: a folder: name a .safetensors file in it"
     assert done.code == 2 and done.ours == [message]
     half = tmp_path / "half.safetensors"
     half.write_bytes((run / "swap.safetensors").read_bytes()[:5000])
     done = swap_hpc("evaluate", half, ranks=2)
     assert done.code == 2 and len(done.ours) == 1
-    assert done.ours[0].startswith(f"swap-hpc: cannot read {half}: ")
+    assert done.ours[0].startswith(f"swap-hpc: cannot read the weights {half}: ")
 
 
 def test_the_averaged_models_curve_stands_beside_the_groups(run: Path) -> None:

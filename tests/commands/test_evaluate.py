@@ -1,0 +1,124 @@
+"""`evaluate` and `average` as commands: splits, JSON, overrides, weights of other programs."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launch import Finished, settings, swap_hpc
+from PIL import Image
+from safetensors.torch import load_file
+
+FIELDS = settings(
+    "groups=2",
+    "model.width=2",
+    "data.validation=300",
+    "large_batch.epochs=2",
+    "refine.epochs=1",
+    "large_batch.batch_size=256",
+    "batchnorm.batch_size=256",
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    done = swap_hpc("train", "digits", *FIELDS, "--out", out, ranks=2, variables=ONE_THREAD)
+    assert done.code == 0, done.stderr
+    return out
+
+
+def as_object(done: Finished) -> dict[str, Any]:
+    """Return what a command printed, which is one JSON object."""
+    assert done.code == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_numbers_of_each_split_are_the_runs(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    file = run / "swap.safetensors"
+    for split in ("validation", "test"):
+        line = ("evaluate", file, "--split", split, "--json")
+        found = as_object(swap_hpc(*line, ranks=2, variables=ONE_THREAD))
+        assert found.keys() == {
+            "file",
+            f"{split}_loss",
+            f"{split}_accuracy",
+            "weights_sha256",
+            "notes",
+        }
+        assert found[f"{split}_accuracy"] == result[f"{split}_accuracy"]["averaged"]
+        assert found["weights_sha256"] == result["weights_sha256"]
+    line = ("evaluate", file, "--split", "train", "--json")
+    metrics = ("--set", 'metrics=["class_accuracy","accuracy"]')
+    found = as_object(swap_hpc(*line, *metrics))
+    shares = found["train_class_accuracy_by_class"]
+    assert len(shares) == 10 and found["train_class_accuracy"] == pytest.approx(np.mean(shares))
+
+
+def test_averages_name_both_splits_and_their_members(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    found = as_object(swap_hpc("average", run, "--json", variables=ONE_THREAD))
+    assert found["groups"] == [0, 1] and found["weights_sha256"] == result["weights_sha256"]
+    assert found["test_accuracy"] == result["test_accuracy"]["averaged"]
+    done = swap_hpc("average", run, "--greedy", ranks=2)
+    assert done.code == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith(f"{run}/average-greedy.safetensors: validation accuracy ")
+    assert "%, validation loss" in first and "test accuracy" in first
+    assert second.startswith("groups in it, the best first: ") and "weights_sha256" in third
+
+
+def test_a_state_dict_of_another_program_is_evaluated_by_a_recipe(
+    run: Path, tmp_path: Path
+) -> None:
+    own = load_file(run / "swap.safetensors")
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": {f"module.{k}": t for k, t in own.items()}, "epoch": 3}, other)
+    refused = swap_hpc("evaluate", other)
+    assert refused.code == 2 and "--recipe RECIPE names the model and the data" in refused.ours[0]
+    line = ("--recipe", "digits", "--set", "model.width=2", "--json")
+    found = as_object(swap_hpc("evaluate", other, *line))
+    result = json.loads((run / "result.json").read_text())
+    assert found["test_accuracy"] == pytest.approx(result["test_accuracy"]["averaged"], abs=0.002)
+    assert found["weights_sha256"] == result["weights_sha256"]
+    assert any("prefix module. removed" in note for note in found["notes"])
+
+
+def test_predictions_of_a_folder_have_the_paths(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(30 if split == "train" else 2):
+                noise = np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(noise).save(folder / f"{i}.png")
+    small = settings(
+        "data.name=folder",
+        "data.image_size=8",
+        "groups=1",
+        "model.width=2",
+        "large_batch={batch_size=100,epochs=1,learning_rate=0.01}",
+        "refine.epochs=0",
+        "evaluate.batch_size=3",
+        "augment={}",
+    )
+    out, table = tmp_path / "run", tmp_path / "table.csv"
+    done = swap_hpc("train", "digits", *small, "--data", tmp_path, "--out", out)
+    assert done.code == 0, done.stderr
+    line = ("evaluate", out / "large_batch.safetensors", "--predictions", table, "--json")
+    found = as_object(swap_hpc(*line, ranks=2))
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    names = [f"{tmp_path}/test/{label}/{i}.png" for label in range(10) for i in range(2)]
+    assert [row["name"] for row in rows] == names
+    right = [
+        max(range(10), key=lambda i: float(row[f"output_{i}"])) == int(row["target"])
+        for row in rows
+    ]
+    assert found["test_accuracy"] == pytest.approx(np.mean(right))
