@@ -157,7 +157,9 @@ def _unset(key: str, fields: dict[str, Any]) -> None:
     for part in sections:
         models = models_in(section.model_fields[part].annotation) if _has(section, part) else []
         section = models[0] if len(models) == 1 else None  # None: any keys are allowed in it
-        fields = fields.get(part, {}) if isinstance(fields, dict) else {}
+        fields = fields.get(part, {})
+        if not isinstance(fields, dict):  # a field's value, or a list of sections
+            raise UserError(f"--set {key}=: {part} is a field, not a section")
     if not _has(section, name) and name not in fields:
         raise UserError(f"--set {key}=: there is no such field to give its default to")
     if _has(section, name) and section.model_fields[name].is_required():

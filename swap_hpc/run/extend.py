@@ -117,8 +117,10 @@ def extend(before: Recipe, job: Job, out: Path) -> None:
     groups = [refinement_of(group) for group in range(before.groups)] if refines else []
     parts = [PHASE_1, *groups] if before.large_batch.epochs else groups
     newest = {part: _newest(out, part) for part in parts}
+    for path in newest.values():
+        _check_end(path, before, after)  # of all, before the first one is changed
     for part, path in newest.items():
-        _rewrite(path, before, after, continues=part.phase is last_phase(before))
+        _rewrite(path, after, continues=part.phase is last_phase(before))
     final = "swap" if refines else PHASE_1.name
     _rename(out / f"{final}.safetensors", out / f"{final}-before.safetensors")
     for part in groups:
@@ -165,18 +167,33 @@ def _newest(out: Path, part: Part) -> Path:
     return files[-1]
 
 
-def _rewrite(path: Path, before: Recipe, after: Recipe, continues: bool) -> None:
-    """Rewrite a save as one of the longer run; one that is that already stays."""
+def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
-        tensors, header = read_tensors(path)
+        return read_tensors(path)
     except Unreadable as why:
         raise RunError(f"--extend: {path} is {why}") from None
+
+
+def _check_end(path: Path, before: Recipe, after: Recipe) -> None:
+    """Check that a save is the end of a part of the run, or one of the longer run already."""
+    _, header = _read(path)
     saved_by = recipe_of(header["recipe"], str(path))
     if not differing_fields(saved_by, after):
         return
+    if differing_fields(saved_by, before):
+        raise UserError(f"--extend: {path} was saved by another recipe than this run's")
+    if not json.loads(header["state"])["ended"]:
+        raise UserError(
+            f"--extend: {path} is not the end of this run: end it first, by the line that began it"
+        )
+
+
+def _rewrite(path: Path, after: Recipe, continues: bool) -> None:
+    """Rewrite a save as one of the longer run; one that is that already stays."""
+    tensors, header = _read(path)
+    if not differing_fields(recipe_of(header["recipe"], str(path)), after):
+        return
     state = json.loads(header["state"])
-    if differing_fields(saved_by, before) or not state["ended"]:
-        raise UserError(f"--extend: {path} is not the end of this run")
     if continues:
         tensors = _going_on(tensors, state, path, after)
     kept = {key: value for key, value in header.items() if key not in ("sha256", "format")}

@@ -105,6 +105,10 @@ def test_an_extension_that_was_stopped_is_started_again_by_the_same_line(tmp_pat
     control.heartbeat = heartbeat  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         run(after, tmp_path / "run", before, control)
+    longest = recipe(phase, **long | {"epochs": 6})
+    with pytest.raises(UserError, match=r"group-001.* is not the end of this run: end it first"):
+        run(longest, tmp_path / "run", after)
+    # which has changed no save
     resumed = run(after, tmp_path / "run", before)
     assert resumed["weights_sha256"] == whole["weights_sha256"]
 

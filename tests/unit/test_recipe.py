@@ -366,8 +366,18 @@ def test_an_empty_value_gives_a_field_its_default() -> None:
     for override, message in (
         ("refine.epochs=", "--set refine.epochs=: the field has no default: give it a value"),
         ("refine.epoch=", "--set refine.epoch=: there is no such field to give its default to"),
+        ("model.name.r=", "--set model.name.r=: name is a field, not a section"),
         ("refined.epochs=", "--set refined.epochs=: there is no such field"),
         ("data.arguments.colour=", "--set data.arguments.colour=: there is no such field"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             load_recipe("digits", [override])
+
+
+def test_a_field_below_a_list_of_sections_cannot_be_unset(tmp_path: Path) -> None:
+    text = (SHIPPED / "digits.toml").read_text()
+    file = tmp_path / "grouped.toml"
+    file.write_text(f'{text}\n[[optimizer.groups]]\nmatch = "*.bias"\nfrozen = true\n')
+    message = "--set optimizer.groups.frozen=: groups is a field, not a section"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(str(file), ["optimizer.groups.frozen="])
