@@ -14,8 +14,9 @@ if TYPE_CHECKING:  # which imports MPI
 
 Lines = list[dict[str, Any]]  # of a file of metrics
 
-# The files of weights that a run leaves or resumes from, also a damaged one.
-WEIGHTS = ("*.safetensors", "checkpoints/*.safetensors", "snapshots/*.safetensors")
+# The files of weights that a run leaves or resumes from, also a damaged one. Candidates for the
+# best checkpoint lie beside the saves, and are of no use without one.
+WEIGHTS = ("*.safetensors", "checkpoints/*-*-???????.safetensors", "snapshots/*.safetensors")
 
 
 def holds_weights(run: Path) -> bool:

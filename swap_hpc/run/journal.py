@@ -154,10 +154,16 @@ class Journal:
             each.end()
 
     def last(self, part: Part, metrics: Sequence[str]) -> dict[SplitName, Evaluation]:
-        """Return the evaluations in a part's last line, by split; none where it has no line."""
+        """Return the evaluations in a part's last line, by split.
+
+        None where it has no line, or one without the validation split, as a phase 1 that was
+        adopted from a run of an earlier version may have.
+        """
         splits: tuple[SplitName, ...] = ("validation", "test") if self.has_validation else ("test",)
-        lines = self.lines[part]
-        return {split: evaluation_in(lines[-1], split, metrics) for split in splits if lines}
+        line = self.lines[part][-1] if self.lines[part] else {}
+        if not all(f"{split}_loss" in line for split in splits):
+            return {}
+        return {split: evaluation_in(line, split, metrics) for split in splits}
 
     def _phase_1_epochs(self) -> int:
         lines = self.lines.get(PHASE_1, [])

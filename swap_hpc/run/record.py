@@ -241,7 +241,7 @@ class Recorder:
             return  # another job has written what follows
         metrics = self.assignment.job.recipe.metric_names
         found = self.journal.last(PHASE_1, metrics)
-        if not found:  # the phase has no epoch: the model came from a file
+        if not found:  # the phase has no epoch, or was evaluated on other splits
             found = evaluate_for_report(model, self.assignment.job, self.assignment.ranks.world)
             self.watch.lap("evaluate")
         self.journal.evaluation("large_batch", found)

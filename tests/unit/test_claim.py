@@ -14,7 +14,12 @@ OTHER = tiny.recipe(seed=7)
 def failed_start(out: Path) -> None:
     """Leave what a start of `OTHER` leaves that fails in its first epoch."""
     claim(OTHER, out, None)
-    for name in ("metrics/world.jsonl", "tensorboard/world/events", "diverged.json"):
+    for name in (
+        "metrics/world.jsonl",
+        "tensorboard/world/events",
+        "diverged.json",
+        "checkpoints/large_batch-best-00001.safetensors",
+    ):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
 
