@@ -92,6 +92,7 @@ class Journal:
         self.folder, self.curves, self.has_validation = folder, curves, has_validation
         self.writes = {part: team.rank == 0 for part, team in teams.items()}
         self.lines: dict[Part, list[Line]] = {part: [] for part in self.writes}
+        self.earlier_epochs = 0  # of phase 1, where another job has its lines
 
     def begin(self, part: Part, lines: list[Line]) -> None:
         """Let the file of a part hold just the lines of an earlier start."""
@@ -166,8 +167,9 @@ class Journal:
         return {split: evaluation_in(line, split, metrics) for split in splits}
 
     def _phase_1_epochs(self) -> int:
-        lines = self.lines.get(PHASE_1, [])
-        return sum(line["phase"] == PHASE_1.phase for line in lines)
+        if PHASE_1 not in self.lines:
+            return self.earlier_epochs
+        return sum(line["phase"] == PHASE_1.phase for line in self.lines[PHASE_1])
 
     def _path(self, part: Part) -> Path:
         return self.folder / f"{metrics_name(part)}.jsonl"

@@ -82,6 +82,7 @@ class Recorder:
             return
         before = saved.notes["ranks"]
         if part == PHASE_1:
+            self.journal.earlier_epochs = saved.point.at.epoch
             self.phase_1_ranks = before if saved.point.ended else self.phase_1_ranks
         else:
             is_one_number = saved.point.ended or before == self.assignment.ranks.world.size

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import tiny
+from rich.console import Console
 
 from swap_hpc.errors import UserError
+from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
+from swap_hpc.run import record
 from swap_hpc.run import tracker as trackers
 from swap_hpc.run.lines import Line
+from swap_hpc.run.run import train
 from swap_hpc.run.tracker import Tracker, check_tracker, tracker_of
+from swap_hpc.train.control import Control
 
 RECIPE = tiny.recipe(tracker="mlflow")
 EPOCHS: list[Line] = [
@@ -167,3 +173,26 @@ def test_wandb_holds_every_epoch_once(tmp_path: Path, monkeypatch: pytest.Monkey
         f"{tmp_path.name} world": {1: 1, 2: 1 / 2, 3: 1 / 3},
         f"{tmp_path.name} average": {4: 0.5},
     }
+
+
+def test_jobs_of_single_parts_send_each_epoch_once_behind_those_of_phase_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.recipe(
+        data={"name": "synthetic", "samples": 96, "image_size": 8},
+        augment={"pad": 0, "cutout": 0},
+        batchnorm={"batch_size": 20, "samples": 80},
+        large_batch={"epochs": 3},
+        refine={"epochs": 2},
+    )
+    sent = Sent()
+    monkeypatch.setattr(record, "tracker_of", lambda recipe, out: Tracker(out, recipe, sent))
+    for part in (PHASE_1, refinement_of(0), Part(Phase.AVERAGE)):
+        console, started = Console(quiet=True), time.perf_counter()
+        train(recipe, tmp_path, Team.world(), console, Control(), started, part)
+    points = [(call[0], call[2]) for call in sent.calls if call != "end" and call[0] != "begin"]
+    assert points == [
+        *(("world", epoch) for epoch in (1, 2, 3)),
+        *(("group-000", epoch) for epoch in (4, 5)),
+        ("average", 5),
+    ]
