@@ -83,9 +83,14 @@ class ParameterGroup(Section):
     def _fields_have_an_effect(self) -> "ParameterGroup":
         fields = {"lr": "learning_rate_scale", "weight_decay": "weight_decay"}
         _check_arguments(self.arguments, {k: f"the group's {v}" for k, v in fields.items()})
-        trains = self.learning_rate_scale != 1 or self.weight_decay is not None or self.arguments
-        if self.frozen and trains:
-            raise ValueError("frozen = true: the group's other settings have no effect")
+        settings: dict[str, Any] = {
+            "learning_rate_scale": 1.0,
+            "weight_decay": None,
+            "arguments": {},
+        }
+        given = [name for name, default in settings.items() if getattr(self, name) != default]
+        if self.frozen and given:
+            raise ValueError(f"{given[0]} has no effect with frozen = true: leave it out")
         return self
 
 

@@ -18,6 +18,14 @@ A recipe is a TOML file: which model is trained, on what data, for how long.
 `swap-hpc recipes NAME` shows a shipped one, and `--set section.field=value` overrides a field of
 any recipe. A wrong or unknown field is refused with a list of the valid ones.
 
+A field that has no effect on the run at hand is refused by name, too. Four kinds are accepted:
+
+- what belongs to a phase that is skipped (`epochs = 0`);
+- `cudnn_benchmark` and `deterministic` on a CPU, since recipes travel between machines;
+- `[batchnorm]`, `large_batch.batchnorm_batch_size` and `channels_last` for a model without batch
+  norm, or without convolutions: the run's first lines say that they have no effect;
+- `checkpoint.min_seconds` with `checkpoint.epochs = 0`: likewise.
+
 This page is generated from the schema in [`schema.py`](schema.py) by `swap-hpc recipes --page`.
 """
 

@@ -18,6 +18,7 @@ from swap_hpc.recipe.schedule import is_constant
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.recipe.values import Count, CountOrZero, Fraction, LossName, Precision
+from swap_hpc.recipe.wording import count
 
 
 class BatchNorm(Section):
@@ -162,10 +163,6 @@ class Recipe(Section):
                 "deterministic and cudnn_benchmark exclude each other: "
                 "an algorithm that is chosen by its speed does not repeat"
             )
-        if self.label_smoothing and self.loss != "cross_entropy":
-            raise ValueError(
-                "label_smoothing applies to cross_entropy only: smooth the labels in your own loss"
-            )
         if self.metrics[0].smaller_is_better and self.large_batch.stop_accuracy is not None:
             raise ValueError(
                 f"large_batch.stop_accuracy ends a phase at a value from below, and smaller values "
@@ -175,6 +172,25 @@ class Recipe(Section):
             raise ValueError(
                 "large_batch.epochs = 0 refines a model that exists: "
                 "name its file in model.weights, or set model.pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fields_have_an_effect(self) -> "Recipe":
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(
+                "label_smoothing applies to cross_entropy only: smooth the labels in your own loss"
+            )
+        if self.refine.epochs and self.refine.average_every_steps and self.groups == 1:
+            raise ValueError(
+                "refine.average_every_steps has no effect with groups = 1, whose model is its own "
+                "average: set groups to more, or leave it out"
+            )
+        longest = max(self.large_batch.epochs, self.refine.epochs * self.refine.cycles)
+        if self.checkpoint.snapshots > longest:
+            raise ValueError(
+                f"checkpoint.snapshots = {self.checkpoint.snapshots} has no effect, since no phase "
+                f"has more than {count(longest, 'epoch')}: set it lower, or leave it out"
             )
         return self
 

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Count, CountOrZero, Decay, Fraction
+from swap_hpc.recipe.wording import count
 
 
 class _Phase(Section):
@@ -15,7 +16,8 @@ class _Phase(Section):
     2."""
     epochs: CountOrZero
     """Epochs: at most this many in phase 1, exactly this many per cycle of the refinement. 0 skips
-    the phase."""
+    the phase, so that any recipe makes a baseline: what else belongs to the phase (of the
+    refinement also `groups` and `[batchnorm]`) may stay and has no effect."""
     learning_rate: Schedule
     """Learning rate, evaluated at every step: a constant; `[epoch, value]` knots with linear
     interpolation; or a table of one of the shapes below. Epochs may be shares of the phase's
@@ -78,5 +80,15 @@ class Refine(_Phase):
             raise ValueError(
                 "average_every_steps needs one schedule to the end: "
                 "set cycles = 1 and evaluate_average = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_is_evaluated(self) -> "Refine":
+        last = self.epochs * self.cycles
+        if self.epochs and self.evaluate_average > last:
+            raise ValueError(
+                f"evaluate_average = {self.evaluate_average} has no effect, since the refinement "
+                f"ends after {count(last, 'epoch')}: set it lower, or leave it out"
             )
         return self

@@ -39,6 +39,7 @@ from swap_hpc.run.ending import tell_launcher
 from swap_hpc.run.environment import environment
 from swap_hpc.run.extend import extend, is_extended
 from swap_hpc.run.folder import phase_1_is_over
+from swap_hpc.run.idle_fields import idle_fields
 from swap_hpc.run.initial import begin_with_weights_
 from swap_hpc.run.lock import owning
 from swap_hpc.run.loop import train_and_record
@@ -104,9 +105,9 @@ def train(
                 return result
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
             assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
-            notes = []
+            notes = idle_fields(recipe, model)
             if phase_1_of is None:
-                notes = begin_with_weights_(model, job, out, checkpoints, world)
+                notes += begin_with_weights_(model, job, out, checkpoints, world)
             _take_over(assignment, model, node, phase_1_of)
             for line in notes:
                 display.say(line)

@@ -38,7 +38,9 @@ def test_a_model_data_loss_and_metric_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_run_on_own_data_gives_the_same_on_one_rank(tmp_path: Path) -> None:
     """Phase 1 is left out: batch norm would see another share of its batches."""
-    train_discs(tmp_path / "start", "refine.epochs=0")
+    seldom = ("checkpoint.epochs=0", "checkpoint.min_seconds=5")
+    done = train_discs(tmp_path / "start", "refine.epochs=0", *seldom)
+    assert "checkpoint.min_seconds has no effect: checkpoint.epochs = 0 asks" in done.stdout
     weights = tmp_path / "start" / "large_batch.safetensors"
     accuracies = []
     for ranks in (1, 2):

@@ -228,7 +228,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"groups": [{"match": "4.*", "frozen": True, "weight_decay": 0.1}]},
-        "frozen = true: the group's other settings have no effect",
+        "weight_decay has no effect with frozen = true: leave it out",
     ),
     (
         {"groups": [{"match": "4.*", "arguments": {"lr": 1}}]},
