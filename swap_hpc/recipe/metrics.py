@@ -1,5 +1,6 @@
 """The metrics that a recipe names, and how each is named and shown. Imports no torch."""
 
+from math import isnan
 from typing import Any
 
 from pydantic import model_serializer, model_validator
@@ -52,7 +53,9 @@ class MetricChoice(Section):
         return self.name.rpartition(":")[2]
 
     def better(self, value: float, than: float) -> bool:
-        """Tell whether a value is better than another one; equal values are not."""
+        """Tell whether a value is better than another one; equal values are not, nor is NaN."""
+        if isnan(value) or isnan(than):
+            return isnan(than) and not isnan(value)
         return value < than if self.smaller_is_better else value > than
 
 

@@ -4,6 +4,7 @@ Model soups (Wortsman et al., arXiv 2203.05482), recipe 1, over the groups of a 
 """
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from torch import nn
@@ -53,7 +54,7 @@ def greedy_average(
 
     alone = {group: _score(model, job, world, sum_of(group)) for group in chosen}
     sign = 1 if metric.smaller_is_better else -1
-    order = sorted(chosen, key=lambda group: (sign * alone[group], group))
+    order = sorted(chosen, key=lambda group: (isnan(alone[group]), sign * alone[group], group))
     members, total = order[:1], sum_of(order[0])
     best = alone[order[0]]
     for group in order[1:]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.splits import Batches
-from swap_hpc.errors import UserError
+from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_whole
 from swap_hpc.parallel.teams import Team
 from swap_hpc.train.evaluation import evaluate
@@ -41,13 +41,16 @@ def evaluate_and_write(
     part = _part(file, team.rank)
     recording = _Recording(model)
     try:
-        with open(part, "w", **TEXT) as opened, job.autocast():
+        opened = team.agree(lambda: _opened(part, file))
+        with opened, job.autocast():
             rows = _written(job, team, split, recording, opened)
             result = evaluate(recording, rows, team, job.objective)
         team.barrier()  # until every part is whole
         parts = [_part(file, rank) for rank in range(team.size)]
         size = job.recipe.evaluate.batch_size
         team.first(lambda: write_whole(file, lambda path: _join(parts, size, path)))
+    except OSError as error:
+        raise _unwritten(file, error) from None
     finally:
         part.unlink(missing_ok=True)
     return result
@@ -73,6 +76,17 @@ def _check_folder(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--predictions {file}: {error.strerror}") from None
+
+
+def _opened(part: Path, file: Path) -> IO[str]:
+    try:
+        return open(part, "w", **TEXT)
+    except OSError as error:
+        raise _unwritten(file, error) from None
+
+
+def _unwritten(file: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {file}: {error.strerror or error}")
 
 
 def _part(file: Path, rank: int) -> Path:

@@ -16,7 +16,6 @@ from swap_hpc.parallel.devices import BF16, FP16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.run.best import check_best
 from swap_hpc.train.job import Job
 from swap_hpc.train.optimizers import optimizer_class
 
@@ -48,7 +47,6 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     model = world.agree(job.build)
     world.agree(lambda: _check_sizes(recipe, dataset, model))
     world.agree(lambda: job.objective)  # a user's own loss may not be importable
-    world.agree(lambda: check_best(job))
     return job, model
 
 

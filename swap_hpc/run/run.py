@@ -22,6 +22,7 @@ from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.adopt import adopt_large_batch
 from swap_hpc.run.assignment import Assignment
+from swap_hpc.run.best import check_best
 from swap_hpc.run.board import check_tensorboard
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.checks import does
@@ -94,6 +95,7 @@ def train(
         ):
             return result
         job, model = prepare(recipe, world, node)
+        world.agree(partial(check_best, job))
         job = replace(job, control=control)
         display.noun = job.dataset.noun
         control.save_as(recipe.checkpoint)

@@ -1,5 +1,6 @@
 """Averages and evaluations of the weights that a run has saved, without training."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,13 +117,13 @@ def evaluate(
         UserError: on all ranks, the file cannot be read, the model was trained on other classes, or
             there is no such split.
     """
-    parsed = world.agree(lambda: load_recipe(recipe, overrides, data) if recipe else None)
+    parsed = world.agree(lambda: _named_recipe(recipe, file, overrides, data) if recipe else None)
     entry = parsed.model.weights_entry if parsed else None
     tensors, header, read_notes = world.agree(lambda: read_state_dict(file, entry))
     described = parsed or world.agree(lambda: _recipe_beside(file, header, data, overrides))
     job, model = prepare_saved(described, world)
     world.agree(lambda: _check_split(split, job))
-    notes = world.agree(lambda: _checked_classes(file, header, job))
+    notes = world.agree(lambda: _checked_classes(file, header, job, split))
     if "count" in header:
         average_weights_(model, Team.alone(), sum_of(tensors, int(header["count"])))
         job.refresh_batchnorm_(model, world)
@@ -151,6 +152,13 @@ def _file(run: Path, group: int, what: str = "") -> Path:
     return run / f"{refinement_of(group).name}{what}.safetensors"
 
 
+def _named_recipe(name: str, file: Path, overrides: Sequence[str], data: Path | None) -> Recipe:
+    """Return a recipe in which `model.weights_entry` and `weights_except` are about a file."""
+    if any(each.startswith("model.weights_") for each in overrides):
+        overrides = (f"model.weights={json.dumps(str(file))}", *overrides)
+    return load_recipe(name, overrides, data)
+
+
 def _recipe_beside(
     file: Path, header: dict[str, str], data: Path | None, overrides: Sequence[str]
 ) -> Recipe:
@@ -175,15 +183,18 @@ def _check_data(file: Path, job: Job) -> None:
         raise _other_data(file, how)
 
 
-def _checked_classes(file: Path, header: dict[str, str], job: Job) -> tuple[str, ...]:
-    """Return a note where the test samples are others. Raise UserError where the classes are."""
+def _checked_classes(
+    file: Path, header: dict[str, str], job: Job, split: SplitName
+) -> tuple[str, ...]:
+    """Return a note where a split's samples are others. Raise UserError where the classes are."""
     if "data" not in header:
         return ()
     trained_on = Identity.from_json(header["data"])
     if how := trained_on.classes_differ(job.identity):
         raise _other_data(file, how)
-    how = trained_on.differ(job.identity, ["test"])
-    return (f"note: not the test samples of the run ({how})",) if how else ()
+    how = trained_on.differ(job.identity, [split])
+    noun = "training" if split == "train" else split
+    return (f"note: not the {noun} samples of the run ({how})",) if how else ()
 
 
 def _other_data(file: Path, how: str) -> UserError:

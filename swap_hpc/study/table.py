@@ -79,10 +79,10 @@ def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
         head.append("seconds with a rank per worker")
     rows = []
     for line in table:
-        digits = 2 if metric in SHARES else 4
-        values = spread([scale(metric) * value for value in line.values.values()], digits)
+        values = [scale(metric) * value for value in line.values.values()]
         seconds = spread([*line.seconds.values()], 0)
-        cells = [line.method, line.epochs, str(line.workers), values, seconds]
+        shown_values = spread(values, _digits(metric))
+        cells = [line.method, line.epochs, str(line.workers), shown_values, seconds]
         if computed:
             note = " (computed)" if line.workers > line.ranks else ""
             cells.append(spread([*line.parallel_seconds.values()], 0) + note)
@@ -106,14 +106,24 @@ def spread(values: Sequence[float], digits: int) -> str:
 def _differences(gaps: Sequence[Difference], metric: str) -> str:
     mean_of = "points, mean" if metric in SHARES else "mean"
     head = (metric, mean_of, "95 % interval (paired by seed)")
-    rows = [(f"{gap.first} - {gap.second}", f"{gap.points:+.2f}", _interval(gap)) for gap in gaps]
+    digits = _digits(metric)
+    rows = [
+        (f"{gap.first} - {gap.second}", f"{gap.points:+.{digits}f}", _interval(gap, digits))
+        for gap in gaps
+    ]
     return markdown_table(head, rows)
 
 
-def _interval(gap: Difference) -> str:
+def _digits(metric: str) -> int:
+    """Return the decimals of a metric: of percent, or of any number."""
+    return 2 if metric in SHARES else 4
+
+
+def _interval(gap: Difference, digits: int) -> str:
     if gap.half_width is None:
         return "one seed"
-    return f"{gap.points - gap.half_width:+.2f} to {gap.points + gap.half_width:+.2f}"
+    low, high = gap.points - gap.half_width, gap.points + gap.half_width
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def _search(plan: Plan) -> str:

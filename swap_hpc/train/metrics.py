@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from swap_hpc.errors import UserError
+
 # (outputs, targets) -> values. The outputs are the model's, in float32 if they are floating-point;
 # the targets are a tensor (n, ...), or tuples, lists and dictionaries of such tensors.
 Measure: TypeAlias = Callable[[Any, Any], Tensor]
@@ -61,6 +63,16 @@ def _mean(sums: Sequence[float], samples: float) -> float:
     return sums[0] / samples
 
 
+def check_plain(outputs: Any, targets: Any) -> None:
+    """Raise UserError for outputs or targets that are no tensors: no built-in metric takes them."""
+    for nest, what in ((outputs, "outputs"), (targets, "targets")):
+        if not isinstance(nest, Tensor):
+            raise UserError(
+                f"the {what} are a {type(nest).__name__}, and accuracy, top5 and class_accuracy "
+                'take tensors: name a metric of your own (metrics = "package.module:function")'
+            )
+
+
 def class_of(targets: Tensor) -> Tensor:
     """Return (n,) class numbers; of mixed images, (n, classes), those of the larger share."""
     return targets.argmax(1) if targets.ndim == 2 and targets.is_floating_point() else targets
@@ -68,11 +80,13 @@ def class_of(targets: Tensor) -> Tensor:
 
 def is_right(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return (n,) bool: True where the largest of (n, classes) logits is that of the target."""
+    check_plain(outputs, targets)
     return outputs.argmax(1) == class_of(targets)
 
 
 def is_among_5(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return (n,) bool: True where the target's is one of the 5 largest of (n, classes) logits."""
+    check_plain(outputs, targets)
     return (outputs.topk(5, dim=1).indices == class_of(targets)[:, None]).any(1)
 
 
@@ -88,6 +102,7 @@ def class_accuracy(classes: int) -> Metric:
     """
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        check_plain(outputs, targets)
         right = outputs.new_zeros(2, classes, dtype=torch.float64)
         known = class_of(targets)
         right[0].index_add_(0, known, is_right(outputs, known).double())

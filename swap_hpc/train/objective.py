@@ -84,9 +84,10 @@ def _cross_entropy(recipe: Recipe, classes: int) -> Measure:
                 f"the targets are {_described(targets)}, and cross_entropy takes one tensor: "
                 'name a loss of your own (loss = "package.module:function")'
             )
-        # Targets of more dimensions, such as probabilities or masks, are left to torch's checks.
-        if targets.ndim == 1:
-            expected = (len(targets), classes)
+        # Targets of other kinds, such as masks, are left to torch's checks.
+        are_shares = targets.ndim == 2 and targets.is_floating_point()
+        if targets.ndim == 1 or are_shares:
+            expected = tuple(targets.shape) if are_shares else (len(targets), classes)
             if not isinstance(outputs, Tensor) or outputs.shape != expected:
                 raise UserError(
                     f"the model {recipe.model.name} returned {_described(outputs)}: "

@@ -90,6 +90,38 @@ def test_a_state_dict_of_another_program_is_evaluated_by_a_recipe(
     assert any("prefix module. removed" in note for note in found["notes"])
 
 
+def test_the_entry_that_a_message_names_can_be_chosen(run: Path, tmp_path: Path) -> None:
+    own, group = (load_file(run / f"{name}.safetensors") for name in ("swap", "group-001"))
+    both = tmp_path / "both.pth"
+    torch.save({"state_dict": own, "state_dict_ema": group}, both)
+    entry = ("--set", "model.weights_entry=state_dict_ema")
+    line = ("evaluate", both, "--recipe", "digits", "--set", "model.width=2", *entry, "--json")
+    result = json.loads((run / "result.json").read_text())
+    found = as_object(swap_hpc(*line))
+    assert found["test_accuracy"] == pytest.approx(result["test_accuracy"]["groups"][1], abs=0.002)
+
+
+def test_samples_that_a_run_trained_on_are_told_from_its_validation_samples(run: Path) -> None:
+    file = run / "swap.safetensors"
+    line = ("evaluate", file, "--split", "validation", "--set", "data.validation=100", "--json")
+    (note,) = as_object(swap_hpc(*line))["notes"]
+    assert note == (
+        "note: not the validation samples of the run (300 validation samples then, 100 now)"
+    )
+    # what a run needs a validation split for, an evaluation does not
+    others = ("--set", "data.validation=", "--set", "checkpoint.best=true")
+    (note,) = as_object(swap_hpc("evaluate", file, "--split", "train", *others, "--json"))["notes"]
+    assert note.startswith("note: not the training samples of the run (898 training samples then")
+
+
+def test_predictions_that_cannot_be_written_are_one_line(run: Path) -> None:
+    done = swap_hpc(
+        "evaluate", run / "swap.safetensors", "--predictions", "/proc/table.csv", ranks=2
+    )
+    assert done.code == 3
+    assert done.ours == ["swap-hpc: cannot write /proc/table.csv: No such file or directory"]
+
+
 def test_predictions_of_a_folder_have_the_paths(run: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in range(10):

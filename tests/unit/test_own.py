@@ -19,10 +19,12 @@ from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import parse
+from swap_hpc.recipe.metrics import MetricChoice
 from swap_hpc.recipe.phase import Phase
 from swap_hpc.run.prepare import prepare
 from swap_hpc.train.job import Job
-from swap_hpc.train.objective import as_float32
+from swap_hpc.train.metrics import ACCURACY, TOP5, class_accuracy
+from swap_hpc.train.objective import as_float32, objective
 
 EMPTY: dict[str, int] = {}
 IMAGES, LABELS = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
@@ -248,6 +250,25 @@ def test_a_torch_data_set_gives_the_same_with_workers_and_names_its_errors() -> 
     for workers in (0, 1):
         with pytest.raises(RunError, match=place):
             streams(Batches.of(Noisy(spoiled=True), workers=workers))
+
+
+def test_the_built_in_loss_and_metrics_name_what_they_do_not_take() -> None:
+    outputs, shares = torch.zeros(4, 7), torch.full((4, 3), 1 / 3)
+    mixed = objective(tiny.recipe(), 3)
+    with pytest.raises(UserError, match=r"tensor \[4, 7\] float32: logits \[4, 3\] are needed"):
+        mixed.loss(outputs, shares)
+    assert mixed.loss(outputs[:, :3], shares) == pytest.approx(np.log(3))
+    for metric in (ACCURACY, TOP5, class_accuracy(7)):
+        with pytest.raises(UserError, match="the outputs are a dict, and accuracy, top5 and"):
+            metric({"logits": outputs}, torch.from_numpy(LABELS))
+        with pytest.raises(UserError, match="the targets are a tuple"):
+            metric(outputs, (shares, shares))  # type: ignore[arg-type]
+
+
+def test_what_is_not_a_number_is_worse_than_any() -> None:
+    for metric in (MetricChoice(name="a:b"), MetricChoice(name="a:b", smaller_is_better=True)):
+        assert metric.better(-1e9, than=np.nan) and not metric.better(np.nan, than=-1e9)
+        assert not metric.better(np.nan, than=np.nan)
 
 
 def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:

@@ -1,6 +1,7 @@
 """Studies: the shipped ones, what a file may say, and the table that is made of results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,13 @@ def test_an_interval_of_equal_differences_has_no_width_and_warns_of_nothing() ->
     assert numbers._half_width([0.8, 0.9, 1.0], [0.7, 0.8, 0.9]) == pytest.approx(0, abs=1e-9)
     assert numbers._half_width([0.5, 0.5], [0.25, 0.25]) == 0
     assert numbers._half_width([0.5], [0.25]) is None
+
+
+def test_differences_of_small_numbers_keep_their_digits() -> None:
+    gap = numbers.Difference("a", "b", 0.0031, 0.0002, 3)
+    assert "| +0.0031 " in (text := study_report._differences([gap], "error"))
+    assert "+0.0029 to +0.0033" in text
+    assert "| +0.31 " in study_report._differences([replace(gap, points=0.31)], "accuracy")
 
 
 def test_a_trial_that_diverged_is_not_chosen_and_not_run_again(tmp_path: Path) -> None:
