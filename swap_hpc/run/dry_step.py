@@ -144,7 +144,8 @@ def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refin
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             _check_gradient(f"{name} of the model {job.recipe.model.name}", parameter.grad, job)
-    optimizer.step()
+    with in_one_line(f"the optimizer {job.recipe.optimizer.name} fails in its first step"):
+        optimizer.step()
     flatten(optimizer_state(optimizer, model))  # refuses what a checkpoint could not keep
     model.zero_grad()
     if job.device.torch.type == "cuda":

@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimize
     try:
         # at a rate of 1, because some classes refuse 0
         optimizer = without_guards(built)(groups, lr=1.0, **settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # a class of one's own may raise anything
         raise UserError(f"the optimizer {recipe.name}: {' '.join(str(error).split())}") from None
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -192,8 +192,24 @@ def test_the_dry_step_refuses_it_before_any_training(monkeypatch: pytest.MonkeyP
         dry_step_module.dry_step(tiny.model(JOB), JOB, JOB.recipe.large_batch, key, ONE)
 
 
-def test_the_dry_step_refuses_an_optimizer_that_cannot_train_the_model() -> None:
-    job = tiny.job(optimizer={"name": "Muon"})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "Muon"}, "the optimizer Muon: Muon only supports 2D parameters"),
+        (
+            {"name": "adamw", "arguments": {"betas": [0.9]}},
+            "the optimizer adamw: tuple index out of range",
+        ),
+        (
+            {"name": "adamw", "arguments": {"capturable": True}},
+            "^the optimizer adamw fails in its first step: AssertionError: If capturable=True",
+        ),
+    ],
+)
+def test_the_dry_step_refuses_an_optimizer_that_cannot_train_the_model(
+    fields: dict[str, Any], message: str
+) -> None:
+    job = tiny.job(optimizer=fields)
     key = Key.of(0, PHASE_1)
-    with pytest.raises(UserError, match="the optimizer Muon: Muon only supports 2D parameters"):
+    with pytest.raises(UserError, match=message):
         dry_step_module.dry_step(tiny.model(job), job, job.recipe.large_batch, key, ONE)
