@@ -8,6 +8,7 @@ from swap_hpc.data.splits import Arrays, Batches, Files, Shards
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.augment import JITTERS, Augment
 from swap_hpc.recipe.inputs import Data
+from swap_hpc.recipe.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def check_fields(data: Data, augment: Augment, dataset: Dataset) -> None:
         raise UserError(
             "augment.mixup and augment.cutmix mix class numbers, and the targets of "
             f"{data.name} are something else: leave them out"
+        )
+    if augment.mixes and (largest := int(dataset.train.labels.max())) >= len(dataset.classes):
+        raise UserError(
+            f"augment.mixup and augment.cutmix mix class numbers, and {data.name} has the label "
+            f"{largest} beside these classes: {first_few(dataset.classes) or 'none'}"
         )
     if augment.operates and dataset.channels != 3:
         wanted = [name for name in OPERATIONS if getattr(augment, name)]

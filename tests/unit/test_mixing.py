@@ -10,6 +10,7 @@ from scipy.stats import beta  # type: ignore[import-untyped]
 from torch.nn import functional as F
 
 from swap_hpc.data import loader
+from swap_hpc.data.fields import check_fields
 from swap_hpc.data.mixing import Mixtures
 from swap_hpc.data.places import streams_of
 from swap_hpc.data.sampling import Key, Picks, epoch_picks
@@ -17,10 +18,20 @@ from swap_hpc.data.splits import Arrays
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.augment import Augment
+from swap_hpc.recipe.inputs import Data
 from swap_hpc.recipe.phase import Phase
 from swap_hpc.run.checks import check_ranks
 from swap_hpc.run.prepare import prepare
 from swap_hpc.train.metrics import ACCURACY, TOP5
+
+
+def test_labels_beyond_the_classes_are_refused() -> None:
+    data = tiny.dataset()
+    fewer = replace(data, classes=data.classes[:-1])
+    check_fields(Data(name="a:b"), Augment(), fewer)
+    with pytest.raises(UserError, match="a:b has the label 2 beside these classes: "):
+        check_fields(Data(name="a:b"), Augment(mixup=0.2), fewer)
+
 
 BOTH = {"mixup": 0.4, "cutmix": 1.0}
 
