@@ -57,11 +57,14 @@ def check_data(job: Job, out: Path) -> None:
             )
 
 
-def take_over(recipe: Recipe, out: Path) -> str:
+def take_over(recipe: Recipe, out: Path, chosen: Part | None) -> str:
     """Remove what another recipe's start left in a folder that holds no weights.
 
     Returns:
         A line that says so; empty where the folder holds this recipe, or weights.
+
+    Raises:
+        UserError: the job refines one group: jobs of other groups may be using the folder.
     """
     file = out / "recipe.toml"
     if not file.is_file() or holds_weights(out):
@@ -72,6 +75,11 @@ def take_over(recipe: Recipe, out: Path) -> str:
         differing = ["recipe.toml"]
     if not differing:
         return ""
+    if refines_one_group(chosen):
+        raise UserError(
+            f"{out} was begun by another recipe ({', '.join(differing)} differ), whose jobs may be "
+            "running: choose another --out, or remove the folder"
+        )
     for folder in ("checkpoints", "metrics", "tensorboard", "tracking"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for facts in (Diverged.FILE, "environment.json"):

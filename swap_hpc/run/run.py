@@ -133,7 +133,7 @@ def _take_over(
     """
     job, out, chosen = assignment.job, assignment.out, assignment.chosen
     world = assignment.ranks.world
-    if line := world.first(lambda: take_over(job.recipe, out)):
+    if line := world.first(lambda: take_over(job.recipe, out, chosen)):
         assignment.display.say(line)
     world.first(lambda: check_data(job, out))
     if phase_1_of:
