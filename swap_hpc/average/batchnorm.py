@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swap_hpc.average.kinds import batchnorm_layers
-from swap_hpc.average.modes import evaluating, training_modules
+from swap_hpc.average.modes import check_unwrapped, evaluating, training_modules
 from swap_hpc.average.power import iterate_power_methods_
 from swap_hpc.parallel.teams import Team
 
@@ -48,7 +48,11 @@ def refresh_batchnorm_(
             meanwhile, so that nothing is dropped out.
         team: the ranks whose batches count together.
         forward: called as `forward(model, batch)`, for a model whose input is not one tensor.
+
+    Raises:
+        ValueError: the model is a DistributedDataParallel.
     """
+    check_unwrapped(model)
     training = training_modules(model)
     iterate_power_methods_(model, training, team)
     layers = [layer for _, layer in batchnorm_layers(model) if layer in training]

@@ -1,10 +1,26 @@
-"""The training and evaluation modes of a model's modules."""
+"""The training and evaluation modes of a model's modules, and whether it is the plain module."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that a model's forward pass waits for no other rank.
+
+    Raises:
+        ValueError: it is, or holds, a DistributedDataParallel. With another number of batches on
+            one rank, the ranks would wait for each other forever.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is a DistributedDataParallel, whose forward pass waits for other ranks, and "
+            "which keeps the ranks' weights equal: refine and average the module in it, "
+            "model.module"
+        )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_hpc.average.kinds import averaged_tensors, kept_tensors
+from swap_hpc.average.modes import check_unwrapped
 from swap_hpc.average.sharing import broadcast_states, broadcast_tensors
 from swap_hpc.average.state import extra_states, set_extra_states_
 from swap_hpc.parallel.teams import Team
@@ -37,6 +38,7 @@ class WeightSum:
     @torch.no_grad()
     def add_(self, model: nn.Module) -> None:
         """Add a model's weights."""
+        check_unwrapped(model)
         averaged = averaged_tensors(model)
         kept = kept_tensors(model) | extra_states(model) if self.count == 0 else {}
         self.merge_(
@@ -89,8 +91,10 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
             the names and shapes of `model`.
 
     Raises:
-        ValueError: on all ranks, the names, shapes or types of two ranks differ.
+        ValueError: on all ranks, the names, shapes or types of two ranks differ, or the model is a
+            DistributedDataParallel.
     """
+    check_unwrapped(model)
     averaged, others = averaged_tensors(model), kept_tensors(model)
     _check_alike(averaged | others, peers)
     _set_means_(averaged, peers, total)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from swap_hpc.average.modes import evaluating
+from swap_hpc.average.modes import check_unwrapped, evaluating
 from swap_hpc.data.nested import first_tensor
 from swap_hpc.parallel.teams import Team
 from swap_hpc.train.events import Evaluation
@@ -40,8 +40,9 @@ def evaluate(
         The mean loss and the metrics over all samples; the same on all ranks.
 
     Raises:
-        ValueError: on all ranks, no rank has a sample.
+        ValueError: on all ranks, no rank has a sample; or the model is a DistributedDataParallel.
     """
+    check_unwrapped(model)
     losses, sums, samples = [], [], 0
     with evaluating(model):
         for images, labels in batches:

@@ -115,14 +115,44 @@ def _own_loss(path: str) -> Measure:
 
 def _metric(name: str, classes: int) -> Metric:
     if name == "accuracy":
-        return ACCURACY
+        return _of_classes(ACCURACY, classes)
     if name == "class_accuracy":
-        return class_accuracy(classes)
+        return _of_classes(class_accuracy(classes), classes)
     if name != "top5":
         return _own_metric(name)
     if classes <= 5:
         raise UserError(f"the metric top5 is 1 for {classes} classes: leave it out of metrics")
-    return TOP5
+    return _of_classes(TOP5, classes)
+
+
+def _of_classes(metric: Metric, classes: int) -> Metric:
+    """Return a metric that refuses what has no right class: a regression, one logit, masks."""
+
+    @torch.no_grad()
+    def sums(outputs: Any, targets: Any) -> Tensor:
+        if not _are_logits(outputs, classes) or not _are_classes(targets, outputs.shape[1]):
+            raise UserError(
+                f"the metric {metric.name} needs logits (n, classes) and class numbers (n,), not "
+                f"{_described(outputs)} and {_described(targets)}: name a metric of your own "
+                '(metrics = ["package.module:function"])'
+            )
+        return metric.sums(outputs, targets)
+
+    return replace(metric, sums=sums)
+
+
+def _are_logits(outputs: Any, classes: int) -> bool:
+    # A single logit is for two classes: its largest is always the first.
+    return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] >= min(2, classes)
+
+
+def _are_classes(targets: Any, classes: int) -> bool:
+    """Tell whether targets are class numbers, or the probabilities of mixed images."""
+    if not isinstance(targets, Tensor):
+        return False
+    if targets.is_floating_point():
+        return targets.ndim == 2 and targets.shape[1] == classes > 1
+    return targets.ndim == 1
 
 
 def _own_metric(path: str) -> Metric:

@@ -126,7 +126,9 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
         torch.distributed.init_process_group(
             "gloo", init_method=method, rank=world.rank, world_size=world.size
         )
-        step(nn.parallel.DistributedDataParallel(model))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        step(wrapped)
+        check_refused(wrapped, world)
         torch.distributed.destroy_process_group()
     shared = [parameter.detach().clone() for parameter in model.parameters()]
     sums = [weights.sum().item() for weights in shared]
@@ -148,3 +150,17 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
 def unused_file(world: Team) -> str:
     """Return the path of a file for all ranks, which does not exist yet."""
     return world.broadcast(tempfile.mktemp(prefix="ddp-"))
+
+
+def check_refused(wrapped: nn.Module, world: Team) -> None:
+    """Through the wrapper, a rank with more batches than another would wait forever."""
+    (images, labels), _ = plain_loop.load()
+    batches = [(images[:8], labels[:8])] * (1 + world.rank)
+    for function in (
+        lambda: swap_hpc.average_weights_(wrapped, world),
+        lambda: swap_hpc.WeightSum().add_(wrapped),
+        lambda: swap_hpc.refresh_batchnorm_(wrapped, (images for images, _ in batches), world),
+        lambda: swap_hpc.evaluate(nn.Sequential(wrapped), batches, world),
+    ):
+        with pytest.raises(ValueError, match=r"average the module in it, model\.module"):
+            function()

@@ -172,6 +172,33 @@ def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
         tiny.job(metric="own_parts:mean").objective.sums(outputs, targets)
 
 
+SIX_NUMBERS, SIX_CLASSES = torch.rand(6), torch.tensor([0, 1, 2, 0, 1, 2])
+NO_CLASSES = [
+    (torch.rand(6, 1), SIX_NUMBERS, "a tensor [6, 1] float32 and a tensor [6] float32"),
+    (torch.rand(6, 3), SIX_NUMBERS, "and a tensor [6] float32"),
+    (torch.rand(6, 1), SIX_NUMBERS[:, None], "and a tensor [6, 1] float32"),  # would be 100 %
+    (torch.rand(6, 1), SIX_CLASSES, "a tensor [6, 1] float32 and"),  # one logit for two classes
+    (torch.rand(6, 3, 4), SIX_CLASSES[:, None].expand(6, 4), "a tensor [6, 3, 4] float32 and"),
+    ({"logits": torch.rand(6, 3)}, SIX_CLASSES, "a dict and"),
+    (torch.rand(6, 3), {"labels": SIX_CLASSES}, "and a dict"),
+]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "class_accuracy"])
+@pytest.mark.parametrize(("outputs", "targets", "described"), NO_CLASSES)
+def test_an_accuracy_of_what_has_no_classes_is_refused(
+    outputs: Any, targets: Any, described: str, metric: str
+) -> None:
+    """A regression whose recipe names a loss and no metric has the metric accuracy."""
+    found = objective(tiny.recipe(metrics=[metric]), 3)
+    with pytest.raises(UserError, match=f"the metric {metric} needs logits") as raised:
+        found.sums(outputs, targets)
+    assert described in str(raised.value) and "metrics = [" in str(raised.value)
+    shares = F.one_hot(SIX_CLASSES, 3).float()  # as mixup makes them
+    expected = found.sums(10 * shares, SIX_CLASSES)
+    assert torch.equal(found.sums(10 * shares, shares), expected) and expected[0] > 0
+
+
 def test_custom_batches_may_be_a_list_and_must_be_those_asked_for() -> None:
     """Each evaluation hands over its picks once, and refuses a batch too few or of another size."""
     inputs, targets = torch.randn(9, 3, 4, 4), torch.arange(9) % 3
