@@ -80,12 +80,12 @@ def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
     rows = []
     for line in table:
         values = [scale(metric) * value for value in line.values.values()]
-        seconds = spread([*line.seconds.values()], 0)
-        shown_values = spread(values, _digits(metric))
+        seconds = spread([*line.seconds.values()], ",.0f")
+        shown_values = spread(values, _form(metric))
         cells = [line.method, line.epochs, str(line.workers), shown_values, seconds]
         if computed:
             note = " (computed)" if line.workers > line.ranks else ""
-            cells.append(spread([*line.parallel_seconds.values()], 0) + note)
+            cells.append(spread([*line.parallel_seconds.values()], ",.0f") + note)
         rows.append(cells)
     return markdown_table(head, rows)
 
@@ -95,35 +95,35 @@ def _ranks(table: Sequence[Line]) -> str:
     return " or ".join(map(str, numbers)) + f" rank{'s' * (numbers[-1] != 1)}"
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """Return mean and standard deviation as text; one value as it is, a dash for none."""
     if not values:
         return "-"
-    middle = f"{mean(values):,.{digits}f}"
-    return f"{middle} ± {stdev(values):,.{digits}f}" if len(values) > 1 else middle
+    middle = f"{mean(values):{form}}"
+    return f"{middle} ± {stdev(values):{form}}" if len(values) > 1 else middle
 
 
 def _differences(gaps: Sequence[Difference], metric: str) -> str:
     mean_of = "points, mean" if metric in SHARES else "mean"
     head = (metric, mean_of, "95 % interval (paired by seed)")
-    digits = _digits(metric)
+    form = _form(metric)
     rows = [
-        (f"{gap.first} - {gap.second}", f"{gap.points:+.{digits}f}", _interval(gap, digits))
+        (f"{gap.first} - {gap.second}", f"{gap.points:+{form}}", _interval(gap, form))
         for gap in gaps
     ]
     return markdown_table(head, rows)
 
 
-def _digits(metric: str) -> int:
-    """Return the decimals of a metric: of percent, or of any number."""
-    return 2 if metric in SHARES else 4
+def _form(metric: str) -> str:
+    """Return the format of a metric: two decimals of percent, or six digits."""
+    return ".2f" if metric in SHARES else ".6g"
 
 
-def _interval(gap: Difference, digits: int) -> str:
+def _interval(gap: Difference, form: str) -> str:
     if gap.half_width is None:
         return "one seed"
     low, high = gap.points - gap.half_width, gap.points + gap.half_width
-    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"{low:+{form}} to {high:+{form}}"
 
 
 def _search(plan: Plan) -> str:

@@ -224,6 +224,8 @@ def test_an_interval_of_equal_differences_has_no_width_and_warns_of_nothing() ->
 
 def test_differences_of_small_numbers_keep_their_digits() -> None:
     gap = numbers.Difference("a", "b", 0.0031, 0.0002, 3)
+    small = study_report.spread([0.00081, 0.00079], study_report._form("error"))
+    assert small == "0.0008 ± 1.41421e-05"
     assert "| +0.0031 " in (text := study_report._differences([gap], "error"))
     assert "+0.0029 to +0.0033" in text
     assert "| +0.31 " in study_report._differences([replace(gap, points=0.31)], "accuracy")
