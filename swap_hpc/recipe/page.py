@@ -26,7 +26,8 @@ A field that has no effect on the run at hand is refused by name, too. Four kind
   norm, or without convolutions: the run's first lines say that they have no effect;
 - `checkpoint.min_seconds` with `checkpoint.epochs = 0`: likewise.
 
-This page is generated from the schema in [`schema.py`](schema.py) by `swap-hpc recipes --page`.
+This page is generated from [`schema.py`](schema.py) and the modules of its sections by
+`swap-hpc recipes --page`.
 """
 
 TYPES = {
