@@ -28,11 +28,6 @@ class MetricChoice(Section):
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
-        """Describe what TOML may have, for the page."""
-        return {"anyOf": [{"type": "string"}, {"type": "object"}]}
-
     @model_serializer
     def _as_written(self) -> Any:
         if not self.smaller_is_better:
