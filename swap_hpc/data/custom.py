@@ -1,5 +1,6 @@
 """Data sets made by a user's own function, which a recipe names by its import path."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -58,8 +59,9 @@ def _complete(name: str, found: Dataset) -> Dataset:
     }
     if len(arrays) < len(found.splits):
         return found
+    _check_shapes(name, arrays["train"], arrays.items())
     made = with_statistics(arrays["train"], arrays["test"], found.classes, arrays.get("validation"))
-    return replace(made, mean=found.mean or made.mean, std=found.std or made.std)
+    return replace(made, mean=found.mean or made.mean, std=found.std or made.std, notes=found.notes)
 
 
 def _from_arrays(name: str, found: Any) -> Dataset:
@@ -78,16 +80,21 @@ def _from_arrays(name: str, found: Any) -> Dataset:
     others = {"test": test}
     if validation:
         others["validation"] = _arrays(name, *validation)
+    _check_shapes(name, train, others.items())
+    classes = 1 + int(max(each.labels.max() for each in (train, *others.values())))
+    names = tuple(map(str, range(classes)))
+    return with_statistics(train, test, names, others.get("validation"))
+
+
+def _check_shapes(name: str, train: Arrays, splits: Iterable[tuple[str, Arrays]]) -> None:
+    """Raise UserError where a split's images have another shape than those of training."""
     shape = train.images.shape[1:]
-    for split, arrays in others.items():
+    for split, arrays in splits:
         if shape != arrays.images.shape[1:]:
             raise UserError(
                 f"the data {name} returned training images of {list(shape)} and {split} images of "
                 f"{list(arrays.images.shape[1:])}: they must have the same shape"
             )
-    classes = 1 + int(max(each.labels.max() for each in (train, *others.values())))
-    names = tuple(map(str, range(classes)))
-    return with_statistics(train, test, names, others.get("validation"))
 
 
 def _arrays(name: str, images: Any, labels: Any) -> Arrays:

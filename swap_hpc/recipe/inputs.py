@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, model_validator
 
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import (
@@ -15,6 +15,7 @@ from swap_hpc.recipe.values import (
     Place,
     Statistics,
     check_finite,
+    one_as_several,
 )
 
 
@@ -32,8 +33,8 @@ class Model(Section):
     weights_entry: str | None = None
     """Entry of the file in `weights` that holds the state dict, as in `state_dict_ema` or
     `state.model`. None: the usual ones, `state_dict`, `model`, ..., or the whole file."""
-    weights_except: tuple[str, ...] = ()
-    """Patterns of names that are not loaded, as in `["head.*"]` for a head of another size: in the
+    weights_except: Annotated[tuple[str, ...], BeforeValidator(one_as_several)] = ()
+    """Patterns of names that are not loaded, as in `"head.*"` for a head of another size: in the
     model they stay as initialised, in the file they are not used."""
     pretrained: bool | str | None = None
     """Begin with the package's pretrained weights of a `torchvision:` or `timm:` model: true for

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from swap_hpc.recipe.section import Section
-from swap_hpc.recipe.values import Fraction, check_finite
+from swap_hpc.recipe.values import Fraction, check_finite, one_as_several
 
 # The defaults of the optimizers that have a name of their own. A field that is missing here has no
 # effect on the optimizer and is refused. All other optimizers are classes, with their own defaults.
@@ -43,10 +43,6 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _one_pattern_as_several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _check_arguments(arguments: dict[str, Any], fields: dict[str, str]) -> None:
     """Check a table of arguments.
 
@@ -67,7 +63,7 @@ class ParameterGroup(Section):
     """Parameters with settings of their own. A parameter belongs to the first group that matches.
     One that no group matches has the optimizer's settings."""
 
-    match: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_pattern_as_several)]
+    match: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_as_several)]
     """Patterns of parameters' names, as in a shell: `"*.bias"`, `"blocks.[0-3].*"`; `*` matches
     dots, too. Each has to match a parameter."""
     learning_rate_scale: PositiveFloat = 1.0

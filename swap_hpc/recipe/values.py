@@ -114,6 +114,11 @@ def check_finite(value: Any) -> None:
             check_finite(each)
 
 
+def one_as_several(value: Any) -> Any:
+    """Return a text as a list of one, and anything else as it is."""
+    return [value] if isinstance(value, str) else value
+
+
 ImageSizes = Annotated[Sizes, BeforeValidator(constant_as_pairs), AfterValidator(_checked_sizes)]
 Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
 

@@ -76,7 +76,10 @@ ALWAYS = {
 TESTED = {
     "data": ("unit/test_fields.py", "test_a_field_of_the_data_has_an_effect_or_is_refused"),
     "augment": ("unit/test_fields.py", "test_an_augmentation_has_an_effect_or_is_refused"),
-    "optimizer": ("unit/test_optimizers.py", "test_a_field_changes_the_optimizer_or_is_refused"),
+    "optimizer": (
+        "unit/test_optimizer_classes.py",
+        "test_a_field_changes_the_optimizer_or_is_refused",
+    ),
     "optimizer.groups": (
         "unit/test_every_field.py",
         "test_a_field_of_a_parameter_group_has_an_effect_or_is_refused",
@@ -84,7 +87,7 @@ TESTED = {
 }
 
 # Fields of hardware that a recipe may travel to: accepted everywhere.
-HARDWARE = {"cudnn_benchmark", "deterministic"}
+HARDWARE = ("cudnn_benchmark", "deterministic")
 
 # Nothing but the refinement needs them, and `refine.epochs = 0` leaves it out of any recipe.
 REFINEMENT = {"groups"}

@@ -305,6 +305,10 @@ def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:
     assert found.image_size == (8, 8) and found.channels == 3
     assert len(found.mean) == len(found.std) == 3
     assert loaded(replace(bare, mean=(1.0, 2.0, 3.0)), own).mean == (1.0, 2.0, 3.0)
+    assert loaded(replace(bare, notes=("by hand",)), own).notes == ("by hand",)
+    other = Arrays(IMAGES[:, :4], LABELS.astype(np.int64))
+    with pytest.raises(UserError, match=r"validation images of \[4, 8, 3\]: they must have"):
+        loaded(replace(bare, validation=other), own)
     with pytest.raises(UserError, match="returned a Dataset without samples"):
         loaded(replace(bare, test=Arrays(IMAGES[:0], LABELS[:0])), own)
 

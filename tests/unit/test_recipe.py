@@ -381,3 +381,8 @@ def test_a_field_below_a_list_of_sections_cannot_be_unset(tmp_path: Path) -> Non
     message = "--set optimizer.groups.frozen=: groups is a field, not a section"
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(file), ["optimizer.groups.frozen="])
+
+
+def test_one_pattern_needs_no_list() -> None:
+    fields = ("model.weights=w.pth", "model.weights_except=head.*")
+    assert load_recipe("digits", fields).model.weights_except == ("head.*",)
