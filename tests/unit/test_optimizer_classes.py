@@ -259,7 +259,7 @@ def test_unknown_names_and_arguments_are_found_without_a_model() -> None:
 
 STARTS = """
 import sys
-from unit import test_optimizers as t
+from unit import test_optimizer_classes as t
 from swap_hpc.train.state import optimizer_state
 for name in (*t.DEFAULTS, *t.OF_TORCH):
     model = t.net()
