@@ -1,13 +1,15 @@
 """LAMB, for very large batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from swap_hpc.train.tensorwise import Tensorwise
 
-class Lamb(torch.optim.Optimizer):
+
+class Lamb(Tensorwise):
     """LAMB: Adam whose step of each tensor is as long as the tensor's weights.
 
     With Adam's direction r = m / (sqrt(v) + eps), where m and v are the bias-corrected means of the
@@ -40,14 +42,6 @@ class Lamb(torch.optim.Optimizer):
             "layer_adaptation": layer_adaptation,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; `closure` is ignored."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
 
     def _step(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

@@ -1,12 +1,14 @@
 """LARS, for very large batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from swap_hpc.train.tensorwise import Tensorwise
 
-class Lars(torch.optim.Optimizer):
+
+class Lars(Tensorwise):
     """LARS: SGD whose step of each tensor is proportional to the norm of its weights.
 
     A tensor's gradient g, with the weight decay d of its weights w, is scaled by
@@ -34,14 +36,6 @@ class Lars(torch.optim.Optimizer):
             "trust": trust,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; `closure` is ignored."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
 
     def _step(self, p: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         decay, momentum = group["weight_decay"], group["momentum"]
