@@ -11,17 +11,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 
-from launch import BIN, hydra
-
-T = TypeVar("T")
+from launch import BIN, HANG, hydra, wait_for
 
 ROOT = Path(__file__).parents[1]
 NODES = ("swap-n1", "swap-n2")
@@ -126,7 +122,7 @@ class Cluster:
             self.start_node(node)
         idle = dict.fromkeys(NODES, "idle")
         what = f"two idle nodes (logs in {self.folder})"
-        wait_for(lambda: self.node_states() == idle, what, 60)
+        wait_for(lambda: self.node_states() == idle, what)
 
     def _configure(self) -> None:
         """Write Slurm's configuration."""
@@ -159,7 +155,7 @@ class Cluster:
         for name in ("pid", "log", "seed"):
             line.append(f"--{name}-file={self.folder}/munge.{name}")
         self._begin("munged", line)
-        wait_for(socket_file.exists, "munge's socket", 20)
+        wait_for(socket_file.exists, "munge's socket")
 
     def start_node(self, node: str) -> None:
         """Boot a node, with an empty spool: killed steps leave PMIx's sockets there."""
@@ -218,7 +214,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=HANG,
             check=False,
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
@@ -241,23 +237,14 @@ class Cluster:
         lines = self.run("scontrol", "show", "--oneliner", "job", str(job)).splitlines()
         return [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]
 
-    def wait(self, job: int, seconds: float) -> list[dict[str, str]]:
+    def wait(self, job: int) -> list[dict[str, str]]:
         """Wait until a job, or each task of its array, has ended; return the states."""
 
         def ended() -> list[dict[str, str]]:
             found = self.jobs(job)
             return found if all(each["JobState"] in ENDED for each in found) else []
 
-        return wait_for(ended, f"end of job {job}", seconds)
-
-
-def wait_for(ready: Callable[[], T], what: str, seconds: float, every: float = 0.2) -> T:
-    """Call `ready` every so many seconds until it returns something true, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (value := ready()):
-        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
-        time.sleep(every)
-    return value
+        return wait_for(ended, f"end of job {job}")
 
 
 def missing() -> str | None:

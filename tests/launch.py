@@ -7,25 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 BIN = Path(sys.executable).parent
+
+HANG = 900  # seconds after which a command hangs: long, since no test may depend on a host's speed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended. `seconds` is its wall time."""
+    """How a command ended."""
 
     code: int
     stdout: str
     stderr: str
-    seconds: float
 
     @property
     def ours(self) -> list[str]:
@@ -38,12 +40,11 @@ class Finished:
 def command(
     *arguments: str | Path,
     ranks: int | None = None,
-    timeout: float = 120,
+    timeout: float = HANG,
     cwd: Path | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Finished:
     """Run a command, under `mpirun -n ranks` where given; kill all of it at the time-out."""
-    begin = time.monotonic()
     process = launch(*arguments, ranks=ranks, cwd=cwd, variables=variables)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -58,7 +59,7 @@ def command(
         raise AssertionError(
             f"{arguments} did not end within {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
         ) from None
-    return Finished(process.returncode, stdout, stderr, time.monotonic() - begin)
+    return Finished(process.returncode, stdout, stderr)
 
 
 def launch(
@@ -93,6 +94,15 @@ def settings(*fields: str) -> tuple[str, ...]:
 def swap_hpc(*arguments: str | Path, **how: Any) -> Finished:
     """Run the console script as `command` does."""
     return command(BIN / "swap-hpc", *arguments, **how)
+
+
+def wait_for(ready: Callable[[], T], what: str, every: float = 0.2) -> T:
+    """Call `ready` every so many seconds until it returns something true, and return that."""
+    deadline = time.monotonic() + HANG
+    while not (value := ready()):
+        assert time.monotonic() < deadline, f"no {what} within {HANG} s"
+        time.sleep(every)
+    return value
 
 
 def processes_of(out: Path, within: float) -> list[int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cluster_of_two import ROOT, Cluster, wait_for
+from cluster_of_two import ROOT, Cluster
+from launch import wait_for
 
 TESTS = Path(__file__).parent
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")  # part of a node
@@ -33,9 +34,9 @@ def submit(
     return int(cluster.run(*command, variables=variables, cwd=home))
 
 
-def complete(cluster: Cluster, job: int, out: Path, seconds: float = 300) -> dict[str, Any]:
+def complete(cluster: Cluster, job: int, out: Path) -> dict[str, Any]:
     """Wait for a job to end without an error, and return its run's result."""
-    (ended,) = cluster.wait(job, seconds)
+    (ended,) = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(ended)
     return json.loads((out / "result.json").read_text())
 
@@ -56,11 +57,11 @@ def read_lines(out: Path, part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def reached(out: Path, part: str, epochs: int, seconds: float = 120) -> None:
+def reached(out: Path, part: str, epochs: int) -> None:
     """Wait until a part of a run ("world", "group-000" ...) has completed so many epochs."""
     file = out / "metrics" / f"{part}.jsonl"
     what = f"epoch {epochs} of {part} in {out}"
-    wait_for(lambda: lines(file) >= epochs, what, seconds, every=0.02)
+    wait_for(lambda: lines(file) >= epochs, what, every=0.02)
 
 
 def further(out: Path, part: str, epochs: int) -> None:

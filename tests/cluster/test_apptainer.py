@@ -29,6 +29,6 @@ def test_the_script_starts_its_ranks_through_the_container(
 
 def test_a_missing_image_gets_one_line(cluster: Cluster, home: Path) -> None:
     job = submit(cluster, home, "digits", script=SCRIPT)
-    (ended,) = cluster.wait(job, 30)
+    (ended,) = cluster.wait(job)
     assert ended["JobState"] == "FAILED"
     assert "name the image: SWAP_IMAGE=swap_hpc.sif sbatch ..." in output(ended)

@@ -159,6 +159,6 @@ def test_the_commands_of_the_readme(cluster: Cluster, home: Path) -> None:
     (command,) = commands((ROOT / "README.md").read_text(), "slurm/swap.sbatch digits")
     assert command.startswith("sbatch ")
     job = int(cluster.run("bash", "-c", command, cwd=home).split()[-1])
-    result = complete(cluster, job, home / "runs" / "digits", 300)
+    result = complete(cluster, job, home / "runs" / "digits")
     assert result["ranks"] == 8 and result["test_accuracy"]["averaged"] > 0.97
     assert output(cluster.jobs(job)[0]).count("**averaged (SWAP)**") == 1

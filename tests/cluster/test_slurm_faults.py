@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_of_two import NODES, ROOT, Cluster, wait_for
-from launch import processes_of, settings
+from cluster_of_two import NODES, ROOT, Cluster
+from launch import processes_of, settings, wait_for
 from slurm_jobs import TWO_NODES, complete, digest, further, output, reached, read_lines, submit
 
 from swap_hpc.recipe.loading import SHIPPED
@@ -66,7 +66,7 @@ def survives(cluster: Cluster, job: int, fault: Callable[[], object]) -> None:
         (state,) = cluster.jobs(job)
         return int(state["Restarts"]) > before and state["JobState"] == "RUNNING"
 
-    wait_for(again, f"restart {before + 1} of job {job}", 180)
+    wait_for(again, f"restart {before + 1} of job {job}")
 
 
 def kill_a_rank(out: Path) -> None:
@@ -86,7 +86,7 @@ def lose(cluster: Cluster, node: str, job: int) -> None:
     def has_left() -> bool:
         return cluster.jobs(job)[0]["JobState"] != "RUNNING"
 
-    wait_for(has_left, f"job {job} to be taken off its lost node", 120)
+    wait_for(has_left, f"job {job} to be taken off its lost node")
     cluster.start_node(node)
 
 
@@ -162,10 +162,10 @@ def test_a_cancelled_job_stays_away_and_goes_on_when_it_is_submitted_again(
     job = submit(cluster, home, "digits", *lasting, "--out", out)
     reached(out, "world", 3)
     cluster.run("scancel", str(job))
-    (ended,) = cluster.wait(job, 120)
+    (ended,) = cluster.wait(job)
     assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
     last_line = "swap: stopped with code 75; the job is C"  # CANCELLED or COMPLETING
-    wait_for(lambda: last_line in output(ended), "the job's last line", 60)
+    wait_for(lambda: last_line in output(ended), "the job's last line")
     assert processes_of(out, 20) == []
     again = submit(cluster, home, "digits", *lasting, "--out", out)
     assert complete(cluster, again, out)["weights_sha256"] == undisturbed
@@ -192,7 +192,7 @@ def test_restarts_are_bounded_and_ranks_may_be_slow_to_leave(
     job = submit(cluster, home, "digits", *lasting, "--out", out, variables=variables)
     reached(out, "world", 3)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    (ended,) = cluster.wait(job, 120)
+    (ended,) = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
     bounded = "SWAP_RESTARTS=0 allows no further restart: submit the same command"
     assert f"swap: stopped with code 75; {bounded}" in output(ended)
@@ -238,7 +238,7 @@ def test_a_run_that_fails_is_not_tried_for_ever(cluster: Cluster, home: Path) ->
     diverges = settings("large_batch.learning_rate=1e30")
     line = ("digits", *diverges, "--out", str(home / "out"))
     job = submit(cluster, home, *line, variables={"SWAP_RETRIES": "1"})
-    (ended,) = cluster.wait(job, 180)
+    (ended,) = cluster.wait(job)
     printed = output(ended)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), printed
     assert printed.count("swap-hpc: the loss is ") == 2
@@ -258,7 +258,7 @@ def test_what_a_restart_cannot_fix_fails_at_once(
     message: str,
 ) -> None:
     job = submit(cluster, home, *arguments, "--out", home / "out", variables=variables)
-    (ended,) = cluster.wait(job, 120)
+    (ended,) = cluster.wait(job)
     printed = output(ended)
     state = (ended["JobState"], ended["ExitCode"], ended["Restarts"])
     assert state == ("FAILED", code, "0"), printed

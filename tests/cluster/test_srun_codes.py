@@ -6,8 +6,8 @@ One job starts one step after the other.
 from pathlib import Path
 
 import pytest
-from cluster_of_two import MPI_TYPE, Cluster, wait_for
-from launch import codes, exit_codes
+from cluster_of_two import MPI_TYPE, Cluster
+from launch import codes, exit_codes, wait_for
 
 pytestmark = pytest.mark.mpi
 
@@ -59,7 +59,7 @@ def test_sruns_codes_are_those_of_the_table(cluster: Cluster, tmp_path: Path) ->
     output = tmp_path / "job.out"
     options = ("--nodes=2", "--ntasks-per-node=1", f"--output={output}")
     cluster.run("sbatch", *options, "job.sh", cwd=tmp_path)
-    wait_for(lambda: output.exists() and "end\n" in output.read_text(), "end of the job", 400)
+    wait_for(lambda: output.exists() and "end\n" in output.read_text(), "end of the job")
     lines = output.read_text().splitlines()
     found = dict(line.split(": ") for line in lines if line.partition(":")[0] in ROWS)
     assert found.keys() == ROWS.keys()

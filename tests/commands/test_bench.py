@@ -42,7 +42,7 @@ def test_bytes_are_counted_and_phase_2_sends_none(tmp_path: Path) -> None:
 
 
 def test_a_bench_prints_its_table_and_leaves_its_json(tmp_path: Path) -> None:
-    done = swap_hpc("bench", "batchnorm", "--out", tmp_path, cwd=ROOT, timeout=300)
+    done = swap_hpc("bench", "batchnorm", "--out", tmp_path, cwd=ROOT)
     assert done.code == 0, done.stderr
     assert "torch's update_bn on one rank" in done.stdout and "at least 1.8" in done.stdout
     kept = json.loads((tmp_path / "batchnorm.json").read_text(encoding="utf-8"))

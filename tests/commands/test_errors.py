@@ -1,10 +1,8 @@
-"""Bad input gets one line with a hint and exit code 2, within seconds, before any training."""
+"""Bad input gets one line with a hint and exit code 2, before any training."""
 
 import os
-import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,6 @@ from launch import BIN, Finished, settings, swap_hpc
 from PIL import Image
 
 TESTS = Path(__file__).parents[1]
-SECONDS = 30  # generous: most of it is importing torch on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +107,6 @@ def test_bad_input_gets_one_line(case: str, tmp_path: Path) -> None:
         pytest.skip("this host has a GPU")
     done = swap_hpc("train", *arguments, "--out", tmp_path / "out", ranks=ranks)
     fails_with_one_line(done, 2, message)
-    assert done.seconds < SECONDS
     assert not (tmp_path / "out").exists()
 
 
@@ -199,13 +195,10 @@ def test_an_unreadable_image_in_streamed_data_ends_the_run_when_it_is_met(
 def test_a_rank_that_raises_ends_all_ranks_with_its_traceback_once(tmp_path: Path) -> None:
     fields = ("groups=3", "large_batch.batch_size=240")
     done = train_failing("raises_on_rank_1", tmp_path / "out", *fields, ranks=3)
-    ended = time.time()
     assert done.code == 3
     assert done.stderr.count("Traceback (most recent call last)") == 1
     assert "/typer/" not in done.stderr
     assert done.stderr.count("ArithmeticError: rank 1 cannot go on") == 1
-    (raised,) = re.findall(r"^raising at (.*)$", done.stdout, flags=re.MULTILINE)
-    assert done.seconds < 60 and ended - float(raised) < 10
 
 
 def test_a_rank_whose_gpu_is_full_ends_all_with_one_line(tmp_path: Path) -> None:

@@ -3,12 +3,22 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import BIN, codes, exit_codes, hydra, launch, processes_of, ranks_of, settings
+from launch import (
+    BIN,
+    HANG,
+    codes,
+    exit_codes,
+    hydra,
+    launch,
+    processes_of,
+    ranks_of,
+    settings,
+    wait_for,
+)
 
 ENDLESS = settings("large_batch.epochs=2", "refine.epochs=10000", "model.width=4")
 
@@ -57,9 +67,9 @@ def test_the_launchers_code_is_that_of_the_table(
     line = ("train", "digits", *ENDLESS, "--out", str(out))
     job = launch(BIN / "swap-hpc", *line, ranks=2, variables={"SWAP_HPC_STATE": str(state)})
     try:
-        _wait(lambda: len({path.name[:9] for path in checkpoints(out)}) == 2)  # "group-000"
+        wait_for(lambda: len(groups_of(checkpoints(out))) == 2, "checkpoints of two groups")
         send(number, job)
-        output, errors = job.communicate(timeout=60)
+        output, errors = job.communicate(timeout=HANG)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
@@ -78,12 +88,10 @@ def checkpoints(out: Path) -> list[Path]:
     return list((out / "checkpoints").glob("group-*.safetensors"))
 
 
+def groups_of(files: list[Path]) -> set[str]:
+    """Return the groups ("group-000" ...) that have saved."""
+    return {path.name[: len("group-000")] for path in files}
+
+
 def test_the_table_is_read() -> None:
     assert {row for row, _, _ in CASES} <= set(exit_codes(LAUNCHER))
-
-
-def _wait(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

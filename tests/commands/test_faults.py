@@ -9,14 +9,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soak
-from launch import BIN, Finished, command, launch, settings, swap_hpc
+from launch import BIN, HANG, Finished, command, launch, settings, swap_hpc, wait_for
 from safetensors.torch import load_file
 from soak import HERE, Layout
 
@@ -64,7 +62,7 @@ def test_a_run_with_a_fault_at_every_place_ends_like_an_undisturbed_one(
 ) -> None:
     expected = soak.undisturbed(layout, tmp_path)
     kinds, out = list(CHAINS[layout]), tmp_path / "run"
-    outcomes = soak.chain(layout, kinds, random.Random(0), expected, out, patience=3)
+    outcomes = soak.chain(layout, kinds, random.Random(0), expected, out, timed=False)
     assert [f"{o.place}, {o.kind}: {o.wrong}" for o in outcomes if o.wrong] == []
     assert soak.record(out) == expected
 
@@ -187,9 +185,9 @@ def test_other_fields_are_refused_before_anything_is_touched(tmp_path: Path) -> 
 def test_ctrl_c_stops_a_rank_alone_in_order(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = launch(BIN / "swap-hpc", "train", "digits", *ENDLESS, "--out", out)
-    wait_for(lambda: list((out / "checkpoints").glob("group-000-*.safetensors")))
+    wait_for(lambda: list((out / "checkpoints").glob("group-000-*.safetensors")), "checkpoint")
     os.kill(job.pid, signal.SIGINT)
-    output, _ = job.communicate(timeout=20)
+    output, _ = job.communicate(timeout=HANG)
     assert job.returncode == 75
     saved = f"swap-hpc: stopped on request, all is saved in {out}: start it again to go on"
     assert saved in output
@@ -228,13 +226,6 @@ def test_a_signal_at_the_very_end_changes_no_code(code: int, tmp_path: Path) -> 
     assert (tmp_path / "runs" / "digits" / "result.json").exists() == (code == 0)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60, every: float = 0.1) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(every)
-
-
 def remount(disk: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
 
@@ -266,14 +257,16 @@ def test_a_folder_that_turns_read_only_ends_the_run(small_disk: Path) -> None:
     remount(small_disk, "size=50m")
     out = small_disk / "out"
     job = launch(BIN / "swap-hpc", "train", "digits", *ENDLESS, "--out", out, ranks=2)
-    wait_for(lambda: list((out / "checkpoints").glob("group-*.safetensors")))
+    wait_for(lambda: list((out / "checkpoints").glob("group-*.safetensors")), "checkpoint")
     read_only = ["mount", "-o", "remount,ro", str(small_disk)]
     # The kernel refuses as long as a file is open for writing.
     wait_for(
-        lambda: subprocess.run(read_only, capture_output=True).returncode == 0, 30, every=0.005
+        lambda: subprocess.run(read_only, capture_output=True).returncode == 0,
+        "moment without an open file",
+        every=0.005,
     )
     try:
-        _, errors = job.communicate(timeout=30)
+        _, errors = job.communicate(timeout=HANG)
     finally:
         job.terminate()
     (line,) = [line for line in errors.splitlines() if line.startswith("swap-hpc: ")]

@@ -10,7 +10,7 @@ PROGRAM = Path(__file__).parents[1] / "gpu_stand_in.py"
 
 
 def run(out: Path, *fields: str, ranks: int | None = None) -> Finished:
-    return command(sys.executable, PROGRAM, out, *fields, ranks=ranks, timeout=300)
+    return command(sys.executable, PROGRAM, out, *fields, ranks=ranks)
 
 
 @pytest.mark.parametrize(

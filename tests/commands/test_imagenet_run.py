@@ -50,7 +50,7 @@ def test_imagenet_from_a_folder_and_from_shards_is_one_run(folder: Path, tmp_pat
         out = tmp_path / kind
         fields = (*SHORT, *settings(f"data.name={kind}"))
         line = ("train", "imagenet", "--data", str(path), "--out", str(out), *fields)
-        done = swap_hpc(*line, ranks=4, timeout=600)
+        done = swap_hpc(*line, ranks=4)
         assert done.code == 0, done.stderr
         assert "imagenet: 4 ranks, 2 groups" in done.stdout
         assert "read and decoded in every epoch" in done.stdout

@@ -58,11 +58,15 @@ def test_four_copies_end_alike_on_any_number_of_ranks() -> None:
 
 
 LATE = """
-import datetime, sys, time
+import datetime, os, time
 import torch
+from pathlib import Path
 from torch import distributed
 from swap_hpc import Team, average_weights_
 
+Path(f"imported-{os.environ['RANK']}").touch()
+while not all(Path(f"imported-{rank}").exists() for rank in (0, 1)):
+    time.sleep(0.01)
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 if distributed.get_rank() == 1:
     time.sleep(4)
@@ -82,7 +86,7 @@ world.barrier()
 def test_a_rank_may_be_late_and_one_that_fails_ends_all(tmp_path: Path) -> None:
     """A group's refinement takes longer than a process group waits, here 2 seconds."""
     (tmp_path / "late.py").write_text(LATE)
-    done = command(*torchrun(2), tmp_path / "late.py", timeout=60)
+    done = command(*torchrun(2), tmp_path / "late.py", cwd=tmp_path)
     assert done.stdout.splitlines() == 2 * ["averaged"]
     assert done.code == 1 and "a fault of rank 1's" in done.stderr
 

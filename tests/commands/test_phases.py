@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import BIN, launch, settings, swap_hpc
+from launch import BIN, HANG, launch, settings, swap_hpc, wait_for
 
 QUICK = settings("large_batch.epochs=2", "refine.epochs=2", "model.width=4")
 
@@ -41,12 +40,10 @@ def test_a_job_for_each_part_gives_what_one_job_gives(per_group: int, tmp_path: 
         launch(BIN / "swap-hpc", *job, "--phase", "refine", "--group", str(g), ranks=per_group)
         for g in range(2)
     ]
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/group-001-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: list(out.glob("checkpoints/group-001-*")), "checkpoint of group 1", every=0.01)
     os.killpg(jobs[1].pid, signal.SIGKILL)
-    assert "group-000 is done" in jobs[0].communicate(timeout=60)[0] and jobs[0].returncode == 0
-    jobs[1].communicate(timeout=60)
+    assert "group-000 is done" in jobs[0].communicate(timeout=HANG)[0] and jobs[0].returncode == 0
+    jobs[1].communicate(timeout=HANG)
     again = swap_hpc(*job, "--phase", "refine", "--group", "1", ranks=per_group)
     assert again.code == 0 and "group 1 goes on" in again.stdout, again.stderr
     # Jobs of groups leave the metrics of phase 1 alone.

@@ -228,7 +228,7 @@ def test_the_other_lines_run_one_after_the_other(tmp_path: Path) -> None:
     # For the predictions, which read what a bench wrote.
     shutil.copytree(ROOT / "tests" / "runs" / "scaling", tmp_path / "tests" / "runs" / "scaling")
     for line in here:
-        done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
+        done = command("bash", "-c", line, cwd=tmp_path)
         assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for name in (
         "mine/report.md",
@@ -303,7 +303,7 @@ def test_the_figures_are_drawn_by_the_command_shown(tmp_path: Path) -> None:
     folders = line.split()[2:]
     for folder in folders:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png"))
-    done = command("bash", "-c", line, cwd=tmp_path, timeout=300)
+    done = command("bash", "-c", line, cwd=tmp_path)
     assert done.code == 0, done.stderr
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
     images = [path.removeprefix("../../") for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", STUDY)]

@@ -2,10 +2,11 @@
 
 import json
 import signal
-import time
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from launch import BIN, launch, swap_hpc
+from launch import BIN, HANG, launch, swap_hpc, wait_for
 
 STUDY = """
 title = "a small study"
@@ -49,20 +50,28 @@ def sets(*fields: str) -> list[str]:
     return [part for field in fields for part in ("--set", field)]
 
 
+def begun(process: "subprocess.Popen[str]", condition: Callable[[], object]) -> None:
+    """Wait until a trial has begun, and fail with what the study prints if it ends before."""
+
+    def begun_or_ended() -> bool:
+        return bool(condition()) or process.poll() is not None
+
+    wait_for(begun_or_ended, "trial")
+    assert condition(), process.stderr and process.stderr.read()
+
+
 def test_a_study_is_stopped_goes_on_and_is_not_run_twice(tmp_path: Path) -> None:
     file, out = tmp_path / "small.toml", tmp_path / "out"
     file.write_text(STUDY)
     process = launch(BIN / "swap-hpc", "study", file, "--out", out)
     last_trial = out / "search" / "swap" / "rate-0.1-seed-5"
-    while not (last_trial / "recipe.toml").is_file():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.1)
+    begun(process, lambda: (last_trial / "recipe.toml").is_file())
     process.send_signal(signal.SIGINT)  # as a terminal's Ctrl-C
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 75, stderr
     assert "search 3 of 3: swap, seed 5, rate 0.1" in stdout
     assert "start it again to go on" in stdout + stderr
-    done = swap_hpc("study", file, "--out", out, timeout=300)
+    done = swap_hpc("study", file, "--out", out)
     assert done.code == 0, done.stderr
     assert "search 3 of 3" in done.stdout and "search 2 of 3" not in done.stdout
     assert "run 6 of 6: post-local, seed 1" in done.stdout
@@ -86,13 +95,9 @@ def test_a_stop_counts_where_the_launcher_returns_0(tmp_path: Path) -> None:
     file.write_text(STUDY.replace("large_batch.epochs=2", "large_batch.epochs=10000"))
     start = f"{launcher} -n {{ranks}}"
     process = launch(BIN / "swap-hpc", "study", file, "--out", out, "--launcher", start)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("search/*/*/metrics/world.jsonl")):  # the first trial trains
-        alive = process.poll() is None and time.monotonic() < deadline
-        assert alive, process.stderr and process.stderr.read()
-        time.sleep(0.1)
+    begun(process, lambda: list(out.glob("search/*/*/metrics/world.jsonl")))
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 75, stderr
     assert "the study was stopped on request, all is saved" in stdout + stderr
 

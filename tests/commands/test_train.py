@@ -51,7 +51,7 @@ QUICK = settings("large_batch.epochs=2", "refine.epochs=1", "model.width=2")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of the shipped recipe's run on 4 ranks."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    done = swap_hpc("train", "digits", "--out", out, ranks=4, timeout=180)
+    done = swap_hpc("train", "digits", "--out", out, ranks=4)
     assert done.code == 0, done.stderr
     return out, done.stdout
 

@@ -215,7 +215,7 @@ def test_the_average_is_the_cpus_bit_for_bit() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_digits_with_ranks_that_share_the_gpu(ranks: int, tmp_path: Path) -> None:
     line = ("train", "digits", *settings("device=cuda"), "--out", str(tmp_path / "out"))
-    done = swap_hpc(*line, ranks=ranks, timeout=300)
+    done = swap_hpc(*line, ranks=ranks)
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test_accuracy"]["averaged"] >= 0.975

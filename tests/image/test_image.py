@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cluster_of_two import missing, running
-from launch import BIN, settings
+from launch import BIN, HANG, settings
 from slurm_jobs import TESTS, commands, complete, places, submit, user_folder
 
 ROOT = Path(__file__).parents[2]
@@ -55,16 +55,16 @@ class Buildah:
         where = f'graphroot = "{self.folder}/storage"\nrunroot = "{self.folder}/run"\n'
         (self.folder / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\n{where}')
 
-    def __call__(self, *line: str | Path, seconds: float = 60) -> str:
-        return self.run("buildah", *line, seconds=seconds)
+    def __call__(self, *line: str | Path) -> str:
+        return self.run("buildah", *line)
 
-    def run(self, *line: str | Path, seconds: float, **variables: str) -> str:
-        """Run a command within so many seconds, and return its output."""
+    def run(self, *line: str | Path, **variables: str) -> str:
+        """Run a command, and return its output."""
         done = subprocess.run(
             list(map(str, line)),
             cwd=ROOT,
             env=self.environment | variables,
-            timeout=seconds,
+            timeout=4 * HANG,
             capture_output=True,
             text=True,
             check=False,
@@ -99,7 +99,7 @@ def base(buildah: Buildah) -> str:
     lines = sources.read_text(encoding="utf-8").splitlines() if sources.exists() else []
     mirror = [line.split()[1] for line in lines if line.startswith("URIs:")][:1]
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    buildah.run("debootstrap", "--variant=minbase", SUITE, root, *mirror, seconds=600, PATH=path)
+    buildah.run("debootstrap", "--variant=minbase", SUITE, root, *mirror, PATH=path)
     certificates = root / "usr" / "local" / "share" / "ca-certificates"
     certificates.mkdir(parents=True, exist_ok=True)
     copies = {
@@ -110,11 +110,11 @@ def base(buildah: Buildah) -> str:
         if Path(file).exists():
             shutil.copy(file, copy)
     tar = buildah.folder / "base.tar"
-    buildah.run("tar", "--directory", root, "--create", "--file", tar, ".", seconds=120)
+    buildah.run("tar", "--directory", root, "--create", "--file", tar, ".")
     shutil.rmtree(root)
     container = buildah("from", "scratch").strip()
-    buildah("add", container, tar, "/", seconds=120)
-    buildah("commit", "--rm", container, name, seconds=120)
+    buildah("add", container, tar, "/")
+    buildah("commit", "--rm", container, name)
     tar.unlink()
     return name
 
@@ -129,14 +129,14 @@ def image(buildah: Buildah, base: str) -> str:
         "RUNTIME": base,
         "HOROVOD_BUILD": "cpu",
     }
-    buildah.run(ROOT / "docker" / "image.sh", "--layers=false", seconds=1800, **settings)
+    buildah.run(ROOT / "docker" / "image.sh", "--layers=false", **settings)
     print(f"\nthe image was built in {time.monotonic() - begin:.0f} s")
     return "localhost/swap-hpc-test"
 
 
 @pytest.fixture(scope="session")
 def container(buildah: Buildah, image: str) -> str:
-    return buildah("from", image, seconds=300).strip()
+    return buildah("from", image).strip()
 
 
 def test_the_image_is_one_for_users(buildah: Buildah, image: str) -> None:
@@ -159,7 +159,7 @@ def test_the_main_job_runs_inside_as_a_user(buildah: Buildah, container: str) ->
     os.chown(folder, 4242, 4242)
     options = ("--user", "4242", "--volume", f"{folder}:/work", "--workingdir", "/work")
     inside = f"id -u; {line.split(' swap_hpc ', 1)[1]}"
-    output = buildah("run", *options, container, "--", "sh", "-c", inside, seconds=300)
+    output = buildah("run", *options, container, "--", "sh", "-c", inside)
     assert output.startswith("4242\n")
     assert "digits: 2 ranks, 4 groups" in output and "**averaged (SWAP)**" in output
     result = folder / "runs" / "digits" / "result.json"

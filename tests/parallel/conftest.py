@@ -22,7 +22,6 @@ from swap_hpc.parallel.teams import Team
 
 INSIDE = "SWAP_HPC_TEST_RANKS"  # set by the outer pytest: the `Start` of this process
 REPORTS = "SWAP_HPC_TEST_REPORTS"  # a folder, with one file of JSON lines per rank
-MINUTES = 12  # time-out of one launcher
 
 
 class Start(NamedTuple):
@@ -115,7 +114,7 @@ def _launch(start: Start, items: list[str], root: Path) -> Launched:
         line = [*launcher, "-m", "pytest", "-q", "-p", "no:cacheprovider", *items]
         variables = {INSIDE: str(start), REPORTS: folder}
         ranks = start.ranks if by_mpi else None
-        done = command(*line, ranks=ranks, timeout=60 * MINUTES, cwd=root, variables=variables)
+        done = command(*line, ranks=ranks, cwd=root, variables=variables)
         reports: dict[str, dict[int, Report]] = {}
         for path in Path(folder).iterdir():
             rank = int(path.stem)

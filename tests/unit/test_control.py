@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launch import HANG
 
 from swap_hpc.run.watchdog import _Standstill
 from swap_hpc.train.control import STOPPING, Control
@@ -41,9 +42,9 @@ def test_a_second_interrupt_does_not_wait(control: Control) -> None:
 
 
 def test_a_save_that_the_recipe_asks_for_waits_for_its_time() -> None:
-    control = Control(min_seconds=0.2)
+    control = Control(min_seconds=3600)
     assert not control.due(wanted=True)
-    time.sleep(0.25)
+    control.saved_at -= 3600
     assert control.due(wanted=True) and not control.due()
     control.saved()
     assert not control.due(wanted=True)
@@ -53,9 +54,9 @@ def test_a_save_that_the_recipe_asks_for_waits_for_its_time() -> None:
 
 
 def test_a_save_is_due_when_its_time_has_come() -> None:
-    control = Control(save_seconds=0.05)
+    control = Control(save_seconds=3600)
     assert not control.due()
-    time.sleep(0.06)
+    control.saved_at -= 3600
     assert control.due() and not control.stop
     control.saved()
     assert not control.due()
@@ -75,35 +76,35 @@ from swap_hpc.parallel.grid import grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.run.watchdog import watching
 
-control = Control()
+control, LIMIT = Control(), 2
 
 def hang():
     control.heartbeat("epoch 3")
     threading.Thread(target=another_thread, daemon=True).start()
-    time.sleep(30)
+    time.sleep(600)
 
 def another_thread():
-    time.sleep(30)
+    time.sleep(600)
 
 def make_steps():
-    for _ in range(25):
+    for _ in range(45):
         control.heartbeat("a step")
         time.sleep(0.1)
 
 def wait_for_other_groups():
     with control.waiting():
-        time.sleep(2.5)
+        time.sleep(4.5)
 
-with grid(Team.world(), 1) as ranks, watching(control, 1 / 60, Path(sys.argv[2]), ranks):
+with grid(Team.world(), 1) as ranks, watching(control, LIMIT / 60, Path(sys.argv[2]), ranks):
     globals()[sys.argv[1]]()
 print("ended")
 """
 
 
 def watched(what: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run a function of the program for longer than its watchdog's limit, one second."""
+    """Run a function of the program for longer than its watchdog's limit."""
     line = [sys.executable, "-c", PROGRAM, what, str(folder)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.parametrize("what", ["make_steps", "wait_for_other_groups"])
@@ -113,12 +114,10 @@ def test_a_rank_that_makes_steps_or_waits_is_left_alone(what: str, tmp_path: Pat
 
 
 def test_a_rank_that_hangs_ends_with_a_line_and_its_stacks(tmp_path: Path) -> None:
-    begin = time.monotonic()
     done = watched("hang", tmp_path)
-    assert time.monotonic() - begin < 20
     assert done.returncode == 3 and done.stdout == ""
     first, second, *stacks = done.stderr.splitlines()
-    assert first.startswith("swap-hpc: no progress for 1 s after epoch 3: this rank, or one")
+    assert first.startswith("swap-hpc: no progress for 2 s after epoch 3: this rank, or one")
     assert second.startswith("Python stacks of rank 0, process ")
     for function in ("hang", "another_thread"):
         assert any(line.endswith(f" in {function}") for line in stacks), done.stderr
