@@ -238,7 +238,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _say_result(result: Any, as_json: bool) -> None:
     """Print what was found, as lines or as one JSON object."""
     if as_json:
-        say(json.dumps(_as_object(result)))
+        say(json.dumps(_as_object(result), allow_nan=False))
         return
     for note in result.notes:
         say(note)
@@ -257,13 +257,13 @@ def _say_result(result: Any, as_json: bool) -> None:
 
 
 def _as_object(result: Any) -> dict[str, Any]:
-    from swap_hpc.run.lines import figures
+    from swap_hpc.run.lines import figures, without_nan
 
     content: dict[str, Any] = {"file": from_disk(result.file)}
     if result.members is not None:
         content["groups"] = result.members
     for split, found in result.found.items():
-        content |= figures(split, found, found.metrics)
+        content |= without_nan(figures(split, found, found.metrics))
     return content | {"weights_sha256": result.weights_sha256, "notes": result.notes}
 
 

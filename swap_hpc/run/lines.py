@@ -1,6 +1,7 @@
 """A line of a run's metrics, as the journal writes it and the board shows it."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 from swap_hpc.train.events import Evaluation
@@ -26,6 +27,18 @@ def figures(split: str, result: Evaluation | None, metrics: Iterable[str]) -> Li
 def _values(result: Evaluation) -> dict[str, Any]:
     each = {f"{name}_by_class": values for name, values in result.by_class.items()}
     return {"loss": result.loss, **result.metrics, **each}
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value of JSON with null for each number that is not finite: JSON has none."""
+    match value:
+        case dict():
+            return {name: without_nan(each) for name, each in value.items()}
+        case list():
+            return [without_nan(each) for each in value]
+        case float() if not isfinite(value):
+            return None
+    return value
 
 
 def evaluation_in(line: Line, split: str, metrics: Iterable[str]) -> Evaluation:

@@ -73,6 +73,24 @@ def test_curves_show_what_the_metrics_say(run: Path, figures: list[Figure]) -> N
     assert [100 * accuracy["averaged"]] in drawn
 
 
+def test_moving_averages_are_drawn_beside_the_models(run: Path, figures: list[Figure]) -> None:
+    """Dashed, from the epochs that have them; the labels say what they are."""
+    for name, shares in (("world", (0.5, 0.6, 0.7)), ("group-001", (0.81, 0.82, 0.83))):
+        file = run / "metrics" / f"{name}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line, share in zip(lines, shares, strict=False):
+            line["ema_test_accuracy"] = share
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curves(run, run / "curves.png")
+    left, right = figures[0].axes[:2]
+    for axis in (left, right):
+        dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
+        drawn = [np.asarray(line.get_ydata(), float).tolist() for line in dashed]
+        assert [50.0, 60.0, 70.0] in drawn and [81.0, 82.0, 83.0] in drawn
+    words = [[text.get_text() for text in axis.texts] for axis in (left, right)]
+    assert words[0].count("EMA of the weights") == 1
+
+
 def test_the_averages_curve_begins_and_ends_where_the_groups_do(
     run: Path, figures: list[Figure]
 ) -> None:

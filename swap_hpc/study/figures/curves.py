@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.metrics import axis_label, scale
@@ -99,6 +99,7 @@ def draw_curves(run: Path, file: Path) -> None:
             axes[0, 1].set_title("phase 2: refinement", loc="left", pad=5)
             _limit_to_refinement(axes[0, 1], axes[1, 1], shown)
         _draw_ends(axes[0, -1], shown)
+        place_labels(axes[0, 0], _ema_labels(shown, shown.large_batch, 0, LARGE_BATCH))
 
 
 def _read(run: Path) -> _Run:
@@ -118,9 +119,11 @@ def _read(run: Path) -> _Run:
 def _draw_metric(axis: "Axes", run: _Run) -> None:
     averaged = run.ends["averaged"]
     axis.plot(*_values(run, run.large_batch, 0), ".-", color=LARGE_BATCH)
+    axis.plot(*_values(run, run.large_batch, 0, of="ema_"), "--", color=LARGE_BATCH, lw=1)
     fork = _fork(run)
     for lines in run.groups:
         axis.plot(*_values(run, lines, run.begin, fork), ".-", color=GROUPS, lw=1, ms=3)
+        axis.plot(*_values(run, lines, run.begin, of="ema_"), "--", color=GROUPS, lw=1)
     if run.averages:
         epochs, values = _values(run, run.averages, run.begin, fork)
         if averaged is not None:
@@ -137,7 +140,11 @@ def _fork(run: _Run) -> list[tuple[float, float]]:
 
 
 def _values(
-    run: _Run, lines: Lines, begin: int, before: Sequence[tuple[float, float]] = ()
+    run: _Run,
+    lines: Lines,
+    begin: int,
+    before: Sequence[tuple[float, float]] = (),
+    of: Literal["", "ema_"] = "",
 ) -> Curve:
     """Return epochs of the run and the main metric, where it was measured, in percent if a share.
 
@@ -146,8 +153,9 @@ def _values(
         lines: a part of the run.
         begin: the epoch of the run at which this part begins.
         before: points to begin with.
+        of: "ema_" for the moving average of the weights, where the recipe asks for it.
     """
-    key, factor = f"{run.split}_{run.metric}", scale(run.metric)
+    key, factor = f"{of}{run.split}_{run.metric}", scale(run.metric)
     measured = [line for line in lines if line.get(key) is not None]
     points = [*before, *((begin + line["epoch"], factor * line[key]) for line in measured)]
     return [x for x, _ in points], [y for _, y in points]
@@ -191,6 +199,7 @@ def learning_rates(phase: LargeBatch | Refine, epochs: int, steps: int, begin: i
 
 def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
     values = [y for lines in (*run.groups, run.averages) for y in _values(run, lines, 0)[1]]
+    values += [y for lines in run.groups for y in _values(run, lines, 0, of="ema_")[1]]
     ends = (run.ends["large_batch"], run.ends["averaged"])
     values += [end for end in ends if end is not None]
     margin = 0.08 * (max(values) - min(values)) + 0.001 * scale(run.metric)
@@ -213,4 +222,13 @@ def _draw_ends(axis: "Axes", run: _Run) -> None:
     for epoch, value in fork:
         axis.plot(epoch, value, "o", color=LARGE_BATCH, clip_on=False, zorder=3)
     label_right(axis, ends)
-    place_labels(axis, [Label(x, y, f"end of phase 1: {y:{digits}}", LARGE_BATCH) for x, y in fork])
+    labels = [Label(x, y, f"end of phase 1: {y:{digits}}", LARGE_BATCH) for x, y in fork]
+    for group in run.groups[:1]:
+        labels += _ema_labels(run, group, run.begin, GROUPS)
+    place_labels(axis, labels)
+
+
+def _ema_labels(run: _Run, lines: Lines, begin: int, colour: str) -> list[Label]:
+    """Return a label at the middle of a part's moving average of the weights, if it has one."""
+    points = [*zip(*_values(run, lines, begin, of="ema_"), strict=True)]
+    return [Label(*points[len(points) // 2], "EMA of the weights", colour)] if points else []
