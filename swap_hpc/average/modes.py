@@ -1,7 +1,9 @@
 """The training and evaluation modes of a model's modules, and whether it is the plain module."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -12,15 +14,32 @@ def check_unwrapped(model: nn.Module) -> None:
     """Check that a model's forward pass waits for no other rank.
 
     Raises:
-        ValueError: it is, or holds, a DistributedDataParallel. With another number of batches on
-            one rank, the ranks would wait for each other forever.
+        ValueError: it is, or holds, a DistributedDataParallel, or its weights are sharded (FSDP).
+            With another number of batches on one rank, the ranks would wait for each other forever.
     """
+    if _is_sharded(model):
+        raise ValueError(
+            "the model's weights are sharded over ranks (FSDP, or DTensor), so that no rank has a "
+            "copy to average: load torch.distributed.checkpoint.state_dict.get_model_state_dict("
+            "model, options=StateDictOptions(full_state_dict=True)) into the module as it was"
+        )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "the model is a DistributedDataParallel, whose forward pass waits for other ranks, and "
             "which keeps the ranks' weights equal: refine and average the module in it, "
             "model.module"
         )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Tell whether each rank has a part of the weights: FullyShardedDataParallel or DTensor."""
+    # torch imports neither by itself: without an import there is none
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in model.modules()):
+        return True
+    sharded = sys.modules.get("torch.distributed.tensor")
+    tensors = chain(model.parameters(), model.buffers())
+    return sharded is not None and any(isinstance(each, sharded.DTensor) for each in tensors)
 
 
 @torch.no_grad()

@@ -128,7 +128,8 @@ def test_the_first_phase_may_be_another_trainers(world: Team, trainer: str) -> N
         )
         wrapped = nn.parallel.DistributedDataParallel(model)
         step(wrapped)
-        check_refused(wrapped, world)
+        check_refused(wrapped, world, r"average the module in it, model\.module")
+        check_refused(sharded(deepcopy(model)), world, "the model's weights are sharded over ranks")
         torch.distributed.destroy_process_group()
     shared = [parameter.detach().clone() for parameter in model.parameters()]
     sums = [weights.sum().item() for weights in shared]
@@ -152,7 +153,14 @@ def unused_file(world: Team) -> str:
     return world.broadcast(tempfile.mktemp(prefix="ddp-"))
 
 
-def check_refused(wrapped: nn.Module, world: Team) -> None:
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+    return model
+
+
+def check_refused(wrapped: nn.Module, world: Team, why: str) -> None:
     """Through the wrapper, a rank with more batches than another would wait forever."""
     (images, labels), _ = plain_loop.load()
     batches = [(images[:8], labels[:8])] * (1 + world.rank)
@@ -162,5 +170,5 @@ def check_refused(wrapped: nn.Module, world: Team) -> None:
         lambda: swap_hpc.refresh_batchnorm_(wrapped, (images for images, _ in batches), world),
         lambda: swap_hpc.evaluate(nn.Sequential(wrapped), batches, world),
     ):
-        with pytest.raises(ValueError, match=r"average the module in it, model\.module"):
+        with pytest.raises(ValueError, match=why):
             function()
