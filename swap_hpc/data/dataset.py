@@ -92,7 +92,25 @@ def with_validation(dataset: Dataset, samples: int) -> Dataset:
     validation = np.sort(order[:samples])
     training = np.sort(order[samples:])
     return replace(
-        dataset, train=dataset.train.take(training), validation=dataset.train.take(validation)
+        dataset,
+        train=dataset.train.take(training),
+        validation=dataset.train.take(validation),
+        notes=dataset.notes + _note_on_transforms(dataset.train),
+    )
+
+
+def _note_on_transforms(split: Split) -> tuple[str, ...]:
+    """Return a line where samples set aside are read as they are in training."""
+    if not isinstance(split, Batches):
+        return ()
+    from swap_hpc.data.map_style import MapStyle
+
+    source = split.function
+    if not isinstance(source, MapStyle) or source.has_evaluated or source.has_no_transforms:
+        return ()
+    return (
+        "the samples of data.validation are read with the training data set's transforms: where "
+        "they are random, give Batches.of(..., evaluated=...) the same samples without them",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
@@ -29,12 +29,24 @@ class MapStyle:
     dataset: MapStyleDataset
     collate: Collate | None
     workers: int
+    evaluated: MapStyleDataset | None = None  # the same samples as they are evaluated
     idle: list["DataLoader[Any]"] = field(default_factory=list)
+
+    @property
+    def has_evaluated(self) -> bool:
+        """Whether the samples have a data set of their own where a model is evaluated."""
+        return self.evaluated is not None
+
+    @property
+    def has_no_transforms(self) -> bool:
+        """Whether the samples are tensors, which are read as they are."""
+        return isinstance(self.dataset, TensorDataset)
 
     def __call__(self, picks: Iterator[Picks], training: bool) -> Iterator[Any]:
         loader = self.idle.pop() if self.idle else self._loader()
         assert isinstance(loader.batch_sampler, _PickedBatches)
         loader.batch_sampler.picks = picks
+        loader.batch_sampler.evaluates = not training
         try:
             with children_without_mpi():
                 stream = iter(loader)
@@ -44,7 +56,7 @@ class MapStyle:
 
     def _loader(self) -> "DataLoader[Any]":
         return DataLoader(
-            _Seeded(self.dataset),
+            _Seeded(self.dataset, self.evaluated),
             batch_sampler=_PickedBatches(),
             collate_fn=self.collate,
             num_workers=self.workers,
@@ -56,29 +68,47 @@ class MapStyle:
         )
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the loader asks the data set for."""
+
+    samples: list[int]
+    seeds: list[int]  # one for each sample
+    seed: int  # of the whole batch
+    evaluates: bool
+
+
 class _PickedBatches(Sampler[Any]):
-    """What the loader asks the data set for: each pick's seed and samples."""
+    """The batches of a stream, one for each pick."""
 
     picks: Iterator[Picks] = iter(())
+    evaluates: bool = False
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[_Batch]:
         for pick in self.picks:
-            yield pick.seed, pick.indices.tolist()
+            yield _Batch(pick.indices.tolist(), pick.sample_seeds, pick.seed, self.evaluates)
 
 
 @dataclass(frozen=True)
 class _Seeded(Dataset[Any]):
-    """The user's data set; what is random in its samples is drawn anew for each batch."""
+    """The user's data set; what is random in a sample is drawn anew each time it is read."""
 
     dataset: MapStyleDataset
+    evaluated: MapStyleDataset | None
 
-    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
-        seed, samples = batch
-        seed_all(seed)
-        if several := getattr(self.dataset, "__getitems__", None):
-            found: list[Any] = several(samples)
+    def __getitems__(self, batch: _Batch) -> list[Any]:
+        with_others = batch.evaluates and self.evaluated is not None
+        dataset: Any = self.evaluated if with_others else self.dataset
+        if several := getattr(dataset, "__getitems__", None):
+            seed_all(batch.seed)
+            found: list[Any] = several(batch.samples)
             return found
-        return [self.dataset[sample] for sample in samples]
+        return [_read(dataset, *each) for each in zip(batch.samples, batch.seeds, strict=True)]
+
+
+def _read(dataset: MapStyleDataset, sample: int, seed: int) -> Any:
+    seed_all(seed)
+    return dataset[sample]
 
 
 def _ignore_stops(worker: int) -> None:

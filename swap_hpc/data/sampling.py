@@ -83,7 +83,20 @@ class Picks:
         content = self.indices.tobytes()
         if self.draws is not None:
             content += self.draws.tobytes()
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+        return _hashed(content)
+
+    @property
+    def sample_seeds(self) -> list[int]:
+        """64-bit hashes of each sample's number and draws, whichever other samples are picked."""
+        numbers = [index.tobytes() for index in self.indices]
+        if self.draws is None:
+            return [_hashed(number) for number in numbers]
+        pairs = zip(numbers, self.draws, strict=True)
+        return [_hashed(number + draws.tobytes()) for number, draws in pairs]
+
+
+def _hashed(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from swap_hpc.data.open_tars import descriptor
 from swap_hpc.data.sampling import Picks
-from swap_hpc.errors import RunError
+from swap_hpc.errors import RunError, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +187,11 @@ class Batches:
     metric as `loss(outputs, targets)`. The function should be a generator, which makes a batch when
     it is asked for one: in training, `picks` covers all epochs.
 
-    What the function derives from its picks alone is the same on any number of ranks, and when a
-    run resumes. So is what it draws from the global generators of torch, `numpy.random` and
-    `random` in the thread that calls it: they are seeded anew with each pick.
+    A pick is one rank's share of a step. What the function makes of each sample's number and draws
+    alone is the same on any number of ranks, and when a run resumes. The global generators of
+    torch, `numpy.random` and `random` are seeded anew with each pick, in the thread that calls the
+    function: what it draws from them is the same when a run resumes on as many ranks, and another
+    on another number.
 
     A run fails with `RunError` where the function raises an error, and with `UserError` where it
     ends early or a batch has another size than its pick.
@@ -210,21 +212,37 @@ class Batches:
         dataset: "MapStyleDataset",
         collate: Callable[[list[Any]], tuple[Any, Any]] | None = None,
         workers: int = 0,
+        evaluated: "MapStyleDataset | None" = None,
     ) -> "Batches":
         """Return the split of a torch Dataset, read by torch's DataLoader.
 
         Args:
-            dataset: has a length; `dataset[i]` is the pair (input, target) of a sample. What it
-                draws from the global generators is the same on any number of ranks, with any number
-                of workers, and when a run resumes.
+            dataset: has a length; `dataset[i]` is the pair (input, target) of a sample. The global
+                generators of torch, `numpy.random` and `random` are seeded anew before each
+                sample is read: what it draws from them is the same on any number of ranks, with
+                any number of workers, and when a run resumes. Where a data set has
+                `__getitems__`, they are seeded before each batch, a rank's share of a step.
             collate: makes a batch, a pair (inputs, targets), of a list of pairs; None: torch's
-                `default_collate`, which stacks them.
+                `default_collate`, which stacks them. What it draws depends on how many ranks share
+                a step.
             workers: processes that read samples, per rank and stream of batches; 0: the rank
                 itself. They are started anew ("spawn"), so that the data set must be picklable.
+            evaluated: the same samples in the same order, without random transforms. They are
+                read where a model is evaluated on samples of this split: those that
+                `data.validation` sets aside, and by `swap-hpc evaluate --split train`. None:
+                `dataset` is read there, too.
+
+        Raises:
+            UserError: `evaluated` has another length than `dataset`.
         """
         from swap_hpc.data.map_style import MapStyle
 
-        return Batches(len(dataset), MapStyle(dataset, collate, workers))
+        if evaluated is not None and len(evaluated) != len(dataset):
+            raise UserError(
+                f"Batches.of got {len(dataset)} samples, and {len(evaluated)} in evaluated: "
+                "give both the same samples in the same order"
+            )
+        return Batches(len(dataset), MapStyle(dataset, collate, workers, evaluated))
 
     def __len__(self) -> int:
         return self.samples if self.which is None else len(self.which)

@@ -1,19 +1,23 @@
 """Batches on several ranks: a step's samples do not depend on them, an epoch has each once."""
 
+import random
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from swap_hpc.data import load
+from swap_hpc.data import Batches, Dataset, load
+from swap_hpc.data.dataset import with_validation
 from swap_hpc.data.sampling import Key
 from swap_hpc.data.splits import Files
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import Phase
+from swap_hpc.train.job import Job
 
 
 def test_a_step_holds_the_same_pixels_on_any_number_of_ranks(world: Team) -> None:
@@ -26,6 +30,37 @@ def test_a_step_holds_the_same_pixels_on_any_number_of_ranks(world: Team) -> Non
         parts = world.allgather(mine[step])
         assert torch.equal(torch.cat([part[0] for part in parts]), images)
         assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+
+
+class Shaken(torch.utils.data.Dataset[Any]):
+    """A data set that draws from all global generators, in training; or as it is."""
+
+    def __init__(self, shaken: bool = True):
+        self.shaken = shaken
+
+    def __len__(self) -> int:
+        return 101
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        noise = torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
+        return index + self.shaken * noise, index % 3
+
+
+def test_a_torch_data_set_gives_the_same_on_any_number_of_ranks(world: Team) -> None:
+    split = Batches.of(Shaken(), evaluated=Shaken(shaken=False))
+    whole = Dataset(split, split, tuple("abc"))
+    job = Job(tiny.recipe(), with_validation(whole, 30), tiny.CPU)
+    key = Key(5, Phase.LARGE_BATCH)
+    mine = list(job.training_batches(job.recipe.large_batch, key, world))
+    alone = list(job.training_batches(job.recipe.large_batch, key, Team.alone()))
+    inputs = [batch for batch, _ in alone]
+    assert len(inputs) == 2 * (71 // 24)
+    for step, expected in enumerate(inputs):
+        parts = world.allgather(mine[step][0])
+        assert torch.equal(torch.cat(parts), expected)
+    assert len(torch.cat(inputs).unique()) > 0.9 * 3 * len(torch.cat(inputs))
+    found = torch.cat([batch for batch, _ in job.test_batches(Team.alone(), "validation")])
+    assert len(found) == 30 and torch.equal(found, found.long().float())  # without noise
 
 
 def test_an_epoch_sees_each_sample_at_most_once(world: Team) -> None:

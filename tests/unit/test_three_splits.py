@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
-from swap_hpc.data import load
-from swap_hpc.data.dataset import Dataset
+from swap_hpc.data import Batches, Picks, load
+from swap_hpc.data.dataset import Dataset, with_validation
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.pack import pack
 from swap_hpc.errors import UserError
@@ -18,6 +20,16 @@ from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.inputs import Data
 
 SIZES = {"train": 4, "val": 3, "test": 2}  # images of each of two classes
+
+
+class Transformed(torch.utils.data.Dataset[Any]):
+    """A data set of 9 samples whose transform adds 10 to their numbers."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((1,), 10.0 + index), 0.0
 
 
 def loaded(**fields: Any) -> Dataset:
@@ -110,6 +122,25 @@ def test_arrays_of_ones_own_may_be_three_pairs(monkeypatch: pytest.MonkeyPatch) 
     own.load = lambda path: (pair(9), pair(9), pair(9), pair(9))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="returned a tuple: a Dataset, or"):
         loaded(name="own_splits:load")
+
+
+def test_samples_set_aside_are_read_without_transforms_or_a_line_says_so() -> None:
+    def set_aside(split: Batches) -> Dataset:
+        return with_validation(Dataset(split, split, ("a", "b")), 3)
+
+    plain = TensorDataset(torch.arange(9.0)[:, None], torch.zeros(9))
+    assert set_aside(Batches.of(plain)).notes == ()
+    (line,) = set_aside(Batches.of(Transformed())).notes
+    assert "with the training data set's transforms" in line and "evaluated=" in line
+    for workers in (0, 1):
+        data = set_aside(Batches.of(Transformed(), workers=workers, evaluated=plain))
+        assert data.notes == () and isinstance(data.validation, Batches)
+        for training, first in ((True, 10), (False, 0), (True, 10)):
+            pick = Picks(np.arange(3), None)
+            ((inputs, _),) = data.validation.read(iter([pick]), training)
+            assert ((first <= inputs) & (inputs < first + 9)).all()
+    with pytest.raises(UserError, match=r"got 9 samples, and 4 in evaluated: give both the same"):
+        Batches.of(Transformed(), evaluated=TensorDataset(torch.zeros(4, 1)))
 
 
 def test_other_validation_samples_are_other_data(tmp_path: Path) -> None:
