@@ -38,6 +38,66 @@ class Odd(torch.optim.Optimizer):
         last[0], last[1] = gradient.clone(), state["count"]
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer whose step depends on a number that its own `state_dict` returns."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1):
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.count = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] /= self.count
+        super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.count = state_dict["count"]
+
+
+class Forgetful(Counting):
+    """The same, whose number is not saved."""
+
+    state_dict = torch.optim.SGD.state_dict
+    load_state_dict = torch.optim.SGD.load_state_dict
+
+
+class Careless(Counting):
+    """The same, whose number is saved and not loaded."""
+
+    load_state_dict = torch.optim.SGD.load_state_dict
+
+
+class Fixed(torch.optim.Optimizer):
+    """An optimizer that keeps the learning rate that it was made with."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+        self.lr = lr
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=self.lr)
+
+
+class Noisy(torch.optim.SGD):
+    """An optimizer that adds noise to the weights, as stochastic gradient Langevin dynamics."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(torch.randn_like(p), alpha=group["lr"])
+
+
 class Closing(torch.optim.Optimizer):
     """An optimizer that computes the loss itself."""
 

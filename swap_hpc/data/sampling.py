@@ -29,6 +29,9 @@ EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key
 NUMBERS: Final = {Phase.LARGE_BATCH: 1, Phase.REFINE: 2, Phase.AVERAGE: 3, EVALUATION: 4}
 
 
+EVERY_RANK = 2**32 - 1  # no rank has this number
+
+
 @dataclass(frozen=True)
 class Key:
     """What keys the random draws of a phase: phase 3 draws the samples that batch norm sees."""
@@ -56,7 +59,7 @@ class Key:
 
         Args:
             step: counted from 0 since the phase began.
-            rank: the rank in the phase's team.
+            rank: the rank in the phase's team; EVERY_RANK for a draw that all ranks make alike.
         """
         words = (*self._numbers, step, rank, 0x70726368)
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

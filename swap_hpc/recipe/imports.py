@@ -58,11 +58,15 @@ def _is_part_of(missing: str | None, module: str) -> bool:
 
 
 def _public_functions(module: ModuleType) -> list[str]:
-    """Return the names of the functions that `module` defines itself."""
+    """Return the names of the functions that `module` defines itself, and of its metrics."""
     own = (
         name
         for name, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", None) == module.__name__
+        if callable(value)
+        and (
+            getattr(value, "__module__", None) == module.__name__
+            or type(value).__module__.startswith("swap_hpc.")
+        )
     )
     return [name for name in own if not name.startswith("_")]
 

@@ -64,6 +64,10 @@ def interpolate(knots: Sequence[tuple[float, float]], epoch: float) -> float:
     return knots[-1][1]
 
 
+SHARES_FIT = 'a share, such as "10%", fits any length'
+ROUNDING = 1e-9  # epochs by which a computed time may be off
+
+
 class _Shape(Section):
     """A linear warm-up from `start` to `peak`, and what follows."""
 
@@ -104,9 +108,10 @@ class _Shape(Section):
     def check(self, epochs: int) -> None:
         """Check that the shape fits into a phase of `epochs`; ValueError if it does not."""
         if in_epochs(self.warmup, epochs) >= epochs:
+            hint = "give a smaller share" if isinstance(self.warmup, str) else SHARES_FIT
             raise ValueError(
                 f"learning_rate.warmup = {self.warmup} lasts for all of the phase's "
-                f'epochs = {epochs}: a share, such as "10%", fits any length'
+                f"epochs = {epochs}: {hint}"
             )
 
 
@@ -164,7 +169,7 @@ class Step(_Shape):
     """Factor of each step."""
 
     def _rate_after_warmup(self, epoch: float, begin: float, epochs: int) -> float:
-        steps = sum(epoch >= in_epochs(position, epochs) for position in self.at)
+        steps = sum(epoch >= in_epochs(position, epochs) - ROUNDING for position in self.at)
         return float(self.peak * self.factor**steps)
 
     def check(self, epochs: int) -> None:
@@ -234,7 +239,10 @@ Schedule = Annotated[
 def check_schedule(schedule: Schedule, epochs: int) -> None:
     """Check that a schedule fits into a phase of `epochs`; ValueError if it does not."""
     if isinstance(schedule, tuple):
-        check_knots(schedule, epochs)
+        try:
+            check_knots(schedule, epochs)
+        except ValueError as error:
+            raise ValueError(f"learning_rate {error}") from None
     else:
         schedule.check(epochs)
 
@@ -258,3 +266,9 @@ def rate_at(schedule: Schedule, epoch: float, epochs: int) -> float:
         knots = [(in_epochs(position, epochs), value) for position, value in schedule]
         return interpolate(knots, epoch)
     return schedule.rate(epoch, epochs)
+
+
+def rate_until(schedule: Schedule, epoch: float, epochs: int) -> float:
+    """Return what `rate_at` does, but where the rate falls at this time, the one before."""
+    is_after_warmup = isinstance(schedule, Step) and epoch > in_epochs(schedule.warmup, epochs)
+    return rate_at(schedule, epoch - 2 * ROUNDING if is_after_warmup else epoch, epochs)

@@ -156,7 +156,7 @@ class Recipe(Section):
             raise ValueError(
                 "large_batch.epochs and refine.epochs are both 0: there is nothing to train"
             )
-        if self.optimizer.name == "Rprop":
+        if self.optimizer.name in ("Rprop", "torch.optim:Rprop"):
             self._check_rates_of_rprop()
         if self.deterministic and self.cudnn_benchmark:
             raise ValueError(

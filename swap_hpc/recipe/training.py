@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at
+from swap_hpc.recipe.schedule import Schedule, check_schedule, rate_at, rate_until
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import Count, CountOrZero, Decay, Fraction
 from swap_hpc.recipe.wording import count
@@ -44,6 +44,10 @@ class _Phase(Section):
             epoch: Epochs since the phase, or its cycle, began; fractions are allowed.
         """
         return rate_at(self.learning_rate, epoch, self.epochs)
+
+    def rate_until(self, epoch: float) -> float:
+        """Return the learning rate that is reached at `epoch`, before a step of the schedule."""
+        return rate_until(self.learning_rate, epoch, self.epochs)
 
 
 class LargeBatch(_Phase):

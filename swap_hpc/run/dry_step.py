@@ -23,13 +23,26 @@ from swap_hpc.parallel.tensors import tensor_bytes
 from swap_hpc.recipe.imports import in_one_line
 from swap_hpc.recipe.training import LargeBatch, Refine
 from swap_hpc.run.state_dict_checks import check_state_dict
-from swap_hpc.run.unsaved_state import changed_names, unsaved_state, unsaved_warning
+from swap_hpc.run.unsaved_state import (
+    Snapshot,
+    attributes_of,
+    changed_names,
+    unsaved_attributes_warning,
+    unsaved_state,
+    unsaved_warning,
+)
 from swap_hpc.train.evaluation import evaluate
 from swap_hpc.train.job import Batch, Job
 from swap_hpc.train.models import fill_
-from swap_hpc.train.optimizers import build_optimizer
+from swap_hpc.train.optimizers import build_optimizer, check_follows_rate
 from swap_hpc.train.parameter_groups import freeze_
-from swap_hpc.train.state import flatten, optimizer_state
+from swap_hpc.train.state import (
+    flatten,
+    has_own_loading,
+    optimizer_state,
+    restore_optimizer_,
+    unflatten,
+)
 from swap_hpc.train.step import backward
 
 # Types of weights whose gradients torch's GradScaler can unscale.
@@ -59,8 +72,8 @@ def dry_step(
 
     Returns:
         A model like `model`: the last one that the builder made, because a user's loss may refer
-        to that one. And warnings: of what a step changes although no state dict holds it, or of
-        memory that was too small.
+        to that one. And warnings: of what a step changes although it is not saved, or of memory
+        that was too small.
 
     Raises:
         UserError: a run would fail; the message is one line.
@@ -79,7 +92,7 @@ def dry_step(
     seed_all(key.torch_seed(0, team.rank))
     try:
         with in_one_line(f"the model {name} fails in its first step"):
-            _step(model, batch, job, settings)
+            warnings = _step(model, kept, batch, job, settings)
         _check_reload(model, other, name)
         changed = changed_names(before, unsaved_state(model))
         _check_buffers(model, changed, name)
@@ -90,14 +103,22 @@ def dry_step(
         else:
             tested = [batch]
         if tested:
-            with in_one_line(f"the model {name} fails in its first evaluation"), job.autocast():
-                evaluate(model, tested, Team.alone(), job.objective)
+            _try_evaluation(model, tested, job)
     except torch.OutOfMemoryError:
         # Only a warning: here the memory holds one model more than in training.
         torch.cuda.empty_cache()
         return kept, [MEMORY_WARNING]
     kept.zero_grad()  # a loss that refers to it may have left gradients
-    return kept, [unsaved_warning(name, changed)] if changed else []
+    return kept, warnings + ([unsaved_warning(name, changed)] if changed else [])
+
+
+def _try_evaluation(model: nn.Module, batches: list[Batch], job: Job) -> None:
+    where = f"the model {job.recipe.model.name} fails in its first evaluation"
+    try:
+        with in_one_line(where), job.autocast():
+            evaluate(model, batches, Team.alone(), job.objective)
+    except RunError as error:  # of a metric, which would fail again
+        raise UserError(str(error)) from error
 
 
 @contextmanager
@@ -135,10 +156,17 @@ def _layout(model: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
 
 
-def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refine) -> None:
-    """Make one step of the optimizer, at a learning rate of 0."""
+def _step(
+    model: nn.Module, begun: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refine
+) -> list[str]:
+    """Make one step of the optimizer, at a learning rate of 0; `begun` is the model before it.
+
+    Returns:
+        Warnings about the optimizer.
+    """
     freeze_(model, job.recipe.optimizer)
     optimizer = build_optimizer(model, job.recipe.optimizer)
+    before = attributes_of(optimizer)
     model.train()
     backward(model, batch, job, settings.accumulate)
     for name, parameter in model.named_parameters():
@@ -146,10 +174,35 @@ def _step(model: nn.Module, batch: Batch, job: Job, settings: LargeBatch | Refin
             _check_gradient(f"{name} of the model {job.recipe.model.name}", parameter.grad, job)
     with in_one_line(f"the optimizer {job.recipe.optimizer.name} fails in its first step"):
         optimizer.step()
-    flatten(optimizer_state(optimizer, model))  # refuses what a checkpoint could not keep
+    lost = _lost_by_saving(optimizer, before, model, job)
+    if ":" in job.recipe.optimizer.name:
+        check_follows_rate(optimizer, model, begun, job.recipe.optimizer)
     model.zero_grad()
     if job.device.torch.type == "cuda":
         torch.cuda.synchronize()  # raises what a kernel found wrong, such as a label out of range
+    return [unsaved_attributes_warning(job.recipe.optimizer.name, lost)] if lost else []
+
+
+def _lost_by_saving(
+    optimizer: torch.optim.Optimizer, before: Snapshot, model: nn.Module, job: Job
+) -> list[str]:
+    """Return the names of attributes that a step has changed and that saving does not keep.
+
+    Raises:
+        UserError: the state cannot be saved, or not be loaded.
+    """
+    name = job.recipe.optimizer.name
+    with in_one_line(f"the state of the optimizer {name} cannot be saved and loaded"):
+        state = optimizer_state(optimizer, model)
+        state = unflatten(*flatten(state))  # refuses what a checkpoint could not keep
+        after = attributes_of(optimizer)
+        changed = changed_names(before, after)
+        if not changed and not has_own_loading(optimizer):
+            return []
+        resumed = build_optimizer(model, job.recipe.optimizer)
+        restore_optimizer_(resumed, model, state)
+    differing = changed_names(attributes_of(resumed), after)
+    return [each for each in changed if each in differing]
 
 
 def _check_gradient(name: str, gradient: Tensor, job: Job) -> None:

@@ -79,20 +79,25 @@ def check_rates(before: Recipe, after: Recipe, steps: int) -> None:
         steps: per epoch.
 
     Raises:
-        UserError: the rate of a step differs.
+        UserError: the rate of a step differs, or nothing is learned in the epochs that are added.
     """
     one, other = _settings(before), _settings(after)
+    name = last_phase(before).value
+    hint = f"give --extend '{name}.learning_rate=...' knots that begin like the old ones"
     for epoch in range(one.epochs):
         for step in range(steps):
             at = epoch + step / steps
             if one.rate(at) != other.rate(at):
-                name = last_phase(before).value
                 raise UserError(
                     f"--extend: the learning rate of epoch {epoch + 1}, which is trained already, "
                     f"was {one.rate(at):.4g} and would be {other.rate(at):.4g}: only a schedule "
-                    f"that keeps its beginning can be extended; give --extend "
-                    f"'{name}.learning_rate=...' knots that begin like the old ones"
+                    f"that keeps its beginning can be extended; {hint}"
                 )
+    added = range(one.epochs * steps, other.epochs * steps)
+    if added and not any(other.rate(step / steps) for step in added):
+        raise UserError(
+            f"--extend: the learning rate is 0 in all epochs after epoch {one.epochs}: {hint}"
+        )
 
 
 def extend(before: Recipe, job: Job, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""State of a model that its state dict does not hold: attributes, generators, some buffers."""
+"""State of a model or an optimizer that is not saved: attributes, generators, some buffers."""
 
 import random
 from collections.abc import Sized
@@ -37,6 +37,13 @@ def unsaved_state(model: nn.Module) -> Snapshot:
     return found
 
 
+def attributes_of(optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Return the attributes of an optimizer besides those that are saved."""
+    saved = ("state", "param_groups", "defaults")
+    values = {name: value for name, value in vars(optimizer).items() if name not in saved}
+    return {name: (value, _mark(value)) for name, value in values.items()}
+
+
 def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
     """Return the names of the values that are in both snapshots and have changed.
 
@@ -53,12 +60,25 @@ def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
 
 def unsaved_warning(name: str, changed: list[str]) -> str:
     """Return a line that warns of state which is lost, given its names and the model's."""
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return (
-        f"warning: a step changes {', '.join(changed[:3])}{more} of the model {name}, which its "
+        f"warning: a step changes {_listed(changed)} of the model {name}, which its "
         "state dict does not hold: phase 2 and a resumed run begin with what the builder makes; "
         "keep it in a buffer, or let get_extra_state return it"
     )
+
+
+def unsaved_attributes_warning(name: str, changed: list[str]) -> str:
+    """Return a line that warns of an optimizer's attributes which are lost."""
+    return (
+        f"warning: a step changes {_listed(changed)} of the optimizer {name}, which is not saved: "
+        "a resumed run begins with what the class makes; keep it in state or param_groups, or let "
+        "state_dict return it and load_state_dict take it back"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _mark(value: Any) -> Any:

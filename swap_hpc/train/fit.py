@@ -14,7 +14,7 @@ from swap_hpc.average.state import entries_of, split_state, state_of
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.nested import first_tensor
-from swap_hpc.data.sampling import Key
+from swap_hpc.data.sampling import EVERY_RANK, Key
 from swap_hpc.parallel.devices import Memory
 from swap_hpc.parallel.gradients import gradient_averaging
 from swap_hpc.parallel.teams import Team
@@ -194,7 +194,7 @@ class _Training:
             part=self.part,
             cycle=cycle + 1,
             epoch=self.at.epoch,
-            learning_rate=settings.rate(epoch_in_cycle + 1),
+            learning_rate=settings.rate_until(epoch_in_cycle + 1),
             train=train,
             test=found.get("test"),
             validation=found.get("validation"),
@@ -256,7 +256,7 @@ class _Training:
             ends = self.at.step + 1 == steps
             # The next batch is asked for before the update, which waits for other ranks' gradients.
             following = None if ends else next(stream)
-            update = self.stepper.update()
+            update = self.stepper.update(self._update_seed(first + self.at.step))
             if self.ema:
                 self.ema.update_(self.model)
             self.at = Position(self.at.epoch, self.at.step + 1)
@@ -274,6 +274,11 @@ class _Training:
                     yield self._checked(self.savepoint(due), rate)
                 self.check.begin()
         return due
+
+    def _update_seed(self, step: int) -> int | None:
+        """Return a seed for an optimizer of the user's own, which may draw random numbers."""
+        is_own = ":" in self.job.recipe.optimizer.name
+        return self._key.torch_seed(step, EVERY_RANK) if is_own else None
 
     @property
     def _key(self) -> Key:

@@ -27,7 +27,8 @@ class Metric:
     Attributes:
         sums: (outputs, targets) of a batch -> (size,), what its samples add to the sums. They are
             added up in float64.
-        value: (sums over all samples, number of samples) -> the figure.
+        value: (sums over all samples, number of samples) -> the figure. An ArithmeticError or a
+            ValueError, such as a division by zero, says that it is not defined: it is NaN then.
         size: the number of sums.
         name: its name in files; in a recipe it is the name in the import path.
         by_class: (sums, number of samples) -> the figure of each class, None for one without a

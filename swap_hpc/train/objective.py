@@ -1,8 +1,8 @@
 """The loss that is trained and the metrics that are reported: classification's, or a user's own."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swap_hpc.data.nested import first_tensor, mapped
-from swap_hpc.errors import UserError
-from swap_hpc.recipe.imports import imported
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.recipe.imports import imported, in_one_line
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.train.events import Evaluation
 from swap_hpc.train.metrics import ACCURACY, TOP5, Measure, Metric, class_accuracy, mean_of
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,45 @@ class Objective:
             loss: the sum of the losses.
             sums: (size,), those of all metrics; empty where there is no sample.
             samples: their number.
+
+        Raises:
+            RunError: a user's metric fails.
         """
         ends = accumulate(metric.size for metric in self.metrics)
         values: dict[str, float] = {}
         by_class: dict[str, list[float | None]] = {}
         for metric, end in zip(self.metrics, ends, strict=True):
             own = sums[end - metric.size : end]
-            values[metric.name] = float(metric.value(own, samples))
-            if metric.by_class:
-                by_class[metric.name] = metric.by_class(own, samples)
+            with in_one_line(f"the metric {metric.name} fails on its sums", RunError):
+                values[metric.name] = _defined(metric.value, own, samples)
+                if metric.by_class:
+                    by_class[metric.name] = metric.by_class(own, samples)
         return Evaluation(loss / samples, values, by_class)
 
 
-CLASSIFICATION = Objective(F.cross_entropy, partial(F.cross_entropy, reduction="sum"))
+def _total_cross_entropy(outputs: Any, targets: Any) -> Tensor:
+    """Return the number of samples times the mean that training takes.
+
+    It is the sum over the samples, except where torch's mean is another one: over the pixels of
+    masks, and over those labels that are not -100.
+    """
+    if targets.ndim == 1:
+        counted = (targets != IGNORED).sum().clamp(min=1)
+        return F.cross_entropy(outputs, targets, reduction="sum") * (len(targets) / counted)
+    if targets.ndim == 2 and targets.is_floating_point():
+        return F.cross_entropy(outputs, targets, reduction="sum")
+    return F.cross_entropy(outputs, targets) * len(targets)
+
+
+def _defined(value: Callable[..., float], sums: Sequence[float], samples: float) -> float:
+    """Return a metric's figure, NaN where it is not defined: a division by zero, a log of 0."""
+    try:
+        return float(value(sums, samples))
+    except (ArithmeticError, ValueError):
+        return math.nan
+
+
+CLASSIFICATION = Objective(F.cross_entropy, _total_cross_entropy)
 
 
 def objective(recipe: Recipe, classes: int) -> Objective:

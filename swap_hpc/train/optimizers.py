@@ -48,11 +48,51 @@ def build_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimize
     try:
         # at a rate of 1, because some classes refuse 0
         optimizer = without_guards(built)(groups, lr=1.0, **settings)
+        for rule in recipe.groups:  # torch checks the arguments of the class, not of a group
+            own = _as_the_class_wants(rule.arguments, built)
+            without_guards(built)([nn.Parameter(torch.zeros(1, 1))], lr=1.0, **settings | own)
     except Exception as error:  # a class of one's own may raise anything
         raise UserError(f"the optimizer {recipe.name}: {' '.join(str(error).split())}") from None
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer
+
+
+@torch.no_grad()
+def check_follows_rate(
+    optimizer: torch.optim.Optimizer, model: nn.Module, before: nn.Module, recipe: Optimizer
+) -> None:
+    """Check that a class uses the learning rates that its groups have when it steps.
+
+    Args:
+        optimizer: has made one step, at a rate of 0.
+        model: after the step, with its gradients; it is changed if the step has changed it.
+        before: the model as it was before the step.
+        recipe: names the optimizer.
+
+    Raises:
+        UserError: the step moved the weights about as far as one at a rate of 1 does.
+    """
+    moved = _distance(model, before)
+    if moved == 0:
+        return
+    for parameter, old in zip(model.parameters(), before.parameters(), strict=True):
+        parameter.copy_(old)
+    another = build_optimizer(model, recipe)
+    for group in another.param_groups:
+        group["lr"] = 1.0
+    another.step()
+    if moved > 0.01 * _distance(model, before):
+        raise UserError(
+            f"the optimizer {recipe.name} moves the weights at a learning rate of 0: it does not "
+            'read group["lr"] of its param_groups in each step, where the schedule sets the rate'
+        )
+
+
+def _distance(model: nn.Module, other: nn.Module) -> float:
+    """Return the largest change of a weight."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
 def optimizer_class(recipe: Optimizer) -> Class:
@@ -101,7 +141,7 @@ def _class_of_torch(name: str) -> Class:
     if name not in known:
         by_lower_case = {each.lower(): each for each in (*OWN, *known)}
         near = get_close_matches(name.lower(), by_lower_case, 1)
-        hint = f"; is it {by_lower_case[near[0]]}?" if near else ""
+        hint = f"; is it {by_lower_case[near[0]]}?" if near else "."
         raise UserError(
             f"no optimizer {name}{hint} Known are {', '.join(OWN)}, of torch.optim "
             f'{", ".join(known)}, and "package.module:Class"'

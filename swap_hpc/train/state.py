@@ -7,6 +7,7 @@ several places of a tree is kept once, and is one tensor again when it is restor
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     Returns:
         `state`: by the name of the parameter, what its optimizer keeps for it; `groups`: the
         settings of each parameter group; `elsewhere`: the paths in `state` of tensors that do not
-        lie on their parameter's device (Adam's step counters lie on the host).
+        lie on their parameter's device (Adam's step counters lie on the host); `more`: what else
+        a class with a `state_dict` of its own returns, if it returns more.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     # Without torch's guard against torch.compile, which never sees an optimizer here: it imports
@@ -51,7 +53,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
         {key: value for key, value in group.items() if key != "params"}
         for group in packed["param_groups"]
     ]
-    return {"state": state, "groups": groups, "elsewhere": elsewhere}
+    found = {"state": state, "groups": groups, "elsewhere": elsewhere}
+    more = {key: value for key, value in packed.items() if key not in ("state", "param_groups")}
+    return found | ({"more": more} if more else {})
 
 
 def restore_optimizer_(
@@ -60,8 +64,11 @@ def restore_optimizer_(
     """Give an optimizer the state that `optimizer_state` returned for one built alike.
 
     Unlike `Optimizer.load_state_dict` it rounds nothing: torch casts floating state to the type of
-    its parameter.
+    its parameter. A class's own `load_state_dict` is called first, for what else it keeps.
     """
+    if has_own_loading(optimizer):
+        optimizer.load_state_dict(_state_dict(optimizer, model, saved))
+        optimizer.state.clear()
     parameters = dict(model.named_parameters())
     elsewhere = set(saved["elsewhere"])
     copies: dict[int, Tensor] = {}  # of the saved tensors, by their identity
@@ -89,6 +96,27 @@ def restore_optimizer_(
         optimizer.state[key] = placed(kept, name, parameter)
     for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(placed(settings, "", None))
+
+
+def has_own_loading(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer's class has a `load_state_dict` of its own."""
+    return type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
+
+
+def _state_dict(
+    optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a saved state as the optimizer's own `state_dict` has it; its tensors are copies."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    listed = [names[each] for group in optimizer.param_groups for each in group["params"]]
+    numbers: dict[Any, int] = {name: number for number, name in enumerate(listed)}
+    first, groups = 0, []
+    for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
+        following = first + len(group["params"])
+        groups.append({**settings, "params": list(range(first, following))})
+        first = following
+    state = {numbers.get(key, key): kept for key, kept in saved["state"].items()}
+    return deepcopy({"state": state, "param_groups": groups, **saved.get("more", {})})
 
 
 def _beside(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:

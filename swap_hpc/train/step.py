@@ -48,12 +48,18 @@ class Stepper:
         self.optimizer.zero_grad()
         return backward(self.forward, batch, self.job, self.accumulate, self.scaler)
 
-    def update(self) -> Update:
+    def update(self, seed: int | None) -> Update:
         """Average the gradients over the team, clip them, and step.
 
         In fp16 the ranks skip the same steps, because the check for an overflow sees the mean.
+
+        Args:
+            seed: of the global generators, for an optimizer that draws from them: the same on all
+                ranks of the team. None: they are left alone.
         """
         self.average_gradients()
+        if seed is not None:
+            seed_all(seed)
         self.scaler.unscale_(self.optimizer)
         norm, clip_norm = None, self.job.recipe.optimizer.clip_norm
         if clip_norm is not None:

@@ -169,8 +169,9 @@ GROUPS = [
         {"name": "lamb", "decay_vectors": False},
         {"name": "adamw", "groups": GROUPS, "layer_decay": 0.5, "decay_vectors": False},
         {"name": "own_optimizers:Odd"},
+        {"name": "own_optimizers:Noisy"},
     ],
-    ids=["lamb", "groups", "own"],
+    ids=["lamb", "groups", "own", "noisy"],
 )
 def test_a_phase_on_several_ranks_is_that_on_one(world: Team, optimizer: dict[str, Any]) -> None:
     job = tiny.job(optimizer=optimizer, large_batch={"learning_rate": 0.01})

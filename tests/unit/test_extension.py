@@ -146,7 +146,11 @@ def test_what_would_not_end_alike_is_refused_and_changes_nothing(tmp_path: Path)
     message = r"the learning rate of epoch 1, which is trained already, was 0.09375 and would be"
     with pytest.raises(UserError, match=message):
         run(other, tmp_path, decaying)
-    gone = recipe("refine", epochs=3, learning_rate=[[0, 0.1], [2, 0.0]], keep=False)
+    idle = recipe("refine", epochs=4, learning_rate=[[0, 0.1], [2, 0.0]])
+    with pytest.raises(UserError, match="the learning rate is 0 in all epochs after epoch 2: give"):
+        run(idle, tmp_path, decaying)
+    longer = [[0, 0.1], [2, 0.0], [3, 0.1]]
+    gone = recipe("refine", epochs=3, learning_rate=longer, keep=False)
     assert {path: path.read_bytes() for path in before} == before
     run(decaying.model_copy(update={"checkpoint": gone.checkpoint}), tmp_path)  # removes the saves
     with pytest.raises(UserError, match=r"holds no save of large_batch: .* checkpoint.keep = true"):

@@ -39,6 +39,7 @@ OFFERED: list[dict[str, Any]] = [
     {"name": "adamw", **GROUPS},
     {"name": "lamb", **GROUPS},
     {"name": "own_optimizers:Odd", "groups": [{"match": "*.bias", "arguments": {"scale": 0.5}}]},
+    {"name": "own_optimizers:Counting"},
 ]
 JOB = tiny.job(model={"name": "tiny:normed"})
 
@@ -204,6 +205,10 @@ def test_the_dry_step_refuses_it_before_any_training(monkeypatch: pytest.MonkeyP
             {"name": "adamw", "arguments": {"capturable": True}},
             "^the optimizer adamw fails in its first step: AssertionError: If capturable=True",
         ),
+        (
+            {"name": "own_optimizers:Fixed"},
+            "own_optimizers:Fixed moves the weights at a learning rate of 0: it does not read",
+        ),
     ],
 )
 def test_the_dry_step_refuses_an_optimizer_that_cannot_train_the_model(
@@ -213,3 +218,15 @@ def test_the_dry_step_refuses_an_optimizer_that_cannot_train_the_model(
     key = Key.of(0, PHASE_1)
     with pytest.raises(UserError, match=message):
         dry_step_module.dry_step(tiny.model(job), job, job.recipe.large_batch, key, ONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_warned_of"),
+    [("Forgetful", True), ("Careless", True), ("Counting", False), ("Noisy", False)],
+)
+def test_attributes_that_are_not_saved_are_warned_of(name: str, is_warned_of: bool) -> None:
+    job = tiny.job(optimizer={"name": f"own_optimizers:{name}"})
+    key = Key.of(0, PHASE_1)
+    _, warnings = dry_step_module.dry_step(tiny.model(job), job, job.recipe.large_batch, key, ONE)
+    found = f"a step changes count of the optimizer own_optimizers:{name}, which is not saved"
+    assert [found in warning for warning in warnings] == [True] * is_warned_of

@@ -1,5 +1,6 @@
 """A user's own data, losses and metrics: what they may return, and the messages otherwise."""
 
+import math
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -20,11 +21,12 @@ from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import parse
 from swap_hpc.recipe.metrics import MetricChoice
-from swap_hpc.recipe.phase import Phase
+from swap_hpc.recipe.phase import PHASE_1, Phase
+from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.prepare import prepare
 from swap_hpc.train.job import Job
-from swap_hpc.train.metrics import ACCURACY, TOP5, class_accuracy
-from swap_hpc.train.objective import as_float32, objective
+from swap_hpc.train.metrics import ACCURACY, TOP5, Metric, class_accuracy
+from swap_hpc.train.objective import CLASSIFICATION, as_float32, objective
 
 EMPTY: dict[str, int] = {}
 IMAGES, LABELS = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
@@ -170,6 +172,46 @@ def test_a_loss_or_a_score_of_another_shape_is_named(own: ModuleType) -> None:
     scalar = r"returned a tensor \[\] float32: .* a tensor \[4\], is needed"
     with pytest.raises(UserError, match=f"the metric own_parts:mean {scalar}"):
         tiny.job(metric="own_parts:mean").objective.sums(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.tensor([0, 1, -100, 2, -100, 1]),
+        torch.tensor([0, 1, 2, 2, 0, 1]),
+        torch.full((6,), -100)[:0],
+        torch.randint(3, (6, 4, 5)),
+        torch.rand(6, 3),
+        torch.rand(6, 3, 4, 5),
+    ],
+    ids=["ignored", "all", "none", "masks", "shares", "shares of pixels"],
+)
+def test_the_evaluated_loss_is_the_mean_that_training_takes(targets: torch.Tensor) -> None:
+    outputs = torch.randn(len(targets), 3, *(targets.shape[1:] if targets.ndim == 3 else ()))
+    if targets.ndim == 4:
+        outputs = torch.randn(targets.shape)
+    found = objective(tiny.recipe(), 3)
+    total = found.total_loss(outputs, targets)
+    expected = found.loss(outputs, targets) * len(targets) if len(targets) else torch.zeros(())
+    torch.testing.assert_close(total, expected)
+    assert CLASSIFICATION.total_loss(outputs, targets) == total
+
+
+def test_a_metric_that_is_not_defined_is_nan_and_one_that_fails_is_named(own: ModuleType) -> None:
+    def counts(outputs: Any, targets: Any) -> Any:
+        return (targets == 7).sum().double()[None]
+
+    own.recall = Metric(counts, lambda sums, samples: sums[0] / sums[0])  # type: ignore[attr-defined]
+    own.typo = Metric(counts, lambda sums, samples: sums[1])  # type: ignore[attr-defined]
+    undefined = tiny.job(metric="own_parts:recall").objective.evaluation(1.0, [0.0], 4)
+    assert math.isnan(undefined.metrics["recall"])
+    assert tiny.job(metric="own_parts:recall").objective.evaluation(1.0, [2.0], 4).main == 1
+    job = tiny.job(metric="own_parts:typo")
+    with pytest.raises(RunError, match="the metric typo fails on its sums: IndexError: .* line"):
+        job.objective.evaluation(1.0, [0.0], 4)
+    key = Key.of(0, PHASE_1)
+    with pytest.raises(UserError, match="the metric typo fails on its sums: IndexError"):
+        dry_step(tiny.model(job), job, job.recipe.large_batch, key, Team.alone())
 
 
 SIX_NUMBERS, SIX_CLASSES = torch.rand(6), torch.tensor([0, 1, 2, 0, 1, 2])

@@ -120,6 +120,24 @@ def test_a_shape_between_epochs() -> None:
     )
 
 
+def test_an_epochs_line_has_the_rate_before_a_step() -> None:
+    step = {"shape": "step", "peak": 0.01, "at": [1], "factor": 0.5}
+    job = tiny.job(refine={"epochs": 2, "learning_rate": step})
+    events = list(fit(tiny.model(job), job, refinement_of(0), Team.alone()))
+    rates = [event.learning_rate for event in events if isinstance(event, Epoch)]
+    assert rates == [0.01, 0.005]
+    late = refine({"shape": "step", "peak": 1.0, "at": ["50%"], "warmup": 2}, 6)
+    assert [late.rate_until(x) for x in (1, 2, 3, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.1])
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_step_in_shares_is_at_its_very_step(percent: int) -> None:
+    """The epoch of a step is a sum of floats, its time a product."""
+    steps = refine({"shape": "step", "peak": 1.0, "at": [f"{percent}%"]}, 4)
+    rates = [steps.rate(epoch + step / 25) for epoch in range(4) for step in range(25)]
+    assert [rate == 1 for rate in rates].index(False) == percent
+
+
 def test_each_cycle_has_the_schedule_anew() -> None:
     cosine = {"shape": "cosine", "peak": 0.01}
     job = tiny.job(refine={"epochs": 2, "cycles": 3, "learning_rate": cosine})
@@ -157,14 +175,14 @@ WRONG: list[tuple[Any, str]] = [
     ({"shape": "cosine", "peak": 1, "warmup": "101%"}, "learning_rate.warmup: needs finite epochs"),
     ({"shape": "cosine", "peak": 1, "warmup": True}, "learning_rate.warmup: needs finite epochs"),
     ({"shape": "linear", "peak": 1, "warmup": 20}, r"learning_rate.warmup = 20.* epochs = 20"),
-    ({"shape": "linear", "peak": 1, "warmup": "100%"}, "learning_rate.warmup = 100%"),
+    ({"shape": "linear", "peak": 1, "warmup": "100%"}, "warmup = 100% .*: give a smaller share"),
     ({"shape": "constant", "peak": 1, "start": 0.1}, "start = 0.1 belongs to a warm-up"),
     ({"shape": "cosine", "peak": 1, "end": 2}, "peak is the highest rate"),
     ({"shape": "step", "peak": 1, "at": []}, "refine.learning_rate.at: "),
     ({"shape": "step", "peak": 1, "at": [20]}, "learning_rate.at needs ascending times"),
     ({"shape": "step", "peak": 1, "at": ["60%", 12]}, "learning_rate.at needs ascending times"),
     ({"shape": "step", "peak": 1, "at": [1], "warmup": 2}, "learning_rate.at needs ascending"),
-    ([["60%", 1], [12, 0]], "pairs in ascending order"),
+    ([["60%", 1], [12, 0]], "refine: learning_rate needs .* pairs in ascending order"),
     ([["60%", 1], ["40%", 0]], "refine.learning_rate: needs .* ascending order"),
     ([["60 %", 1]], r"refine.learning_rate \(item 1 of item 1\): needs finite epochs"),
 ]
