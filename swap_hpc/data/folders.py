@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from swap_hpc.data.dataset import SplitName
+from swap_hpc.data.split_names import check_unsplit, unread_splits
 from swap_hpc.data.splits import Files
 from swap_hpc.data.walk import LeftOut, entries, folder_id, is_folder, note_special, walk
 from swap_hpc.errors import UserError
@@ -47,14 +48,11 @@ def split_folder_files(path: Path, every: int) -> tuple[Files, Files, tuple[str,
         Training files, test files and the classes' names.
 
     Raises:
-        UserError: the folder is missing, empty, unreadable or split already, or a class has only
-            one image.
+        UserError: the folder is missing, empty, unreadable or split already, it has only one
+            class, or a class has only one image.
     """
-    if (path / "train").is_dir() and split_folders(path)["test"].is_dir():
-        raise UserError(
-            f"{path} has train and test, so it is split already: leave data.test_every out"
-        )
     classes = _classes(path, "<class>/")
+    check_unsplit(path, classes)
     files = _files(path, classes)
     counts = np.bincount(files.labels)
     if counts.min() == 1:
@@ -82,11 +80,19 @@ def split_folders(path: Path) -> dict[SplitName, Path]:
 
 
 def notes_on_splits(path: Path) -> tuple[str, ...]:
-    """Return a line where `val` is the test split."""
+    """Return lines on folders that are not read, and where `val` is the test split.
+
+    Raises:
+        UserError: a folder is called like a split, which has no folder of the right name.
+    """
+    unread = unread_splits(path)
     test = split_folders(path)["test"]
     if test.name == "test":
-        return ()
-    return (f"{test} is the test split, and there is no validation split: no {path / 'test'}",)
+        return unread
+    return (
+        *unread,
+        f"{test} is the test split, and there is no validation split: no {path / 'test'}",
+    )
 
 
 def _classes(split: Path, wanted: str = "train/<class>/ and test/<class>/") -> tuple[str, ...]:

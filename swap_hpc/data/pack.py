@@ -18,6 +18,7 @@ import numpy as np
 from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.folders import folder_files
 from swap_hpc.data.shards import CLASSES, INDEX_VERSION, LABELS, Component, classes_text
+from swap_hpc.data.split_names import unread_splits
 from swap_hpc.data.splits import Files
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.atomic import write_text, write_whole
@@ -52,9 +53,10 @@ def pack(
         UserError: the source is wrong, or `out` holds shards of something else; on all ranks.
         RunError: a file cannot be read or written; on all ranks.
     """
+    unread = world.agree(lambda: unread_splits(source))
     files_of, classes = world.agree(lambda: folder_files(source))
     names = world.agree(lambda: classes_text(classes))
-    for note in (note for files in files_of.values() for note in files.notes):
+    for note in (*unread, *(note for files in files_of.values() for note in files.notes)):
         report(note)
     splits = {FOLDERS[name]: files for name, files in files_of.items()}
     world.first(lambda: _claim(out, splits, samples_per_shard))

@@ -104,8 +104,8 @@ def folder(data: Data, threads: int) -> Dataset:
         train, test, classes = split_folder_files(data.path, data.test_every)
         splits = {"train": train, "test": test}
     else:
-        splits, classes = folder_files(data.path)
         notes = notes_on_splits(data.path)
+        splits, classes = folder_files(data.path)
     dataset = _from_images(data, splits, classes, threads)
     left_out = tuple(note for split in splits.values() for note in split.notes)
     return replace(dataset, notes=notes + left_out)
@@ -113,6 +113,7 @@ def folder(data: Data, threads: int) -> Dataset:
 
 def webdataset(data: Data, threads: int) -> Dataset:
     """Load the shards of `train/`, `val/` and `test/`, as `swap-hpc pack` makes them."""
+    notes = notes_on_splits(data.path)
     splits = {name: find_shards(folder) for name, folder in split_folders(data.path).items()}
     allow_open_files(sum(len(split.tars) for split in splits.values()))
     names = data.path / CLASSES
@@ -124,7 +125,7 @@ def webdataset(data: Data, threads: int) -> Dataset:
             "counted from 0: add the missing names"
         )
     dataset = _from_images(data, splits, classes, threads)
-    return replace(dataset, notes=notes_on_splits(data.path))
+    return replace(dataset, notes=notes)
 
 
 def _from_images(

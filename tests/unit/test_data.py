@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -246,7 +247,26 @@ def test_a_folder_that_test_every_cannot_split_is_refused(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message):
             loaded(name="folder", path=path, test_every=5)
 
-    refused(folder, "has train and test, so it is split already: leave data.test_every out")
+    refused(folder, "has test and train, so it is split already: leave data.test_every out")
+    (folder / "train").rename(folder / "Train")
+    (folder / "test").rename(folder / "Valid")
+    refused(folder, "has Train and Valid, so it is split already: .*, and call its folders train")
+    shutil.rmtree(folder / "Valid")
+    refused(folder, "/Train looks like a split, not like a class: point --data at .*/Train, or")
+    (folder / "Train").rename(folder / "pets")
+    refused(folder, "holds a single folder, pets: data.test_every needs one for each class")
+    (folder / "pets").rename(folder / "train")
+    (folder / "bus").mkdir()
+    refused(folder, "/train looks like a split")
+    for file in sorted((folder / "train").glob("*/*")):  # a vehicle
+        file.rename(folder / "train" / f"{file.parent.name}-{file.name}")
+    for name in ("cat", "dog"):
+        (folder / "train" / name).rmdir()
+    shutil.rmtree(folder / "bus")
+    shutil.copytree(folder / "train", folder / "bus")
+    assert loaded(name="folder", path=folder, test_every=5).classes == ("bus", "train")
+    shutil.rmtree(folder)
+    folder = make_folder(tmp_path, formats=("png",))
     for path in sorted((folder / "train" / "dog").iterdir())[1:]:
         path.unlink()
     one_image = "train/dog holds one image: it needs two, one to train and one to test on"

@@ -85,6 +85,26 @@ def test_val_alone_is_the_test_split_and_a_line_says_so(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "dev", "Val"])
+def test_a_folder_called_like_a_split_is_read_refused_or_told(name: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", "train", "val", "test")
+    (folder / "val").rename(folder / name)
+    refused = rf"images/{name} is not read: call it val, or move it to another place"
+    said: list[str] = []
+    with pytest.raises(UserError, match=refused):
+        loaded(name="folder", path=folder)
+    with pytest.raises(UserError, match=refused):
+        pack(folder, tmp_path / "shards", 3, Team.alone(), said.append)
+    make_folder(folder, "val")
+    line = f"{folder / name} is not read: {folder / 'val'} is the val split"
+    assert loaded(name="folder", path=folder).notes == (line,)
+    pack(folder, tmp_path / "shards", 3, Team.alone(), said.append)
+    assert said[0] == line
+    (tmp_path / "shards" / "val").rename(tmp_path / "shards" / name)
+    with pytest.raises(UserError, match=rf"shards/{name} is not read: call it val"):
+        loaded(name="webdataset", path=tmp_path / "shards")
+
+
 def test_val_has_the_classes_of_train(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, "train", "val", "test")
     (folder / "val" / "dog").rename(folder / "val" / "wolf")
