@@ -12,7 +12,14 @@ from swap_hpc.errors import UserError
 from swap_hpc.recipe.wording import first_few
 from swap_hpc.run.checkpoint import model_state
 from swap_hpc.run.torch_files import OF_MODULE, PICKLE, ZIP, StandIn, read_torch_file
-from swap_hpc.run.weights import Tensors, Unreadable, check_readable, is_safetensors, read_tensors
+from swap_hpc.run.weights import (
+    Tensors,
+    Unreadable,
+    check_readable,
+    is_checkpoint,
+    is_safetensors,
+    read_tensors,
+)
 
 # Entries in which programs keep a model's state dict, the usual ones first. An average that a
 # program keeps beside the model comes last: it is taken where a recipe asks for it.
@@ -38,7 +45,7 @@ class StateDict(NamedTuple):
 
     Attributes:
         tensors: name -> dense tensor on the CPU; extra states as `state_of` has them.
-        header: of a .safetensors file; empty for others.
+        header: of a .safetensors file of this program; empty for others.
         notes: lines for a person, such as the entry of the file that it was taken from.
     """
 
@@ -78,8 +85,7 @@ def _read(path: Path, entry: str | None) -> StateDict:
         tensors, header = read_tensors(path)
         if entry is not None:
             raise Unreadable(f"a .safetensors file has no entries: leave out the entry {entry}")
-        is_checkpoint = "checkpoint" in header
-        return StateDict(model_state(tensors, header) if is_checkpoint else tensors, header)
+        return StateDict(model_state(tensors, header) if is_checkpoint(header) else tensors, header)
     content, unknown = read_torch_file(path)
     notes = []
     if unknown:

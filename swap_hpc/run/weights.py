@@ -87,6 +87,9 @@ def _save(tensors: Tensors, path: Path, header: dict[str, str]) -> None:
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Read the tensors and the header of a .safetensors file; nothing in it is executed.
 
+    Returns:
+        The tensors by name, and the header as `own_header` has it.
+
     Raises:
         Unreadable: the file is damaged or does not exist.
         RunError: the system cannot read it now.
@@ -94,14 +97,13 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
+            header = own_header(file.metadata())
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _kind_of_other_file(path)
         raise Unreadable(reason or f"truncated or damaged: {error}") from None
-    # Only our own files hold a checksum.
-    if "sha256" in header and header["sha256"] != _checksum(tensors, header):
+    if header and header["sha256"] != _checksum(tensors, header):
         raise Unreadable("damaged: its checksum does not match")
     return tensors, header
 
@@ -144,11 +146,29 @@ def _kind_of_other_file(path: Path) -> str | None:
     return "no file of weights, neither .safetensors nor of torch.save"
 
 
+def own_header(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the metadata of a .safetensors file that this program wrote; empty for any other.
+
+    Another program may use single words of ours, such as "data" or "checkpoint", for something
+    else. So a file is ours where both the recipe and the checksum are there, which we always write.
+    """
+    found = dict(metadata or {})
+    return found if {"recipe", "sha256"} <= found.keys() else {}
+
+
+def is_checkpoint(header: Mapping[str, str]) -> bool:
+    """Tell whether the header of a file of ours is that of a save to resume from."""
+    return {"checkpoint", "state"} <= header.keys()
+
+
 def read_header(path: Path) -> dict[str, str]:
-    """Return the header of a .safetensors file, unchecked; empty where it cannot be read."""
+    """Return the header of a .safetensors file of ours, its checksum not compared.
+
+    It is empty where the file cannot be read, or is another program's.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return own_header(file.metadata())
     except (OSError, SafetensorError):
         return {}
 

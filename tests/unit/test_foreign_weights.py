@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from swap_hpc.errors import UserError
 from swap_hpc.run.fitting import common_prefix, load_foreign_
 from swap_hpc.run.state_dicts import read_state_dict
+from swap_hpc.run.weights import read_header
 
 SAVED = Path("executed")  # what a file would write whose code is run
 
@@ -167,6 +168,27 @@ def test_the_content_of_a_file_tells_what_it_is(kind: str, name: str, tmp_path: 
         torch.save(STATE, path, _use_new_zipfile_serialization=kind == "torch.save")
     model, told = loaded(path)
     assert differing(model, STATE) == [] and told == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"checkpoint": "epoch 3"},
+        {"count": "3"},
+        {"data": "digits"},
+        {"recipe": "a cake", "state": "baked", "checkpoint": "3"},
+        {"sha256": "ab", "checkpoint": "3"},
+    ],
+    ids=" ".join,
+)
+def test_words_of_ours_in_the_metadata_of_another_program_mean_nothing(
+    words: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(STATE, path, metadata={"format": "pt", **words})
+    model, told = loaded(path)
+    assert differing(model, STATE) == [] and told == []
+    assert read_state_dict(path).header == read_header(path) == {}
 
 
 def test_an_entry_may_be_asked_for(tmp_path: Path) -> None:
