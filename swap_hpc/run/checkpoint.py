@@ -1,7 +1,6 @@
 """Saves to resume from: written whole, verified when read, the newest two of each part kept."""
 
 import json
-import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from swap_hpc.recipe.loading import check_same_recipe, recipe_of
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.buffers import mean_of, packed, unpacked
+from swap_hpc.run.own_files import CHECKPOINTS, own_files, remove_files
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
 from swap_hpc.train.events import Position, Running, SavePoint
 from swap_hpc.train.state import flatten, unflatten
@@ -256,17 +256,15 @@ class Checkpoints:
         return bool(self._files(part))
 
     def end(self, team: Team) -> None:
-        """Remove the folder, or all but the newest file of each part: the run is complete."""
-        team.first(self._keep_ends if self.recipe.checkpoint.keep else self._remove)
+        """Remove what a complete run does not need, and the folder if nothing is left in it."""
+        team.first(lambda: remove_files(self.surplus()))
 
-    def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _keep_ends(self) -> None:
+    def surplus(self) -> list[Path]:
+        """Return the files that a complete run does not need: all, or but each part's newest."""
+        if not self.recipe.checkpoint.keep:
+            return own_files(self.folder, CHECKPOINTS)
         groups = [refinement_of(group) for group in range(self.recipe.groups)]
-        for part in (PHASE_1, *groups):
-            for old in self._files(part)[1:]:
-                old.unlink()
+        return [old for part in (PHASE_1, *groups) for old in self._files(part)[1:]]
 
 
 def _position(state: Mapping[str, Any]) -> Position:

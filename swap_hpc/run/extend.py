@@ -5,6 +5,7 @@ epochs already trained must be the same under the new recipe.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ FIELDS = {
     Phase.LARGE_BATCH: ("large_batch.epochs", "large_batch.learning_rate"),
     Phase.REFINE: ("refine.epochs", "refine.cycles", "refine.learning_rate"),
 }
+
+BEFORE = "-before"  # ends the names of what the shorter run left
+
+# Made of the final model, or of the groups' weights, by other commands than train.
+MADE_OF_IT = (
+    "average.safetensors",
+    "average-*.safetensors",
+    "curves.png",
+    "landscape.json",
+    "landscape.png",
+    "report.html",
+    "report.md",
+    "trajectory.json",
+    "trajectory.png",
+)
 
 
 def last_phase(recipe: Recipe) -> Phase:
@@ -100,38 +116,57 @@ def check_rates(before: Recipe, after: Recipe, steps: int) -> None:
         )
 
 
-def extend(before: Recipe, job: Job, out: Path) -> None:
-    """Make the folder of a complete run that of a longer one, which continues where it ended.
-
-    Each save becomes one inside the longer run. Then `result.json` and the final model get names
-    that end in `-before`, and the weights of the groups are removed, which the saves hold, too. It
-    may be interrupted at any place and called again.
+def saves_to_extend(before: Recipe, job: Job, out: Path) -> dict[Part, Path]:
+    """Check that the folder of a complete run can become that of a longer one; change nothing.
 
     Args:
         before: the run's recipe.
         job: of the longer run.
         out: the run's folder.
 
+    Returns:
+        The newest save of each part, from which the longer run goes on; for `extend`.
+
     Raises:
         UserError: the run cannot be extended.
-        RunError: a save cannot be read or written.
+        RunError: a save cannot be read.
     """
     after = job.recipe
     check_rates(before, after, job.steps(_settings(after)))
-    refines = last_phase(before) is Phase.REFINE
-    groups = [refinement_of(group) for group in range(before.groups)] if refines else []
+    groups = _groups(before)
     parts = [PHASE_1, *groups] if before.large_batch.epochs else groups
     newest = {part: _newest(out, part) for part in parts}
-    for path in newest.values():
-        _check_end(path, before, after)  # of all, before the first one is changed
     for part, path in newest.items():
+        _check_end(path, before, after, continues=part.phase is last_phase(before))
+    return newest
+
+
+def extend(saves: Mapping[Part, Path], before: Recipe, after: Recipe, out: Path) -> None:
+    """Make the folder of a complete run that of a longer one, which continues where it ended.
+
+    Each save becomes one inside the longer run. Then `result.json`, the final model and what was
+    made of it get names that end in `-before`, and the weights of the groups are removed, which the
+    saves hold, too. It may be interrupted at any place and called again.
+
+    Args:
+        saves: what `saves_to_extend` returned.
+        before: the run's recipe.
+        after: of the longer run.
+        out: the run's folder.
+
+    Raises:
+        RunError: a save cannot be read or written.
+    """
+    for part, path in saves.items():
         _rewrite(path, after, continues=part.phase is last_phase(before))
-    final = "swap" if refines else PHASE_1.name
-    _rename(out / f"{final}.safetensors", out / f"{final}-before.safetensors")
-    for part in groups:
+    final = "swap" if before.refine.epochs else PHASE_1.name
+    made = [path for name in MADE_OF_IT for path in out.glob(name) if not _is_renamed(path)]
+    for path in (out / f"{final}.safetensors", *sorted(made)):
+        _rename(path)
+    for part in _groups(before):
         for path in out.glob(f"{part.name}*.safetensors"):
             path.unlink()
-    _rename(out / "result.json", out / "result-before.json")
+    _rename(out / "result.json")
     write_text(out / "recipe.toml", after.to_toml())
 
 
@@ -158,6 +193,11 @@ def is_extended(before: Recipe, after: Recipe, out: Path) -> bool:
     return False
 
 
+def _groups(recipe: Recipe) -> list[Part]:
+    """Return the parts that refine; none in a run without refinement."""
+    return [refinement_of(group) for group in range(recipe.groups)] if recipe.refine.epochs else []
+
+
 def _settings(recipe: Recipe) -> LargeBatch | Refine:
     return recipe.refine if recipe.refine.epochs else recipe.large_batch
 
@@ -179,18 +219,22 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise RunError(f"--extend: {path} is {why}") from None
 
 
-def _check_end(path: Path, before: Recipe, after: Recipe) -> None:
+def _check_end(path: Path, before: Recipe, after: Recipe, continues: bool) -> None:
     """Check that a save is the end of a part of the run, or one of the longer run already."""
     _, header = _read(path)
-    saved_by = recipe_of(header["recipe"], str(path))
+    if "recipe" not in header:
+        raise RunError(f"--extend: {path} is damaged: it has no checksum")
+    saved_by, state = recipe_of(header["recipe"], str(path)), json.loads(header["state"])
     if not differing_fields(saved_by, after):
         return
     if differing_fields(saved_by, before):
         raise UserError(f"--extend: {path} was saved by another recipe than this run's")
-    if not json.loads(header["state"])["ended"]:
+    if not state["ended"]:
         raise UserError(
             f"--extend: {path} is not the end of this run: end it first, by the line that began it"
         )
+    if continues and not state["training"]["dict"]:
+        raise UserError(f"--extend: {path} holds no state of the optimizer, as of a run by --from")
 
 
 def _rewrite(path: Path, after: Recipe, continues: bool) -> None:
@@ -200,16 +244,14 @@ def _rewrite(path: Path, after: Recipe, continues: bool) -> None:
         return
     state = json.loads(header["state"])
     if continues:
-        tensors = _going_on(tensors, state, path, after)
+        tensors = _going_on(tensors, state, after)
     kept = {key: value for key, value in header.items() if key not in ("sha256", "format")}
     kept |= {"recipe": after.to_toml(), "state": json.dumps(state)}
     write_tensors(path, tensors, kept)
 
 
-def _going_on(tensors: Tensors, state: dict[str, Any], path: Path, after: Recipe) -> Tensors:
+def _going_on(tensors: Tensors, state: dict[str, Any], after: Recipe) -> Tensors:
     """Return the tensors of a save whose part goes on; `state` is changed, too."""
-    if not state["training"]["dict"]:
-        raise UserError(f"--extend: {path} holds no state of the optimizer, as of a run by --from")
     state["ended"] = False
     if after.refine.cycles > 1:
         return tensors
@@ -220,6 +262,11 @@ def _going_on(tensors: Tensors, state: dict[str, Any], path: Path, after: Recipe
     }
 
 
-def _rename(path: Path, to: Path) -> None:
+def _is_renamed(path: Path) -> bool:
+    return path.stem.endswith(BEFORE)
+
+
+def _rename(path: Path) -> None:
+    """Rename a file, if it is there, to what a reader takes for one of the shorter run."""
     if path.is_file():
-        path.replace(to)
+        path.replace(path.with_name(f"{path.stem}{BEFORE}{path.suffix}"))

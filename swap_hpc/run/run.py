@@ -1,7 +1,7 @@
 """One run: builds everything from a recipe, claims the run's folder, goes on where it stopped."""
 
-import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,16 +10,14 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from swap_hpc.data import Arrays, Batches, Dataset
-from swap_hpc.data.normalisation import normalisation_line
 from swap_hpc.data.sampling import Key
+from swap_hpc.errors import UserError
 from swap_hpc.parallel.atomic import write_json
 from swap_hpc.parallel.grid import Ranks, grid, node_of, single_row
 from swap_hpc.parallel.horovod import end_stalls
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.recipe.wording import count
 from swap_hpc.run.adopt import adopt_large_batch
 from swap_hpc.run.assignment import Assignment
 from swap_hpc.run.best import check_best
@@ -29,21 +27,23 @@ from swap_hpc.run.checks import does
 from swap_hpc.run.claim import (
     check_data,
     claim,
-    environment_name,
     finished,
+    leftovers,
     noting_divergence,
     take_over,
 )
 from swap_hpc.run.display import Display
 from swap_hpc.run.dry_step import dry_step
 from swap_hpc.run.ending import tell_launcher
-from swap_hpc.run.environment import environment
-from swap_hpc.run.extend import extend, is_extended
+from swap_hpc.run.extend import extend, is_extended, last_phase, saves_to_extend
 from swap_hpc.run.folder import phase_1_is_over
 from swap_hpc.run.idle_fields import idle_fields
 from swap_hpc.run.initial import begin_with_weights_
+from swap_hpc.run.introduction import introduction
+from swap_hpc.run.job_facts import job_facts
 from swap_hpc.run.lock import owning
 from swap_hpc.run.loop import train_and_record
+from swap_hpc.run.own_files import remove_files
 from swap_hpc.run.prepare import prepare
 from swap_hpc.run.record import recorder_of
 from swap_hpc.run.resume import resume, saved_averages
@@ -93,6 +93,7 @@ def train(
         if not _is_to_extend(extends, recipe, out, world) and (
             result := _complete(recipe, out, world, display)
         ):
+            _remove_leftovers(out, world)
             return result
         job, model = prepare(recipe, world, node)
         world.agree(partial(check_best, job))
@@ -101,19 +102,26 @@ def train(
         control.save_as(recipe.checkpoint)
         with owning(out, chosen, world):
             # again: a job that had the folder until now may have extended or completed the run
-            if extends and _is_to_extend(extends, recipe, out, world):
-                world.first(partial(extend, extends, job, out))
-            if result := _complete(recipe, out, world, display):
+            before = extends if _is_to_extend(extends, recipe, out, world) else None
+            if before is None and (result := _complete(recipe, out, world, display)):
                 return result
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
             assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
             notes = idle_fields(recipe, model)
             if phase_1_of is None:
                 notes += begin_with_weights_(model, job, out, checkpoints, world)
-            _take_over(assignment, model, node, phase_1_of)
-            for line in notes:
+            facts = job_facts(job, world, node)
+            _check_start(job, out, world)
+            if before is None:
+                _take_over(assignment, model, phase_1_of, facts)
+                is_over, begin = phase_1_is_over(out, world), _nothing
+            else:
+                is_over = last_phase(before) is Phase.REFINE
+                begin = _extension(before, assignment, facts)
+            for line in (*introduction(job, ranks, out), *notes):
                 display.say(line)
-            result = _train_watched(assignment, model, started, phase_1_of is not None)
+            is_over = is_over or phase_1_of is not None
+            result = _train_watched(assignment, model, started, is_over, begin)
             if result is None:
                 assert chosen is not None
                 display.say(f"{chosen.name} is done, for the run in {out}")
@@ -123,36 +131,73 @@ def train(
     return result
 
 
-def _take_over(
-    assignment: Assignment, model: nn.Module, node: Team, phase_1_of: Path | None
-) -> None:
-    """Check the run's folder, claim it, write this job's facts and say what begins; collective.
+def _check_start(job: Job, out: Path, world: Team) -> None:
+    """Check what may stop a run before its dry step; the folder is not changed. Collective.
 
     Raises:
-        UserError: on all ranks, what is in the folder does not belong to the run.
+        UserError: on all ranks, what is in the folder was trained on other data, or a library that
+            shows the run's curves is not installed.
+    """
+    world.first(lambda: check_data(job, out))
+    world.agree(lambda: check_tensorboard(job.recipe))
+    world.agree(lambda: check_tracker(job.recipe))
+
+
+def _take_over(
+    assignment: Assignment, model: nn.Module, phase_1_of: Path | None, facts: dict[str, Any]
+) -> None:
+    """Claim the run's folder, with the phase 1 of another run if one is given; collective.
+
+    Raises:
+        UserError: on all ranks, the folder, or the other run, does not fit.
     """
     job, out, chosen = assignment.job, assignment.out, assignment.chosen
     world = assignment.ranks.world
     if line := world.first(lambda: take_over(job.recipe, out, chosen)):
         assignment.display.say(line)
-    world.first(lambda: check_data(job, out))
     if phase_1_of:
         adopt_large_batch(phase_1_of, job, model, assignment.checkpoints, world)
-    world.agree(lambda: check_tensorboard(job.recipe))
-    world.agree(lambda: check_tracker(job.recipe))
-    world.first(lambda: claim(job.recipe, out, chosen))
-    facts = environment(world, node, job.device)
-    facts["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    facts["data"] = _facts(job)
-    world.first(lambda: write_json(out / environment_name(chosen), facts))
-    for line in _introduction(job, assignment.ranks, out):
-        assignment.display.say(line)
+    world.first(lambda: claim(job.recipe, out, chosen, facts))
+
+
+def _extension(before: Recipe, assignment: Assignment, facts: dict[str, Any]) -> Callable[[], None]:
+    """Check that a complete run can be extended, and return what extends its folder; collective.
+
+    Whatever may refuse the longer run comes between the two: a refused start changes nothing.
+
+    Raises:
+        UserError: on all ranks, the run cannot be extended.
+        RunError: on all ranks, a save cannot be read.
+    """
+    job, out, world = assignment.job, assignment.out, assignment.ranks.world
+    saves = world.first(lambda: saves_to_extend(before, job, out)) or {}
+
+    def begin() -> None:
+        world.first(lambda: extend(saves, before, job.recipe, out))
+        world.first(lambda: claim(job.recipe, out, assignment.chosen, facts))
+
+    return begin
+
+
+def _nothing() -> None:
+    """Begin a run whose folder is ready."""
 
 
 def _train_watched(
-    assignment: Assignment, model: nn.Module, started: float, phase_1_is_adopted: bool
+    assignment: Assignment,
+    model: nn.Module,
+    started: float,
+    phase_1_is_over: bool,
+    begin: Callable[[], None],
 ) -> dict[str, Any] | None:
     """Train from where the run's saves are, while the watchdog looks for ranks that hang.
+
+    Args:
+        assignment: the job's share of the run.
+        model: as training begins.
+        started: `perf_counter()` when the process began.
+        phase_1_is_over: nothing of phase 1 will be trained.
+        begin: the last act before training, once nothing else can refuse the run; collective.
 
     Returns:
         What `result.json` holds; None where this job's part does not complete the run.
@@ -162,17 +207,17 @@ def _train_watched(
     minutes = job.recipe.watchdog.minutes
     end_stalls(minutes * 60)
     tell_launcher("training")
-    is_over = phase_1_is_adopted or phase_1_is_over(out, ranks.world)
     with (
         display.running(),
         watching(job.control, minutes, checkpoints.folder, ranks),
         noting_divergence(out, chosen),
     ):
         job.control.heartbeat("the dry step before training")
-        model, warnings = _dry_step(model, job, ranks, chosen, is_over)
+        model, warnings = _dry_step(model, job, ranks, chosen, phase_1_is_over)
         for line in warnings:
             display.say(line)
         averages = saved_averages(checkpoints, ranks.world)
+        begin()
         recorder = recorder_of(assignment, started, averages)
         return train_and_record(model, assignment, resume(assignment, recorder), recorder)
 
@@ -185,9 +230,18 @@ def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[
     """
     result = world.broadcast(world.agree(lambda: finished(recipe, out)))
     if result:
-        Checkpoints(out / "checkpoints", recipe).end(world)
         display.say(f"{out} holds this run, complete: nothing to do")
     return result
+
+
+def _remove_leftovers(out: Path, world: Team) -> None:
+    """Remove the saves that a killed job left in a complete run's folder; collective.
+
+    Where another job owns the folder, or it cannot be written, they stay.
+    """
+    if world.broadcast(world.first(lambda: bool(leftovers(out)))):
+        with suppress(UserError), owning(out, None, world):
+            world.first(lambda: remove_files(leftovers(out)))
 
 
 def _is_to_extend(before: Recipe | None, recipe: Recipe, out: Path, world: Team) -> bool:
@@ -230,45 +284,3 @@ def _dry_step(
         return model, []
     key = Key.of(recipe.seed, part)
     return ranks.world.agree(lambda: dry_step(model, job, job.settings(part), key, team))
-
-
-def _facts(job: Job) -> dict[str, Any]:
-    """Return what a program needs to know of the training images to use the model."""
-    dataset = job.dataset
-    return {
-        "classes": dataset.classes,
-        "mean": dataset.mean,  # of each channel
-        "std": dataset.std,  # of each channel
-        "image_size": dataset.image_size,
-        "samples": {name: len(split) for name, split in dataset.splits.items()},
-    }
-
-
-def _sizes(data: Dataset) -> str:
-    """Return the numbers of samples: "1,198 training and 599 test"."""
-    words = {"train": "training", "validation": "validation", "test": "test"}
-    *parts, last = (f"{len(split):,} {words[name]}" for name, split in data.splits.items())
-    return f"{', '.join(parts)} and {last}"
-
-
-def _introduction(job: Job, ranks: Ranks, out: Path) -> list[str]:
-    """Return the lines that a person sees first."""
-    recipe, device, data = job.recipe, job.device, job.dataset
-    world = ranks.world
-    is_in_memory = isinstance(data.train, Arrays)
-    where = "in memory" if is_in_memory else "read and decoded in every epoch"
-    if isinstance(data.train, Batches):
-        where = f"made by {recipe.data.name}"
-    lines = [
-        f"{recipe.name}: {count(world.size, 'rank')}, {count(recipe.groups, 'group')}, "
-        f"{device.name}, {count(device.threads, 'thread')} per rank, {recipe.precision}; "
-        f"{_sizes(data)} {data.noun}, {where}; into {out}"
-    ]
-    lines += data.notes
-    lines += normalisation_line(data, recipe.data)
-    if device.is_shared(world):
-        lines.append(
-            "ranks share a GPU: gradients go through host memory "
-            "(in Slurm, --ntasks-per-node as large as --gpus-per-node gives each rank one)"
-        )
-    return lines

@@ -58,6 +58,7 @@ def another_recipe(tmp: Path) -> Finished:
     (tmp / "runs" / "digits").mkdir(parents=True)
     recipe = (ROOT / "swap_hpc" / "recipe" / "digits.toml").read_text()
     (tmp / "runs" / "digits" / "recipe.toml").write_text("seed = 7\n" + recipe)
+    (tmp / "runs" / "digits" / "environment.json").write_text('{"ranks": []}')
     (tmp / "runs" / "digits" / "large_batch.safetensors").touch()
     return train(cwd=tmp)
 

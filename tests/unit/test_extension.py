@@ -13,6 +13,7 @@ from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run import extend as extending
+from swap_hpc.run import run as running
 from swap_hpc.run.extend import check_extension
 from swap_hpc.run.run import train
 from swap_hpc.train.control import Control
@@ -138,6 +139,43 @@ def test_an_extension_that_broke_off_at_any_place_is_made_again(
     assert extended["weights_sha256"] == whole["weights_sha256"]
 
 
+def contents(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("check", ["check_data", "check_tracker", "dry_step", "saved_averages"])
+@pytest.mark.parametrize("case", ["epochs", "phase 1 alone"])
+def test_an_extension_that_cannot_begin_leaves_the_folder_as_it_was(
+    check: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase, short, long = LONGER[case]
+    before, after = recipe(phase, **short), recipe(phase, **long)
+    run(before, tmp_path)
+    there = contents(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise UserError("not like this")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="not like this"):
+        patched.setattr(running, check, refuse)
+        run(after, tmp_path, before)
+    assert contents(tmp_path) == there
+
+
+def test_what_was_made_of_the_shorter_run_gets_another_name(tmp_path: Path) -> None:
+    phase, short, long = LONGER["epochs"]
+    before, after = recipe(phase, **short), recipe(phase, **long)
+    run(before, tmp_path)
+    names = ["average.safetensors", "average-0-1.safetensors", "landscape.json", "report.md"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    run(after, tmp_path, before)
+    for name in names:
+        path = tmp_path / name
+        assert not path.exists()
+        assert path.with_name(f"{path.stem}-before{path.suffix}").read_text() == name
+
+
 def test_what_would_not_end_alike_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     decaying = recipe("refine", epochs=2, learning_rate=[[0, 0.1], [2, 0.0]])
     other = recipe("refine", epochs=4, learning_rate=[[0, 0.1], [4, 0.0]])
@@ -152,7 +190,10 @@ def test_what_would_not_end_alike_is_refused_and_changes_nothing(tmp_path: Path)
     longer = [[0, 0.1], [2, 0.0], [3, 0.1]]
     gone = recipe("refine", epochs=3, learning_rate=longer, keep=False)
     assert {path: path.read_bytes() for path in before} == before
-    run(decaying.model_copy(update={"checkpoint": gone.checkpoint}), tmp_path)  # removes the saves
+    run(decaying.model_copy(update={"checkpoint": gone.checkpoint}), tmp_path)  # is complete
+    assert contents(tmp_path) == before
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
     with pytest.raises(UserError, match=r"holds no save of large_batch: .* checkpoint.keep = true"):
         run(gone, tmp_path, decaying)
     differ = r"holds a run of another recipe \(refine.batch_size, refine.learning_rate differ"
