@@ -19,8 +19,9 @@ SplitName: TypeAlias = Literal["train", "validation", "test"]
 class Dataset:
     """What is trained and tested on.
 
-    A user's own data set holds `Arrays`, whose missing `image_size`, `mean` and `std` are computed,
-    or `Batches` or `Graph`, which need none of the three.
+    A user's own data set holds splits of one kind: `Arrays`, whose missing `image_size`, `mean` and
+    `std` are computed; `Files`, for which `data.image_size` and ImageNet's two are taken; or
+    `Batches` and `Graph`, which need none of the three.
 
     Attributes:
         train: the training split.

@@ -89,12 +89,13 @@ def check_fields(data: Data, augment: Augment, dataset: Dataset) -> None:
         )
     if isinstance(dataset.train, Batches):
         return
-    if augment.mixes and dataset.train.labels.ndim > 1:
+    labels = dataset.train.labels
+    if augment.mixes and (labels.ndim > 1 or labels.dtype.kind == "f"):
         raise UserError(
             "augment.mixup and augment.cutmix mix class numbers, and the targets of "
             f"{data.name} are something else: leave them out"
         )
-    if augment.mixes and (largest := int(dataset.train.labels.max())) >= len(dataset.classes):
+    if augment.mixes and (largest := int(labels.max())) >= len(dataset.classes):
         raise UserError(
             f"augment.mixup and augment.cutmix mix class numbers, and {data.name} has the label "
             f"{largest} beside these classes: {first_few(dataset.classes) or 'none'}"

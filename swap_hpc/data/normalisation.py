@@ -44,11 +44,10 @@ def normalisation_line(dataset: Dataset, data: Data) -> list[str]:
     """Return a line that says whose mean and deviation are used; none for other than images."""
     if isinstance(dataset.train, Batches):
         return []
-    if ":" in data.name:
-        default = "the data set's"
-    else:
-        default = "the training images'" if isinstance(dataset.train, Arrays) else "ImageNet's"
-    mean, std = _owner(data.mean, default), _owner(data.std, default)
+    in_memory = isinstance(dataset.train, Arrays)
+    default = "the training images'" if in_memory and ":" not in data.name else "the data set's"
+    mean = _owner(data.mean, dataset.mean == IMAGENET_MEAN, default)
+    std = _owner(data.std, dataset.std == IMAGENET_STD, default)
     both = f"{mean} mean and standard deviation"
     return [
         "images are normalised by "
@@ -56,7 +55,7 @@ def normalisation_line(dataset: Dataset, data: Data) -> list[str]:
     ]
 
 
-def _owner(value: tuple[float, ...] | str | None, default: str) -> str:
+def _owner(value: tuple[float, ...] | str | None, is_imagenet: bool, default: str) -> str:
     if value is None:
-        return default
+        return "ImageNet's" if is_imagenet else default
     return "ImageNet's" if value == "imagenet" else "the recipe's"

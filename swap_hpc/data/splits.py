@@ -24,7 +24,8 @@ class Arrays:
 
     Attributes:
         images: (N, H, W, C) uint8.
-        labels: (N,) int64 class numbers from 0; for a loss of the user's own, targets (N, ...).
+        labels: (N,) class numbers from 0; for a loss of the user's own, targets (N, ...).
+            The loss gets integers as int64 and other numbers as float32.
         files: a hash of the files that the images were decoded from, or empty. Ranks and runs
             compare it instead of the pixels: their last bits may differ between processors.
         names: of the files, one for each image, or empty.

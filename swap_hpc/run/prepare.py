@@ -11,6 +11,7 @@ from torch import nn
 from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.data import Dataset, load
 from swap_hpc.data.fields import check_fields
+from swap_hpc.data.labels import check_labels
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import BF16, FP16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
@@ -43,6 +44,7 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
     world.agree(lambda: optimizer_class(recipe.optimizer))
     dataset = load(recipe.data, world, device.threads)
     world.agree(lambda: check_fields(recipe.data, recipe.augment, dataset))
+    world.agree(lambda: check_labels(recipe.data.name, dataset, recipe.loss))
     job = Job(recipe, dataset, device)
     model = world.agree(job.build)
     world.agree(lambda: _check_sizes(recipe, dataset, model))

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from swap_hpc.data import Batches, Dataset, load
+from swap_hpc.data.fields import check_fields
+from swap_hpc.data.identity import Identity
+from swap_hpc.data.labels import check_labels
+from swap_hpc.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalisation_line
 from swap_hpc.data.sampling import Key, Picks
-from swap_hpc.data.splits import Arrays
+from swap_hpc.data.splits import Arrays, Files
 from swap_hpc.errors import RunError, UserError
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import parse
@@ -353,6 +358,119 @@ def test_a_data_set_of_arrays_is_completed(own: ModuleType) -> None:
         loaded(replace(bare, validation=other), own)
     with pytest.raises(UserError, match="returned a Dataset without samples"):
         loaded(replace(bare, test=Arrays(IMAGES[:0], LABELS[:0])), own)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Six images of 10 x 8 pixels."""
+    paths = tuple(str(tmp_path / f"{i}.png") for i in range(6))
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((8, 10, 3), 40 * i, np.uint8)).save(path)
+    return Files(paths, LABELS.astype(np.int64))
+
+
+def test_a_data_set_of_files_is_completed_as_a_folder_is(files: Files, own: ModuleType) -> None:
+    bare = Dataset(files, files, ("a", "b", "c"), validation=files)
+    own.load = lambda path: bare  # type: ignore[attr-defined]
+    data = {"name": "own_parts:load", "image_size": 8}
+    job = Job(tiny.recipe(data=data), load(tiny.recipe(data=data).data, Team.alone(), 1), tiny.CPU)
+    assert job.dataset.image_size == (8, 8) and job.dataset.mean == IMAGENET_MEAN
+    line = "images are normalised by ImageNet's mean and standard deviation"
+    assert normalisation_line(job.dataset, job.recipe.data) == [line]
+    for name in ("validation", "test"):
+        ((images, labels),) = job.test_batches(Team.alone(), name)
+        assert images.shape == (6, 3, 8, 8) and labels.tolist() == LABELS.tolist()
+        grey = (images[:, 0, 0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]).round()
+        assert grey.tolist() == [0, 40, 80, 120, 160, 200]
+    sized = replace(bare, image_size=(6, 6), mean=(1.0,) * 3, std=(2.0,) * 3)
+    own_statistics = loaded(sized, own)
+    assert (own_statistics.image_size, own_statistics.mean) == ((6, 6), (1.0,) * 3)
+    as_lists = Files(list(files.paths), files.labels.tolist())  # type: ignore[arg-type]
+    assert loaded(replace(sized, train=as_lists), own).train.contents == files.contents
+    for wrong, message in (
+        (bare, r"a Dataset of files without an image_size: set data.image_size \(pixels\)"),
+        (replace(sized, channels=1), "channels = 1: files are read with 3"),
+        (replace(sized, std=(1.0,)), "whose std has 1 numbers, but the images have 3 channels"),
+        (
+            replace(sized, test=Arrays(IMAGES, LABELS)),
+            r"different kinds of splits \(train Files, validation Files, test Arrays\): make all",
+        ),
+        (
+            replace(sized, test=Batches(6, lambda picks, training: ())),
+            r"\(train Files, validation Files, test Batches\)",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            loaded(wrong, own)
+
+
+RANDOM = torch.utils.data.TensorDataset(torch.zeros(6, 4), torch.from_numpy(LABELS))
+SPLIT = Arrays(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("train", "classes", "message"),
+    [
+        (RANDOM, "abc", r"whose train is a TensorDataset: read a torch Dataset with swap_hpc.Bat"),
+        (GOOD, "abc", r"whose train is a tuple: write a pair of arrays as swap_hpc.data.Arrays\("),
+        (None, "abc", "whose train is a NoneType: an Arrays, Files, Batches or Graph is needed"),
+        (SPLIT, 10, r"with classes = 10: their names are needed, .* tuple\(map\(str, range\(10\)"),
+        (SPLIT, None, "with classes = None: their names are needed"),
+        (Arrays(IMAGES, LABELS[:5]), "abc", r"returned labels \[5\] int64 for 6 images: they must"),
+        (
+            Arrays(IMAGES, np.array(list("abcabc"))),
+            "abc",
+            r"returned labels \[6\] <U1 for 6 images",
+        ),
+    ],
+)
+def test_a_wrong_dataset_is_explained(
+    train: Any, classes: Any, message: str, own: ModuleType
+) -> None:
+    names = tuple(classes) if isinstance(classes, str) else classes
+    with pytest.raises(UserError, match=message):
+        loaded(Dataset(train, SPLIT, names), own)
+
+
+def test_labels_are_numbers_of_classes_where_the_loss_is_cross_entropy(own: ModuleType) -> None:
+    good, beyond = Arrays(IMAGES, LABELS), Arrays(IMAGES, LABELS + 1)
+    whole = Dataset(good, good, ("a", "b", "c"), validation=good)
+    check_labels("own", whole, "cross_entropy")
+    for key in whole.splits:
+        spoiled = replace(whole, **{str(key): beyond})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=rf"the {key} split of own has the label 3 beside 3 cl"):
+            check_labels("own", spoiled, "cross_entropy")
+        check_labels("own", spoiled, "mine:loss")
+    below = replace(whole, test=Arrays(IMAGES, LABELS - 1))
+    with pytest.raises(
+        UserError, match=r"the label -1 beside 3 classes \(a, b, c\), whose numbers"
+    ):
+        check_labels("own", below, "cross_entropy")
+    ages = replace(whole, train=Arrays(IMAGES, LABELS.astype(np.float32)))
+    with pytest.raises(UserError, match=r"targets \[6\] float32, and cross_entropy takes class n"):
+        check_labels("own", ages, "cross_entropy")
+    shares = Arrays(IMAGES, np.full((6, 3), 1 / 3, np.float32))
+    check_labels("own", Dataset(shares, shares, whole.classes), "cross_entropy")
+
+
+def test_images_have_targets_of_any_shape_for_a_loss_of_ones_own(own: ModuleType) -> None:
+    targets = np.arange(12, dtype=np.float64).reshape(6, 2)
+    split = Arrays(IMAGES, targets)
+    recipe = tiny.recipe(data={"name": "own_parts:load", "validation": 2}, loss="own_parts:loss")
+    own.load = lambda path: Dataset(split, split, ())  # type: ignore[attr-defined]
+    own.loss = F.mse_loss  # type: ignore[attr-defined]
+    dataset = load(recipe.data, Team.alone(), 1)
+    check_fields(recipe.data, recipe.augment, dataset)
+    job = Job(recipe, dataset, tiny.CPU)
+    ((_, tested),) = job.test_batches(Team.alone())
+    assert tested.dtype == torch.float32 and tested.tolist() == targets.tolist()
+    ((_, chosen),) = job.test_batches(Team.alone(), "validation")
+    assert len(chosen) == 2 and all(row in targets.tolist() for row in chosen.tolist())
+    other = replace(dataset, test=Arrays(IMAGES, np.zeros((6, 2), np.float32)))
+    assert Identity.of(dataset).differ(Identity.of(other), ("test",))
+    mixup = tiny.recipe(augment={"mixup": 0.2}).augment
+    with pytest.raises(UserError, match="mix class numbers, and the targets of own_parts:load"):
+        check_fields(recipe.data, mixup, dataset)
 
 
 def test_outputs_of_any_shape_leave_autocast_as_float32() -> None:
