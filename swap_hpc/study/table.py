@@ -100,6 +100,8 @@ def spread(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
     middle = f"{mean(values):{form}}"
+    if not all(map(math.isfinite, values)):
+        return middle  # for which statistics.stdev fails
     return f"{middle} ± {stdev(values):{form}}" if len(values) > 1 else middle
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from itertools import combinations
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from swap_hpc.study.figures.style import LARGE_BATCH, SWAP, method_colours
 from swap_hpc.study.figures.trajectory import draw_trajectory
 from swap_hpc.study.numbers import Line, lines
 from swap_hpc.study.plan import Plan
+from swap_hpc.study.report import write_report
 from swap_hpc.study.study import load_study, shipped_studies
+from swap_hpc.study.table import spread
 
 RUNS = Path(__file__).parents[2] / "tests" / "runs"
 
@@ -60,6 +63,48 @@ def values(axis: Axes) -> list[list[float]]:
 def test_curves_are_drawn_of_any_run(name: str, tmp_path: Path) -> None:
     draw_curves(RUNS / name, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("where", ["somewhere", "everywhere"])
+def test_what_is_not_finite_leaves_a_gap_and_a_report(
+    where: str, run: Path, figures: list[Figure]
+) -> None:
+    names = ["world", "group-000", "group-001"]
+    for name in names if where == "somewhere" else [p.stem for p in (run / "metrics").iterdir()]:
+        file = run / "metrics" / f"{name}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines[len(lines) // 2 :] if where == "somewhere" else lines:
+            line |= {"test_accuracy": nan, "ema_test_accuracy": inf}
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = load_result(run)
+    result["test_accuracy"] |= {"large_batch": nan, "mean_of_groups": nan, "averaged": inf}
+    (run / "result.json").write_text(json.dumps(result))
+    assert "| nan" in write_report(run).read_text()
+    # the line that marks the phases has two points
+    drawn = [y for line in values(figures[0].axes[0]) if len(line) > 2 for y in line]
+    assert np.isnan(drawn).any() and np.isfinite(drawn).any() == (where == "somewhere")
+
+
+def test_a_landscape_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    content = json.loads(LANDSCAPE.read_text())
+    levels = error_levels(content)
+    kind = next(key for key in content["planes"][0] if key.startswith("test_"))
+    content["planes"][0][kind][0][0] = nan
+    assert np.allclose(error_levels(content)[:2], levels[:2])
+    draw_landscape(content, tmp_path / "landscape.png")
+    for plane in content["planes"]:
+        plane[kind] = np.full_like(plane[kind], nan).tolist()
+    draw_landscape(content, tmp_path / "landscape.png")
+
+
+def test_a_study_with_a_metric_that_is_not_finite_has_its_table_and_figure(tmp_path: Path) -> None:
+    seconds = {0: 1.0, 1: 2.0}
+    lines = [
+        Line(name, None, "1", 1, 1, {0: value, 1: 0.5}, seconds, seconds)
+        for name, value in (("a", nan), ("b", 0.25))
+    ]
+    assert [spread([*line.values.values()], ".2f") for line in lines] == ["nan", "0.38 ± 0.18"]
+    draw_methods("study", lines, (), "accuracy", tmp_path / "study.png")
 
 
 def test_curves_show_what_the_metrics_say(run: Path, figures: list[Figure]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,11 +49,13 @@ class _Run:
 
     @property
     def ends(self) -> dict[str, float | None]:
-        """The main metric after phase 1, before averaging and after, as it is shown."""
+        """The main metric after phase 1, before averaging and after, as it is shown.
+
+        None where there is no such model yet, or the metric is not finite.
+        """
         found = self.result[f"{self.split}_{self.metric}"]
-        factor = scale(self.metric)
         names = ("large_batch", "mean_of_groups", "averaged")
-        return {n: None if found[n] is None else factor * found[n] for n in names}
+        return {name: _shown(found[name], scale(self.metric)) for name in names}
 
     @property
     def begin(self) -> int:
@@ -63,6 +66,10 @@ class _Run:
     def end(self) -> int:
         """The epoch at which phase 2 ends."""
         return self.begin + int(self.result["epochs"]["refine"])
+
+
+def _shown(value: float | None, factor: float) -> float | None:
+    return factor * value if value is not None and isfinite(value) else None
 
 
 def draw_curves(run: Path, file: Path) -> None:
@@ -148,6 +155,8 @@ def _values(
 ) -> Curve:
     """Return epochs of the run and the main metric, where it was measured, in percent if a share.
 
+    Where the metric was not finite it is NaN, which leaves a gap in a line.
+
     Args:
         run: the run.
         lines: a part of the run.
@@ -158,7 +167,7 @@ def _values(
     key, factor = f"{of}{run.split}_{run.metric}", scale(run.metric)
     measured = [line for line in lines if line.get(key) is not None]
     points = [*before, *((begin + line["epoch"], factor * line[key]) for line in measured)]
-    return [x for x, _ in points], [y for _, y in points]
+    return [x for x, _ in points], [y if isfinite(y) else nan for _, y in points]
 
 
 def _draw_learning_rate(axis: "Axes", run: _Run) -> None:
@@ -202,9 +211,10 @@ def _limit_to_refinement(top: "Axes", bottom: "Axes", run: _Run) -> None:
     values += [y for lines in run.groups for y in _values(run, lines, 0, of="ema_")[1]]
     ends = (run.ends["large_batch"], run.ends["averaged"])
     values += [end for end in ends if end is not None]
-    margin = 0.08 * (max(values) - min(values)) + 0.001 * scale(run.metric)
     top.set_xlim(run.begin, run.end)
-    top.set_ylim(min(values) - margin, max(values) + margin)
+    if finite := [value for value in values if isfinite(value)]:
+        margin = 0.08 * (max(finite) - min(finite)) + 0.001 * scale(run.metric)
+        top.set_ylim(min(finite) - margin, max(finite) + margin)
     _, rates = _refinement_rates(run)
     bottom.set_ylim(0, 1.1 * max(rates) or 1)
 
@@ -230,5 +240,6 @@ def _draw_ends(axis: "Axes", run: _Run) -> None:
 
 def _ema_labels(run: _Run, lines: Lines, begin: int, colour: str) -> list[Label]:
     """Return a label at the middle of a part's moving average of the weights, if it has one."""
-    points = [*zip(*_values(run, lines, begin, of="ema_"), strict=True)]
+    curve = zip(*_values(run, lines, begin, of="ema_"), strict=True)
+    points = [(x, y) for x, y in curve if isfinite(y)]
     return [Label(*points[len(points) // 2], "EMA of the weights", colour)] if points else []

@@ -156,9 +156,12 @@ def _pixels_of_lines(axis: "Axes") -> np.ndarray:
     found = [np.empty((0, 2))]
     for line in axis.lines:
         corners = line.get_transform().transform(np.asarray(line.get_xydata(), float))
+        there = np.isfinite(corners).all(1)  # a line has gaps where a value is NaN
         for start, end in pairwise(corners):
+            if not np.isfinite([start, end]).all():
+                continue
             length = np.hypot(*(end - start)) * 72 / axis.figure.dpi
             found.append(np.linspace(start, end, int(length) + 2))
         if line.get_marker() not in ("None", None, ""):
-            found += [corners] * MARKER
+            found += [corners[there]] * MARKER
     return np.concatenate(found)

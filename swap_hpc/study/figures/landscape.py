@@ -29,7 +29,7 @@ def draw_landscape(content: dict[str, Any], file: Path) -> None:
     measured, factor = measured_in(content), factor_of(content)
     title = f"{content['recipe']}, seed {content['seed']}: {measured} on planes through the weights"
     levels = error_levels(content)
-    highest = max(np.max(plane[kind]) for plane in planes for kind in kinds)
+    highest = max(_finite(plane[kind]).max(initial=0) for plane in planes for kind in kinds)
     beyond = "max" if factor * highest > levels[-1] else "neither"
     shapes = [np.ptp(plane["y"]) / np.ptp(plane["x"]) for plane in planes]
     width = (WIDTH - 1.5) / 2  # of one plane; the rest is for ticks and the colour bar
@@ -75,7 +75,10 @@ def error_levels(content: dict[str, Any]) -> np.ndarray:
     of an error rate from so many samples. The highest twentieth of the errors may lie above all
     levels: else the walls of a basin would leave few levels for what is inside.
     """
-    by_kind = [np.ravel([plane[kind] for plane in content["planes"]]) for kind in kinds_of(content)]
+    planes, kinds = content["planes"], kinds_of(content)
+    by_kind = [np.concatenate([_finite(plane[kind]) for plane in planes]) for kind in kinds]
+    if not all(map(len, by_kind)):
+        return np.arange(2.0)
     errors, factor = np.concatenate(by_kind), factor_of(content)
     low, high = factor * errors.min(), factor * np.quantile(errors, 0.95)
     finest = 1e-6 * max(1.0, abs(high))
@@ -87,6 +90,12 @@ def error_levels(content: dict[str, Any]) -> np.ndarray:
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)
     return step * np.arange(first, last + 1)
+
+
+def _finite(values: Any) -> np.ndarray:
+    """Return the finite ones of nested lists of numbers, (n,): a loss may be NaN far out."""
+    found = np.ravel(np.asarray(values, float))
+    return found[np.isfinite(found)]
 
 
 def _rounded_up(value: float) -> float:
@@ -112,7 +121,7 @@ def _draw_surface(
 
     # light where the error is low, and nowhere so dark that a label is not readable
     colours = ListedColormap(colormaps["YlGnBu"](np.linspace(0, 0.75, 256)))
-    errors = factor * np.array(plane[kind])
+    errors = np.ma.masked_invalid(factor * np.array(plane[kind], float))
     surface = axis.contourf(plane["x"], plane["y"], errors, levels, cmap=colours, extend=beyond)
     # thin lines separate shades that are close to each other
     axis.contour(plane["x"], plane["y"], errors, levels, colors="white", linewidths=0.5)

@@ -1,6 +1,7 @@
 """The figure of a study: the main metric of every method against its seconds."""
 
 from collections.abc import Container, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill
@@ -24,7 +25,7 @@ def draw_methods(
 
     Args:
         title: the study's.
-        lines: the rows; one without results is left out.
+        lines: the rows; one without results, or whose mean is not finite, is left out.
         before: the methods that are a mean over models before averaging; their markers are hollow.
         metric: the main metric's name.
         file: the figure to write.
@@ -35,7 +36,10 @@ def draw_methods(
     with figure_in(file, f"{title}\n{spread}", 4.0) as figure:
         axis = figure.subplots()
         colours = method_colours(line.method for line in lines)
-        shown = [pair for pair in zip(lines, colours, strict=True) if pair[0].values]
+        pairs = zip(lines, colours, strict=True)
+        shown = [
+            pair for pair in pairs if pair[0].values and isfinite(mean(pair[0].values.values()))
+        ]
         for line, colour in shown:
             face = "white" if line.method in before else colour
             _draw(axis, line, factor, colour, face)
