@@ -122,7 +122,7 @@ def evaluate(
     tensors, header, read_notes = world.agree(lambda: read_state_dict(file, entry))
     described = parsed or world.agree(lambda: _recipe_beside(file, header, data, overrides))
     job, model = prepare_saved(described, world)
-    world.agree(lambda: _check_split(split, job))
+    world.agree(lambda: _check_split(split, header, job))
     notes = world.agree(lambda: _checked_classes(file, header, job, split))
     if "count" in header:
         average_weights_(model, Team.alone(), sum_of(tensors, int(header["count"])))
@@ -140,12 +140,25 @@ def evaluate(
     return Result(file, {split: result}, digest, (*read_notes, *job.dataset.notes, *notes))
 
 
-def _check_split(split: SplitName, job: Job) -> None:
-    if split not in job.dataset.splits:
+def _check_split(split: SplitName, header: Mapping[str, str], job: Job) -> None:
+    """Raise UserError, with a hint that misleads nobody, where the data have no such split."""
+    if split in job.dataset.splits:
+        return
+    trained_on = Identity.from_json(header["data"]) if "data" in header else None
+    if trained_on is None:
+        hint = "the data have no validation split: --set data.validation=N sets training samples"
+        raise UserError(f"--split validation: {hint} aside")
+    if trained_on.validation is None:
         raise UserError(
-            "--split validation: the data have no validation split: --set data.validation=N sets "
-            "training samples aside"
+            "--split validation: the run had no validation split, and was trained on all samples "
+            "but those of the test split"
         )
+    hint = "--data DIR with those of the run"
+    if set_aside := recipe_of(header["recipe"], "the file").data.validation:
+        hint = f"--set data.validation={set_aside} sets the same samples aside"
+    raise UserError(
+        f"--split validation: the data have no validation split, the run had one: {hint}"
+    )
 
 
 def _file(run: Path, group: int, what: str = "") -> Path:
@@ -153,10 +166,24 @@ def _file(run: Path, group: int, what: str = "") -> Path:
 
 
 def _named_recipe(name: str, file: Path, overrides: Sequence[str], data: Path | None) -> Recipe:
-    """Return a recipe in which `model.weights_entry` and `weights_except` are about a file."""
-    if any(each.startswith("model.weights_") for each in overrides):
-        overrides = (f"model.weights={json.dumps(str(file))}", *overrides)
-    return load_recipe(name, overrides, data)
+    """Return a recipe that is about the weights in a file.
+
+    The fields of `model` that say what a run begins with are about another file in the recipe. They
+    count where they are set here: `weights_entry` and `weights_except` are then about this file.
+    """
+    unset = [f"model.{field}=" for field in ("weights", "weights_entry", "weights_except")]
+    about_file = [each for each in overrides if each.strip().startswith("model.weights")]
+    others = [each for each in overrides if each not in about_file]
+    plain = load_recipe(name, [*unset, *others], data)
+    if not about_file:
+        return plain
+    if plain.model.has_library_weights:
+        unset.append("model.pretrained=")
+    return load_recipe(name, [*unset, *others, *about_file, f"model.weights={_toml(file)}"], data)
+
+
+def _toml(file: Path) -> str:
+    return json.dumps(str(file), ensure_ascii=False)
 
 
 def _recipe_beside(
@@ -193,8 +220,25 @@ def _checked_classes(
     if how := trained_on.classes_differ(job.identity):
         raise _other_data(file, how)
     how = trained_on.differ(job.identity, [split])
+    if not how:
+        return ()
     noun = "training" if split == "train" else split
-    return (f"note: not the {noun} samples of the run ({how})",) if how else ()
+    note = f"note: not the {noun} samples of the run ({how})"
+    trained = _trained_on(trained_on, job.identity) if split == "validation" else 0
+    return (f"{note}: it was trained on {trained:,} of them" if trained else note,)
+
+
+def _trained_on(then: Identity, now: Identity) -> int:
+    """Return the number of today's validation samples that a run was trained on.
+
+    The samples that `data.validation` sets aside are the first of one order, which depends on the
+    number of all that are not for the test. 0 where that number is another, and nothing is known.
+    """
+    aside_then, aside_now = (
+        each.validation.samples if each.validation else 0 for each in (then, now)
+    )
+    same_data = then.train.samples + aside_then == now.train.samples + aside_now
+    return max(0, aside_now - aside_then) if same_data else 0
 
 
 def _other_data(file: Path, how: str) -> UserError:

@@ -12,6 +12,8 @@ from launch import Finished, settings, swap_hpc
 from PIL import Image
 from safetensors.torch import load_file
 
+import swap_hpc as swap_package
+
 FIELDS = settings(
     "groups=2",
     "model.width=2",
@@ -101,6 +103,23 @@ def test_the_entry_that_a_message_names_can_be_chosen(run: Path, tmp_path: Path)
     assert found["test_accuracy"] == pytest.approx(result["test_accuracy"]["groups"][1], abs=0.002)
 
 
+def test_what_a_recipe_begins_with_is_not_about_the_file_that_it_describes(
+    run: Path, tmp_path: Path
+) -> None:
+    own, recipe = run / "swap.safetensors", tmp_path / "finetune.toml"
+    digits = Path(swap_package.__file__).parent / "recipe" / "digits.toml"
+    begins = '[model]\nweights = "gone.pth"\nweights_entry = "ema"\nweights_except = ["linear.*"]\n'
+    recipe.write_text(digits.read_text().replace("[model]\n", begins))
+    assert begins in recipe.read_text()
+    line = ("evaluate", own, "--recipe", recipe, "--set", "model.width=2", "--json")
+    result = json.loads((run / "result.json").read_text())
+    assert as_object(swap_hpc(*line))["weights_sha256"] == result["weights_sha256"]
+    except_for = ("--set", "model.weights_except=linear.*")
+    found = as_object(swap_hpc(*line, *except_for))
+    assert found["weights_sha256"] != result["weights_sha256"]
+    assert "linear.weight" in found["notes"][0] and "left as initialised" in found["notes"][0]
+
+
 def test_samples_that_a_run_trained_on_are_told_from_its_validation_samples(run: Path) -> None:
     file = run / "swap.safetensors"
     line = ("evaluate", file, "--split", "validation", "--set", "data.validation=100", "--json")
@@ -108,6 +127,17 @@ def test_samples_that_a_run_trained_on_are_told_from_its_validation_samples(run:
     assert note == (
         "note: not the validation samples of the run (300 validation samples then, 100 now)"
     )
+    line = ("evaluate", file, "--split", "validation", "--set", "data.validation=400", "--json")
+    (note,) = as_object(swap_hpc(*line))["notes"]
+    assert note == (
+        "note: not the validation samples of the run (300 validation samples then, 400 now): "
+        "it was trained on 100 of them"
+    )
+    refused = swap_hpc("evaluate", file, "--split", "validation", "--set", "data.validation=")
+    assert refused.code == 2 and refused.ours == [
+        "swap-hpc: --split validation: the data have no validation split, the run had one: "
+        "--set data.validation=300 sets the same samples aside"
+    ]
     # what a run needs a validation split for, an evaluation does not
     others = ("--set", "data.validation=", "--set", "checkpoint.best=true")
     (note,) = as_object(swap_hpc("evaluate", file, "--split", "train", *others, "--json"))["notes"]

@@ -139,5 +139,5 @@ def check_without_validation(run: Path, world: Team) -> None:
     fuzz.train(recipe(), run, world)
     with pytest.raises(UserError, match="chooses by validation samples, and the run has none"):
         greedy_average(run, None, None, world)
-    with pytest.raises(UserError, match="--split validation: the data have no validation split"):
+    with pytest.raises(UserError, match="the run had no validation split, and was trained on all"):
         saved.evaluate(run / "swap.safetensors", None, world, "validation")
