@@ -374,7 +374,10 @@ def doctor(
     from swap_hpc.parallel.mpi import world_as_seen
     from swap_hpc.run import doctor
 
-    say("\n".join(doctor.report(world_as_seen(), groups)))
+    world = world_as_seen()
+    lines = doctor.report(world, groups)
+    if world.rank == 0:  # not `say`: what is wrong may be what the launcher's variables tell
+        print("\n".join(lines), flush=True)
 
 
 @app.command()

@@ -20,7 +20,12 @@ from swap_hpc.errors import UserError
 
 VARIABLES = {
     "Open MPI's mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    "MPICH's mpirun": ("PMI_RANK", "PMI_SIZE"),
+    "MPICH's mpirun": ("PMI_RANK", "PMI_SIZE"),  # also HPE's PALS, and Intel's
+    "MVAPICH's mpirun_rsh": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    "IBM's jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE"),  # with gloo; else it calls mpirun
+    # last: a step of one task may hold another launcher
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 
@@ -103,7 +108,7 @@ def launched() -> Launched | None:
     Values that no launcher would set also count as started alone, and so does a single rank of
     torch's launchers, whose variables may be left over.
     """
-    by_mpi = next(filter(None, (_place(*each) for each in VARIABLES.items())), None)
+    by_mpi = launched_for_mpi()
     by_torch = next(filter(None, (_place(TORCH, names) for names in TORCH_VARIABLES)), None)
     if by_torch is None or by_torch.size == 1:
         return by_mpi
@@ -115,6 +120,38 @@ def launched() -> Launched | None:
     return by_mpi
 
 
+def launched_for_mpi() -> Launched | None:
+    """Return what launched this process, other than torch's launchers; None if nothing did."""
+    return next(filter(None, (_place(*each) for each in VARIABLES.items())), None)
+
+
+def certain_rank() -> int:
+    """Return this process's rank among those of its launcher; 0 where there is none for certain.
+
+    Only such a rank may leave it to the first one to print. Variables that are left over from
+    another process would keep a process silent that was started alone.
+    """
+    found = launched()
+    if found and found.by_torch and not {"LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        found = launched_for_mpi()  # RANK and WORLD_SIZE alone may be a user's
+    if found and found.by == "srun" and not _is_below(os.environ.get("SLURM_TASK_PID", "")):
+        return 0
+    return found.rank if found else 0
+
+
+def _is_below(task: str) -> bool:
+    """Tell whether this process is the one with the number `task`, or was started below it."""
+    process = str(os.getpid())
+    while process not in ("0", task):
+        try:
+            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+                # the name before it, in parentheses, may hold anything
+                process = file.read().rpartition(")")[2].split()[1]
+        except (OSError, IndexError):
+            return False
+    return process == task
+
+
 def _place(by: str, variables: tuple[str, str]) -> Launched | None:
     rank, size = (os.environ.get(variable, "") for variable in variables)
     if re.fullmatch("[0-9]+", rank) and re.fullmatch("[0-9]+", size):
@@ -122,13 +159,28 @@ def _place(by: str, variables: tuple[str, str]) -> Launched | None:
     return None
 
 
-def refusal(found: Launched) -> str:
-    """Return one line with a hint, for ranks that torch's launcher started without MPI."""
+def refusal(found: Launched, seen: int) -> str:
+    """Return one line with a hint, for ranks that torch's launcher started without MPI.
+
+    Args:
+        found: torch's launcher.
+        seen: the number of ranks in MPI's world.
+    """
+    sees = "each of them alone" if seen == 1 else f"a world of {seen}"
     return (
         f"{found.by} started {found.size} ranks (WORLD_SIZE={found.size}), "
-        f"and MPI sees each of them alone: start them with mpirun -n {found.size}; "
-        "or in a loop of your own, call torch.distributed.init_process_group() first"
+        f"and MPI sees {sees}: start them with mpirun -n {found.size}; "
+        "or in a loop of your own, call torch.distributed.init_process_group() first; "
+        f"{left_over(found)}"
     )
+
+
+def left_over(found: Launched) -> str:
+    """Return a hint for a launcher's variables that come from elsewhere."""
+    names = [name for pair in TORCH_VARIABLES for name in pair] if found.by_torch else []
+    names = names or [*VARIABLES[found.by]]
+    present = [name for name in dict.fromkeys(names) if name in os.environ]
+    return f"where its variables are left over, unset {' '.join(present)}"
 
 
 def launch_line(launcher: str, ranks: int) -> list[str]:

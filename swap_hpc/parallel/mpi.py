@@ -6,7 +6,7 @@ from contextlib import suppress
 from mpi4py import MPI
 
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.launcher import advice, launched, refusal
+from swap_hpc.parallel.launcher import advice, launched, left_over, refusal
 from swap_hpc.parallel.mpi_communicator import MpiCommunicator
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.wording import count
@@ -53,13 +53,14 @@ def launcher_mismatch() -> str | None:
     if by_launcher is None or by_launcher.size <= world_size():
         return None
     if by_launcher.by_torch:
-        return refusal(by_launcher)
+        return refusal(by_launcher, world_size())
     library = mpi_library()
     return (
         f"{by_launcher.by} started {count(by_launcher.size, 'rank')}, "
         f"but MPI sees a world of {world_size()}: launcher and MPI library do not match; "
         f"use the mpirun that belongs to {library} "
-        f"(with srun: {advice(library).srun}, or the type that this library was built for)"
+        f"(with srun: {advice(library).srun}, or the type that this library was built for); "
+        f"{left_over(by_launcher)}"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from swap_hpc.errors import RunError, UserError, explained
 from swap_hpc.parallel.communicator import Alone, Communicator
-from swap_hpc.parallel.launcher import launched, mpi_is_started, refusal
+from swap_hpc.parallel.launcher import launched, launched_for_mpi, mpi_is_started, refusal
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -76,7 +76,7 @@ class Team:
             return cls(group)
         # MPI is not even started where torch's launcher started the ranks: each would be alone.
         if by_launcher and by_launcher.by_torch and not _mpi_sees(by_launcher.size):
-            raise UserError(refusal(by_launcher))
+            raise UserError(refusal(by_launcher, _seen_by_mpi()))
         from mpi4py import MPI
 
         return cls(MPI.COMM_WORLD)
@@ -217,11 +217,17 @@ def _default_group() -> "ProcessGroup | None":
 
 def _mpi_sees(ranks: int) -> bool:
     """Tell whether this process has started MPI, with a world of so many ranks or more."""
+    return mpi_is_started() and _seen_by_mpi() >= ranks
+
+
+def _seen_by_mpi() -> int:
+    """Return the ranks of MPI's world; where MPI is not started, those of its launcher."""
     if not mpi_is_started():
-        return False
+        by_launcher = launched_for_mpi()
+        return by_launcher.size if by_launcher else 1
     from swap_hpc.parallel.mpi import world_size
 
-    return world_size() >= ranks
+    return world_size()
 
 
 def _portable(error: Exception | None) -> UserError | RunError | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NoReturn
 
-from swap_hpc.parallel.launcher import launched, mpi_is_started
+from swap_hpc.parallel.launcher import certain_rank, mpi_is_started
 from swap_hpc.train.control import ignore_stops
 
 
@@ -39,14 +39,13 @@ def _rank() -> int:
     It comes from MPI where MPI was started, else from the launcher's environment, so that
     commands on a login node need no MPI.
     """
-    rank_of = launched()
     if mpi_is_started():
         from swap_hpc.parallel import mpi
 
         # A world of one under a launcher of several is another MPI's: the launcher knows better.
-        if mpi.world_size() > 1 or rank_of is None:
+        if mpi.world_size() > 1:
             return mpi.world_rank()
-    return rank_of.rank if rank_of else 0
+    return certain_rank()
 
 
 def fail(

@@ -164,6 +164,50 @@ def test_doctor_names_the_launcher() -> None:
     assert f"PROBLEM: {REFUSED}" in done.stdout, done.stderr
 
 
+LEFT_OVER = [
+    {"RANK": "1", "WORLD_SIZE": "2"},
+    {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+]
+
+
+@pytest.mark.parametrize("variables", LEFT_OVER)
+def test_variables_that_are_left_over_keep_no_command_silent(variables: dict[str, str]) -> None:
+    assert "digits" in swap_hpc("recipes", variables=variables).stdout
+    for line in (("average", "nowhere"), ("unheard-of",)):
+        done = swap_hpc(*line, variables=variables)
+        assert done.code == 2 and len(done.ours) == 1, done.stderr
+    assert f"unset {' '.join(variables)}" in swap_hpc("doctor", variables=variables).stdout
+
+
+def test_doctor_speaks_on_every_rank_that_is_alone() -> None:
+    assert f"PROBLEM: {REFUSED}" in with_ranks("doctor", rank=1).stdout
+
+
+def test_a_rank_of_another_world_is_told_what_mpi_sees() -> None:
+    program = "from swap_hpc import Team; Team.world()"
+    variables = {"RANK": "0", "WORLD_SIZE": "4"}
+    done = command(sys.executable, "-c", program, ranks=2, variables=variables)
+    assert done.code and "(WORLD_SIZE=4), and MPI sees a world of 2" in done.stderr
+    assert "unset RANK WORLD_SIZE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("horovodrun", {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}),
+        ("IBM's jsrun", {"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "2"}),
+        ("Flux", {"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2"}),
+        ("MVAPICH's mpirun_rsh", {"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}),
+    ],
+)
+def test_ranks_of_a_launcher_that_mpi_does_not_know_are_refused(
+    name: str, variables: dict[str, str]
+) -> None:
+    done = swap_hpc("data", "digits", variables=variables)
+    assert done.code == 2 and len(done.ours) == 1
+    assert f"{name} started 2 ranks, but MPI sees a world of 1" in done.ours[0]
+
+
 def test_srun_without_pmi_is_refused() -> None:
     place = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     done = swap_hpc("train", "digits", variables=place)

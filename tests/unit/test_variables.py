@@ -6,7 +6,15 @@ import pytest
 
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import choose_device
-from swap_hpc.parallel.launcher import TORCH, TORCH_VARIABLES, VARIABLES, Launched, launched
+from swap_hpc.parallel.launcher import (
+    TORCH,
+    TORCH_VARIABLES,
+    VARIABLES,
+    Launched,
+    certain_rank,
+    launched,
+    refusal,
+)
 from swap_hpc.parallel.teams import Team
 
 
@@ -41,9 +49,12 @@ def test_what_is_no_number_of_threads_is_named(value: str, monkeypatch: pytest.M
     assert str(raised.value) == f"OMP_NUM_THREADS={value} is no number of threads: {hint}"
 
 
+OTHERS = ("TORCHELASTIC_RUN_ID", "SLURM_TASK_PID")  # what else tells of a launcher
+
+
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove what launchers set."""
-    for names in (*VARIABLES.values(), *TORCH_VARIABLES, ("TORCHELASTIC_RUN_ID",)):
+    for names in (*VARIABLES.values(), *TORCH_VARIABLES, OTHERS):
         for name in names:
             monkeypatch.delenv(name, raising=False)
 
@@ -61,6 +72,39 @@ def test_a_rank_that_is_not_a_number_comes_from_no_launcher(
     assert found and (found.rank, found.size) == (0, 2)
     monkeypatch.setenv(rank, value)
     assert launched() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 0),  # exported by a user, say
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1),
+        ({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, 3),
+        ({"RANK": "3", "WORLD_SIZE": "4", "PMI_RANK": "1", "PMI_SIZE": "2"}, 1),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 0),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_TASK_PID": "999999999"}, 0),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_TASK_PID": "SELF"}, 1),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_TASK_PID": "PARENT"}, 1),
+    ],
+)
+def test_only_a_launcher_that_started_a_process_keeps_it_silent(
+    variables: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean(monkeypatch)
+    numbers = {"SELF": str(os.getpid()), "PARENT": str(os.getppid())}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, numbers.get(value, value))
+    assert certain_rank() == rank
+
+
+def test_a_refusal_names_what_mpi_sees_and_what_to_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean(monkeypatch)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = launched()
+    assert found and "and MPI sees each of them alone: start" in refusal(found, 1)
+    assert "(WORLD_SIZE=4), and MPI sees a world of 2: start" in refusal(found, 2)
+    assert refusal(found, 1).endswith("; where its variables are left over, unset RANK WORLD_SIZE")
 
 
 MPIRUN, SRUN = "Open MPI's mpirun", "srun"
