@@ -117,7 +117,8 @@ def test_torchrun_of_a_command_ends_with_one_line_and_code_2(tmp_path: Path) -> 
     done = command(*torchrun(2), BIN / "swap-hpc", "train", "digits", cwd=tmp_path)
     assert len(done.ours) == 1 and REFUSED in done.ours[0] and "mpirun -n 2" in done.ours[0]
     assert done.code == 1  # torchrun's own; its report has the ranks'
-    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["2", "2"]
+    codes = re.findall(r"exitcode +: (-?\d+)", done.stderr)
+    assert "2" in codes and set(codes) <= {"2", "-15"}  # torchrun may end the other one first
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
