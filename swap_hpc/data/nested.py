@@ -1,6 +1,6 @@
 """Tensors in nested tuples, lists and dictionaries, as a user's batches and models hold them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -10,14 +10,17 @@ from torch import Tensor
 def mapped(function: Callable[[Tensor], Any], nest: Any) -> Any:
     """Return a nest with each tensor replaced by what `function` makes of it.
 
-    Its dictionaries, lists and tuples become others of their types; what is no tensor stays.
+    Its dictionaries, lists and tuples become others of their types; other mappings, such as a
+    `UserDict`, become dictionaries; what is no tensor stays.
     """
     if isinstance(nest, Tensor):
         return function(nest)
-    if isinstance(nest, dict):
+    if isinstance(nest, Mapping):
         named = {name: mapped(function, each) for name, each in nest.items()}
         # A subclass, such as transformers' ModelOutput, may offer its keys as attributes, too.
-        return named if type(nest) is dict else type(nest)(**named)
+        is_subclass = isinstance(nest, dict) and type(nest) is not dict
+        are_words = all(isinstance(name, str) for name in named)
+        return type(nest)(**named) if is_subclass and are_words else named
     if isinstance(nest, tuple | list):
         parts = [mapped(function, each) for each in nest]
         is_named_tuple = hasattr(nest, "_fields")
@@ -27,7 +30,7 @@ def mapped(function: Callable[[Tensor], Any], nest: Any) -> Any:
 
 def leaves(nest: Any) -> Iterator[Any]:
     """Yield all that lies in the dictionaries, lists and tuples of a nest, in their order."""
-    if isinstance(nest, dict):
+    if isinstance(nest, Mapping):
         nest = list(nest.values())
     if isinstance(nest, tuple | list):
         for each in nest:

@@ -76,11 +76,17 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split whose images are files, read and decoded in every epoch."""
+    """A split whose images are files, read and decoded in every epoch.
+
+    Attributes:
+        paths: (N,) of the files, in any format that DALI decodes.
+        labels: (N,) class numbers from 0; for a loss of the user's own, targets (N, ...).
+        notes: what was left out of the folder that holds the files, in lines.
+    """
 
     paths: tuple[str, ...]
-    labels: np.ndarray  # (N,) int64
-    notes: tuple[str, ...] = ()  # what was left out of the folder that holds the files, in lines
+    labels: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -88,8 +88,8 @@ class Data(Section):
     samples; the validation split is the data set's own (the folder `val` beside `test`), if any."""
     image_size: ImageSizes | None = None
     """Side of training images in pixels, or `[epoch, pixels]` pairs, each valid from its epoch of
-    the run on; the refinement begins at epoch `large_batch.epochs`. None: the size of the files,
-    which must all have the same one."""
+    the run on; the refinement begins at epoch `large_batch.epochs`, and the last size before the
+    run's end. None: the size of the files, which must all have the same one."""
     evaluation_size: Count | None = None
     """Side of evaluated images in pixels, for files that are read in every epoch. None: the last
     `image_size`."""

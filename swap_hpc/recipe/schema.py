@@ -192,7 +192,24 @@ class Recipe(Section):
                 f"checkpoint.snapshots = {self.checkpoint.snapshots} has no effect, since no phase "
                 f"has more than {count(longest, 'epoch')}: set it lower, or leave it out"
             )
+        if self.refine.epochs and self.unused_size:
+            raise ValueError(f"{self.unused_size}; leave it out")
         return self
+
+    @property
+    def unused_size(self) -> str | None:
+        """A step of `data.image_size` that lies behind the run's end, in words; None without one.
+
+        With `refine.epochs = 0` the run may be phase 1 of others, which have that step.
+        """
+        epochs = self.large_batch.epochs + self.refine.epochs * self.refine.cycles
+        last, pixels = (self.data.image_size or ((0, 0),))[-1]
+        if last < epochs:
+            return None
+        return (
+            f"data.image_size has {pixels} pixels from epoch {last} on, but the run has "
+            f"{count(epochs, 'epoch')}, counted from 0: no image is trained on at that size"
+        )
 
     @property
     def metric_names(self) -> list[str]:

@@ -79,13 +79,13 @@ def _checked_range(pair: tuple[float, float]) -> tuple[float, float]:
 
 def _checked_fractions(values: tuple[float, ...]) -> tuple[float, ...]:
     if not values or not all(0 <= value <= 1 for value in values):
-        raise ValueError("needs a number from 0 to 1 for each channel: pixels are in [0, 1] here")
+        raise ValueError("needs a number from 0 to 1 for each channel (pixels are in [0, 1])")
     return values
 
 
 def _checked_positive(values: tuple[float, ...]) -> tuple[float, ...]:
     if 0 in values:
-        raise ValueError("needs numbers above 0: images are divided by them")
+        raise ValueError("needs numbers above 0 (images are divided by them)")
     return values
 
 

@@ -38,6 +38,8 @@ def idle_fields(recipe: Recipe, model: nn.Module) -> list[str]:
         fields = _given(recipe.checkpoint, "min_seconds")
         why = "checkpoint.epochs = 0 asks for no save at the end of an epoch"
         lines += _line("checkpoint", fields, why)
+    if recipe.unused_size:
+        lines.append(recipe.unused_size)
     return lines
 
 

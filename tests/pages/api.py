@@ -34,6 +34,7 @@ SECTIONS = {
     "For data of your own": (
         "swap_hpc:Dataset",
         "swap_hpc.data:Arrays",
+        "swap_hpc.data:Files",
         "swap_hpc:Batches",
         "swap_hpc:Batches.of",
         "swap_hpc:Graph",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from swap_hpc.recipe.complaints import complaints
 from swap_hpc.recipe.loading import shipped_recipes, tomllib
 from swap_hpc.recipe.schema import Recipe
+from swap_hpc.recipe.section import models_in
 from swap_hpc.study.study import Study
 
 RECIPE = tomllib.loads(shipped_recipes()["digits"].read_text())
@@ -103,6 +104,57 @@ def _check(text: str, path: Path) -> None:
     assert not OF_PYDANTIC.search(text.removeprefix(place).partition(' or "package')[0]), text
 
 
+def of_numbers(paths: Iterator[Path], model: type[BaseModel]) -> Iterator[Path]:
+    """Yield the paths of those fields that take numbers, and neither true nor anything."""
+    for path in paths:
+        section: Any = model
+        for part in path[:-1]:
+            if isinstance(part, str) and part in section.model_fields:
+                section = (models_in(section.model_fields[part].annotation) or [section])[0]
+        aliases = {field.alias or name: field for name, field in section.model_fields.items()}
+        if isinstance(path[-1], str) and path[-1] in aliases:
+            kind = str(aliases[path[-1]].annotation)
+            if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|Any)\b", kind):
+                yield path
+
+
+NUMBERS = sorted(of_numbers(recipe_paths(), Recipe), key=str)
+
+
+def test_fields_of_numbers_are_found() -> None:
+    some = [("groups",), ("augment", "mixup"), ("augment", "randaugment"), ("data", "mean")]
+    some += [("optimizer", "momentum"), ("refine", "learning_rate"), ("data", "image_size")]
+    assert set(some) <= set(NUMBERS) and ("optimizer", "groups", 0, "weight_decay") in NUMBERS
+    assert ("augment", "flip") not in NUMBERS and ("model", "pretrained") not in NUMBERS
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=str)
+def test_a_truth_value_is_no_number(path: Path) -> None:
+    fields = with_value(RECIPE, ("optimizer", "groups"), [{"match": "*"}])
+    for value, needs in (
+        (True, "needs a number, not true or false (given: true)"),
+        ([[0, False]], "needs numbers, not true or false (given: [[0, false]])"),
+    ):
+        assert needs in message(Recipe, with_value(fields, path, value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"shape": "cosine", "peak": True}, "refine.learning_rate.peak"),
+        ({"shape": "step", "peak": 0.1, "at": [True]}, "refine.learning_rate.at"),
+    ],
+)
+def test_a_truth_value_is_no_number_of_a_schedule(fields: dict[str, Any], place: str) -> None:
+    text = message(Recipe, with_value(RECIPE, ("refine", "learning_rate"), fields))
+    assert text.startswith(f"{place}: needs ") and "not true or false" in text
+
+
+def test_a_truth_value_is_no_rate_of_a_study() -> None:
+    text = message(Study, with_value(STUDY, ("runs", "swap", "rates"), [0.1, True]))
+    assert text == "runs.swap.rates: needs numbers, not true or false (given: [0.1, true])"
+
+
 MODELS = '"large_batch", "large_batch_ema", "mean_of_groups" or "averaged"'
 
 CASES: list[tuple[type[BaseModel], Path, Any, str]] = [
@@ -127,6 +179,13 @@ CASES: list[tuple[type[BaseModel], Path, Any, str]] = [
         ("model", "weights_except"),
         ["head.*", 3],
         "model.weights_except (item 2): needs a text (given: 3)",
+    ),
+    (
+        Recipe,
+        ("data", "mean"),
+        [127.0],
+        "data.mean: needs a number from 0 to 1 for each channel (pixels are in [0, 1]) "
+        'or "imagenet" (given: [127.0])',
     ),
     (Recipe, ("data", "mean"), "cifar", "data.mean: needs a list or \"imagenet\" (given: 'cifar')"),
     (

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from swap_hpc.data import Batches, Dataset, load
 from swap_hpc.data.fields import check_fields
 from swap_hpc.data.identity import Identity
 from swap_hpc.data.labels import check_labels
+from swap_hpc.data.nested import leaves, mapped
 from swap_hpc.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalisation_line
 from swap_hpc.data.sampling import Key, Picks
 from swap_hpc.data.splits import Arrays, Files
@@ -480,6 +481,24 @@ def test_outputs_of_any_shape_leave_autocast_as_float32() -> None:
     assert as_float32(pair(low, whole)).logits.dtype == torch.float32
     assert found["a"].dtype == found["b"][0].dtype == torch.float32
     assert found["b"][1][0] is whole and found["b"][1][1] is None
+
+
+def test_any_mapping_is_a_nest() -> None:
+    image = torch.zeros(2)
+    found = mapped(lambda tensor: tensor + 1, UserDict(x=image, y=[UserDict(z=image)]))
+    assert type(found) is dict and type(found["y"][0]) is dict  # as a tokenizer's BatchEncoding
+    assert found["x"].tolist() == found["y"][0]["z"].tolist() == [1, 1]
+    assert len(list(leaves(UserDict(x=image, y=(image, image))))) == 3
+    assert mapped(lambda tensor: 3, OrderedDict({1: image})) == {1: 3}
+
+    def function(picks: Any, training: bool) -> Any:
+        for pick in picks:
+            yield UserDict(x=torch.zeros(len(pick.indices), 1)), torch.zeros(len(pick.indices))
+
+    split = Batches(4, function)
+    job = Job(tiny.recipe(evaluate={"batch_size": 4}), Dataset(split, split, ("a",)), tiny.CPU)
+    ((inputs, _),) = job.test_batches(Team.alone())
+    assert type(inputs) is dict and inputs["x"].shape == (4, 1)
 
 
 def test_modules_of_the_folder_that_a_job_starts_in_are_found(

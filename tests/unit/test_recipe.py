@@ -26,6 +26,7 @@ from swap_hpc.recipe.loading import (
     tomllib,
 )
 from swap_hpc.run.checks import check_ranks
+from swap_hpc.run.idle_fields import idle_fields
 from swap_hpc.study.study import load_study
 
 
@@ -105,7 +106,25 @@ WRONG = [
     ({"augment": {"crop_ratio": [1, 2]}}, "crop_ratio has no effect without crop_area: set crop"),
     ({"data": {"mean": [120, 110, 100]}}, "data.mean.*: needs a number from 0 to 1 for each"),
     ({"data": {"std": [0.2, 0.2, 0.0]}}, "data.std.*: needs numbers above 0"),
+    (
+        # two epochs together, one of each group
+        {"data": {"image_size": [[0, 8], [2, 16], [3, 32]]}},
+        "data.image_size has 32 pixels from epoch 3 on, but the run has 3 epochs, counted from 0",
+    ),
 ]
+
+
+def test_sizes_of_images_may_change_until_the_last_epoch() -> None:
+    sizes = [[0, 8], [2, 16], [5, 32]]
+    recipe = tiny.recipe(data={"image_size": sizes}, refine={"epochs": 2, "cycles": 2})
+    assert recipe.data.last_size == 32 and recipe.unused_size is None
+    # phase 1 alone, which others go on from: a run's first lines tell
+    first = tiny.recipe(data={"image_size": sizes}, refine={"epochs": 0})
+    told = (
+        "32 pixels from epoch 5 on, but the run has 2 epochs, counted from 0: no image is trained"
+    )
+    assert told in str(first.unused_size)
+    assert first.unused_size in idle_fields(first, tiny.model(tiny.job()))
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG)
