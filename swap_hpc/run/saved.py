@@ -171,7 +171,7 @@ def _named_recipe(name: str, file: Path, overrides: Sequence[str], data: Path | 
     The fields of `model` that say what a run begins with are about another file in the recipe. They
     count where they are set here: `weights_entry` and `weights_except` are then about this file.
     """
-    unset = [f"model.{field}=" for field in ("weights", "weights_entry", "weights_except")]
+    unset = ["model.weights_entry=", "model.weights_except="]
     about_file = [each for each in overrides if each.strip().startswith("model.weights")]
     others = [each for each in overrides if each not in about_file]
     plain = load_recipe(name, [*unset, *others], data)

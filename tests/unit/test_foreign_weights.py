@@ -191,6 +191,26 @@ def test_words_of_ours_in_the_metadata_of_another_program_mean_nothing(
     assert read_state_dict(path).header == read_header(path) == {}
 
 
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_changed_byte_is_found_where_the_writer_left_checksums(
+    has_sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.pt"
+    monkeypatch.setattr(torch.utils.serialization.config.save, "compute_crc32", has_sums)
+    torch.save(STATE, path)
+    assert differing(loaded(path)[0], STATE) == []
+    content = bytearray(path.read_bytes())
+    content[content.index(STATE["head.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    if has_sums:
+        with pytest.raises(
+            UserError, match=r"damaged: the checksum of its entry weights/data/\d+ d"
+        ):
+            loaded(path)
+    else:
+        assert differing(loaded(path)[0], STATE) == ["head.weight"]
+
+
 def test_an_entry_may_be_asked_for(tmp_path: Path) -> None:
     path, average = tmp_path / "weights.pth", net(3).state_dict()
     torch.save({"state_dict": STATE, "state_dict_ema": average}, path)
