@@ -125,7 +125,7 @@ def train(
     if extend:
         before, parsed = (
             parsed,
-            world.agree(lambda: load_recipe(recipe, [*(overrides or ()), *extend], data)),
+            world.agree(lambda: load_recipe(recipe, overrides or (), data, extend)),
         )
     folder = out or Path("runs") / on_disk(parsed.name)
     part = world.agree(lambda: chosen_part(phase, group, parsed))

@@ -22,3 +22,9 @@ def without_unused_crops(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         return fields
     used = {name: augment[name] for name in ("pad", "flip", "cutout")}
     return {**fields, "augment": used}
+
+
+def name_metrics(fields: dict[str, Any]) -> None:
+    """Give the one metric of an earlier recipe, `metric`, its name of today, in place."""
+    if "metric" in fields and "metrics" not in fields:
+        fields["metrics"] = fields.pop("metric")

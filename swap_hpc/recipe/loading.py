@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.complaints import complaints
-from swap_hpc.recipe.earlier import without_unused_crops
+from swap_hpc.recipe.earlier import name_metrics, without_unused_crops
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.section import models_in
 from swap_hpc.recipe.values import from_disk
@@ -34,7 +35,12 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
-def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = None) -> Recipe:
+def load_recipe(
+    name: str,
+    overrides: Iterable[str] = (),
+    data: Path | None = None,
+    extensions: Iterable[str] = (),
+) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
@@ -42,6 +48,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
         overrides: Fields to set, as in "refine.epochs=10"; "refine.epochs=" gives a field its
             default.
         data: Replaces `data.path`.
+        extensions: Further fields to set after these; errors name them as those of `--extend`.
 
     Raises:
         UserError: In one line: the recipe is unknown, the file is not TOML, or a field is unknown
@@ -53,8 +60,8 @@ def load_recipe(name: str, overrides: Iterable[str] = (), data: Path | None = No
             f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}"
         )
     fields = read_toml(path)
-    for override in overrides:
-        _apply(_text(override, "--set"), fields)
+    _apply_all(overrides, fields)
+    _apply_all(extensions, fields, "--extend")
     fields.setdefault("name", _text(path.stem, "the recipe's name"))
     if data is not None:
         _set("data.path", _text(data, "--data"), fields)
@@ -110,8 +117,7 @@ def recipe_of(
         fields = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} holds no recipe: {error}") from None
-    for override in overrides:
-        _apply(_text(override, "--set"), fields)
+    _apply_all(overrides, fields)
     recipe = parse(fields, source)
     if data is None:
         return recipe
@@ -132,52 +138,68 @@ def parse(fields: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise UserError(f"{source}: {complaints(error, Recipe)}") from None
 
 
-def _apply(override: str, fields: dict[str, Any]) -> None:
+def _apply_all(overrides: Iterable[str], fields: dict[str, Any], option: str = "--set") -> None:
+    """Set fields in nested dictionaries, in place.
+
+    Args:
+        overrides: The fields, as in "refine.epochs=10".
+        fields: The dictionaries.
+        option: Of the command line, which errors name.
+    """
+    texts = [_text(override, option) for override in overrides]
+    if any(text.partition("=")[0].strip() == "metrics" for text in texts):
+        name_metrics(fields)
+    for text in texts:
+        _apply(text, fields, option)
+
+
+def _apply(override: str, fields: dict[str, Any], option: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override}: write it as --set section.field=value")
+        raise UserError(f"{option} {override}: write it as {option} section.field=value")
     if not text.strip():
-        _unset(key.strip(), fields)
+        _unset(key.strip(), fields, option)
         return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    _set(key.strip(), value, fields)
+    _set(key.strip(), value, fields, option)
 
 
-def _unset(key: str, fields: dict[str, Any]) -> None:
+def _unset(key: str, fields: dict[str, Any], option: str) -> None:
     """Remove the dotted `key` from nested dictionaries, in place.
 
     Raises:
         UserError: There is no such field, or it has no default.
     """
     *sections, name = key.split(".")
-    section: Any = Recipe
+    forms: list[type[BaseModel]] = [Recipe]  # that the section may have; none: any keys are allowed
     for part in sections:
-        models = models_in(section.model_fields[part].annotation) if _has(section, part) else []
-        section = models[0] if len(models) == 1 else None  # None: any keys are allowed in it
+        forms = [form for field in _named(part, forms) for form in models_in(field.annotation)]
         fields = fields.get(part, {})
         if not isinstance(fields, dict):  # a field's value, or a list of sections
-            raise UserError(f"--set {key}=: {part} is a field, not a section")
-    if not _has(section, name) and name not in fields:
-        raise UserError(f"--set {key}=: there is no such field to give its default to")
-    if _has(section, name) and section.model_fields[name].is_required():
-        raise UserError(f"--set {key}=: the field has no default: give it a value")
+            raise UserError(f"{option} {key}=: {part} is a field, not a section")
+    found = _named(name, forms)
+    if not found and name not in fields:
+        raise UserError(f"{option} {key}=: there is no such field to give its default to")
+    if found and all(field.is_required() for field in found):
+        raise UserError(f"{option} {key}=: the field has no default: give it a value")
     fields.pop(name, None)
 
 
-def _has(section: Any, name: str) -> bool:
-    return section is not None and name in section.model_fields
+def _named(name: str, forms: Iterable[type[BaseModel]]) -> list[FieldInfo]:
+    """Return the fields of a name in all forms of a section that have it."""
+    return [form.model_fields[name] for form in forms if name in form.model_fields]
 
 
-def _set(key: str, value: Any, fields: dict[str, Any]) -> None:
+def _set(key: str, value: Any, fields: dict[str, Any], option: str = "--set") -> None:
     """Set the dotted `key` in nested dictionaries, in place; UserError if it runs into a field."""
     *sections, field = key.split(".")
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
-            raise UserError(f"--set {key}={value}: {section} is a field, not a section")
+            raise UserError(f"{option} {key}={value}: {section} is a field, not a section")
     fields[field] = value
 
 

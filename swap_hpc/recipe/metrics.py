@@ -1,9 +1,9 @@
 """The metrics that a recipe names, and how each is named and shown. Imports no torch."""
 
 from math import isnan
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_serializer, model_validator
+from pydantic import WithJsonSchema, model_serializer, model_validator
 
 from swap_hpc.recipe.section import Section
 from swap_hpc.recipe.values import MetricName
@@ -54,7 +54,10 @@ class MetricChoice(Section):
         return value < than if self.smaller_is_better else value > than
 
 
-Metrics = tuple[MetricChoice, ...]
+# The description for the page of fields: a metric may be written as its name.
+_LISTED = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}
+
+Metrics = Annotated[tuple[MetricChoice, ...], WithJsonSchema(_LISTED)]
 
 
 def checked_metrics(metrics: Metrics) -> Metrics:

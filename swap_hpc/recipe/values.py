@@ -58,6 +58,23 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
 
 
+def _sizes_as_pairs(value: Any) -> Any:
+    """Return a plain number of pixels as a single pair at epoch 0, and a list of pairs as it is.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value >= 1 and float(value).is_integer():
+        return [[0, value]]
+    if not isinstance(value, list | tuple) or not all(_is_pair(knot) for knot in value):
+        raise ValueError(
+            "needs a whole number of pixels, at least 1, or pairs from an epoch on: "
+            "[[0, 128], [8, 160]]"
+        )
+    return value
+
+
 def _epochs_ascend(pairs: Sizes) -> bool:
     return all(left < right for (left, _), (right, _) in pairwise(pairs))
 
@@ -119,7 +136,7 @@ def one_as_several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-ImageSizes = Annotated[Sizes, BeforeValidator(constant_as_pairs), AfterValidator(_checked_sizes)]
+ImageSizes = Annotated[Sizes, BeforeValidator(_sizes_as_pairs), AfterValidator(_checked_sizes)]
 Range = Annotated[tuple[float, float], AfterValidator(_checked_range)]
 
 # One number for each channel, of pixels in [0, 1].

@@ -171,6 +171,9 @@ def _why_none(content: Any) -> str:
             kind = inner.name
             return f"its entry {name} is an object of the class {kind}: {OF_MODULE}"
     others = [f"{name} ({_kind(v)})" for name, v in content.items() if not isinstance(v, Tensor)]
+    if not others:
+        names = first_few([repr(name) for name in content if not isinstance(name, str)])
+        return f"its dictionary names tensors by something else than texts: {names}"
     return f"it holds no dictionary of tensors alone: it has {first_few(others)}"
 
 

@@ -229,8 +229,18 @@ CASES: list[tuple[type[BaseModel], Path, Any, str]] = [
         Recipe,
         ("data", "image_size"),
         {"first": 32},
-        "data.image_size: needs a number, or pairs from an epoch on: [[0, 0.1], [8, 0.0]] "
-        "(given: {first = 32})",
+        "data.image_size: needs a whole number of pixels, at least 1, or pairs from an epoch on: "
+        "[[0, 128], [8, 160]] (given: {first = 32})",
+    ),
+    *(
+        (
+            Recipe,
+            ("data", "image_size"),
+            value,
+            "data.image_size: needs a whole number of pixels, at least 1, or pairs from an epoch "
+            f"on: [[0, 128], [8, 160]] (given: {given})",
+        )
+        for value, given in (("big", "'big'"), (0, "0"), (32.5, "32.5"), (True, "true"))
     ),
     (
         Study,

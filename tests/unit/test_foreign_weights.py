@@ -372,6 +372,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: torch.save({"epoch": 3, "lr": 0.1}, path),
         r"it holds no dictionary of tensors alone: it has epoch \(int\), lr \(float\)$",
     ),
+    "tensors by number": (
+        lambda path: torch.save({0: torch.ones(2), 1: torch.ones(2)}, path),
+        "its dictionary names tensors by something else than texts: 0, 1$",
+    ),
     "one tensor": (lambda path: torch.save(torch.ones(2), path), "it holds a Tensor, not a state"),
     "nothing in it": (lambda path: torch.save({}, path), "it holds an empty dictionary"),
     "several": (

@@ -393,6 +393,60 @@ def test_an_empty_value_gives_a_field_its_default() -> None:
             load_recipe("digits", [override])
 
 
+def test_a_field_of_one_form_of_a_section_can_be_unset(tmp_path: Path) -> None:
+    text = (SHIPPED / "digits.toml").read_text()
+    knots = "learning_rate = [[0, 0.1], [4, 0.0]]"
+    assert knots in text
+    file, unset = tmp_path / "cosine.toml", ["refine.learning_rate.warmup="]
+    for given in ("", ", warmup = 2"):
+        cosine = f'learning_rate = {{ shape = "cosine", peak = 0.1{given} }}'
+        file.write_text(text.replace(knots, cosine))
+        rates = load_recipe(str(file), unset).refine.learning_rate
+        assert rates == parse_rates(text.replace(knots, cosine.replace(given, "")), tmp_path)
+    for override, message in (
+        ("refine.learning_rate.warm=", "there is no such field to give its default to"),
+        ("refine.learning_rate.peak=", "the field has no default: give it a value"),
+    ):
+        with pytest.raises(UserError, match=f"{override}: {message}"):
+            load_recipe(str(file), [override])
+
+
+def parse_rates(text: str, folder: Path) -> Any:
+    (folder / "plain.toml").write_text(text)
+    return load_recipe(str(folder / "plain.toml")).refine.learning_rate
+
+
+def test_metrics_are_set_in_a_recipe_with_the_one_metric_of_earlier_versions(
+    tmp_path: Path,
+) -> None:
+    text = 'metric = "top5"\n' + (SHIPPED / "digits.toml").read_text()
+    (tmp_path / "earlier.toml").write_text(text)
+    for override, names in (
+        ([], ["top5"]),
+        (["metric=class_accuracy"], ["class_accuracy"]),
+        (["metrics="], ["accuracy"]),
+        (['metrics=["accuracy", "top5"]'], ["accuracy", "top5"]),
+    ):
+        read = load_recipe(str(tmp_path / "earlier.toml"), override)
+        assert read.metric_names == names
+        assert recipe_of(text, "x", overrides=override).metric_names == names
+    with pytest.raises(UserError, match="metric and metrics exclude each other"):
+        load_recipe("digits", ["metrics=top5", "metric=top5"])
+
+
+@pytest.mark.parametrize(
+    ("extension", "message"),
+    [
+        ("refine.epochs", "--extend refine.epochs: write it as --extend section.field=value"),
+        ("refine.epochs=", "--extend refine.epochs=: the field has no default: give it a value"),
+        ("model.name.r=1", "--extend model.name.r=1: name is a field, not a section"),
+    ],
+)
+def test_what_is_wrong_with_an_extension_names_its_option(extension: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        load_recipe("digits", ["refine.epochs=3"], None, [extension])
+
+
 def test_a_field_below_a_list_of_sections_cannot_be_unset(tmp_path: Path) -> None:
     text = (SHIPPED / "digits.toml").read_text()
     file = tmp_path / "grouped.toml"
