@@ -173,7 +173,7 @@ WRONG: list[tuple[Any, str]] = [
     ),
     ({"shape": "cosine", "peak": 1, "warmup": "x"}, "learning_rate.warmup: needs finite epochs"),
     ({"shape": "cosine", "peak": 1, "warmup": "101%"}, "learning_rate.warmup: needs finite epochs"),
-    ({"shape": "cosine", "peak": 1, "warmup": True}, "learning_rate.warmup: needs finite epochs"),
+    ({"shape": "cosine", "peak": 1, "warmup": True}, "learning_rate.warmup: needs a number, not"),
     ({"shape": "linear", "peak": 1, "warmup": 20}, r"learning_rate.warmup = 20.* epochs = 20"),
     ({"shape": "linear", "peak": 1, "warmup": "100%"}, "warmup = 100% .*: give a smaller share"),
     ({"shape": "constant", "peak": 1, "start": 0.1}, "start = 0.1 belongs to a warm-up"),
