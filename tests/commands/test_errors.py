@@ -268,8 +268,8 @@ def test_a_file_for_a_folder(tmp_path: Path) -> None:
 def test_another_recipe_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     digits = (TESTS.parent / "swap_hpc" / "recipe" / "digits.toml").read_text()
     (tmp_path / "recipe.toml").write_text(digits + "\n[evaluate]\nevery = 3\n")
-    for name in ("large_batch.safetensors", "environment.json"):
-        (tmp_path / name).touch()
+    (tmp_path / "environment.json").write_text('{"ranks": [{}]}')  # what tells a run's folder
+    (tmp_path / "large_batch.safetensors").touch()
     done = swap_hpc("train", "digits", "--out", tmp_path)
     assert done.code == 2
     differ = "holds a run of another recipe (evaluate.every, name differ): choose another --out"
