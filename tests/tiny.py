@@ -30,6 +30,8 @@ def recipe(**overrides: Any) -> Recipe:
         "batchnorm": {"batch_size": 20, "samples": 90},
         "evaluate": {"batch_size": 7},
         "checkpoint": {"min_seconds": 0},
+        # after an error a watchdog stays, and would end the tests' own process
+        "watchdog": {"minutes": 0},
     }
     for section, value in overrides.items():
         is_section = isinstance(value, dict) and section in fields
