@@ -15,6 +15,7 @@ MODELS ?= 300
 SEED ?= 0
 # Processes that run tests at the same time: tests wait for launchers and disks half of their time.
 JOBS ?= 2
+SITES ?= cluster image bundle
 
 activate := . "$(VENV)/bin/activate"
 linters := ruff check . && ruff format --check . && mypy && lint-imports && codespell
@@ -48,11 +49,11 @@ test-slurm: setup  ## test the batch scripts on a Slurm cluster of two nodes, wh
 test-image: setup  ## build the CPU image and train inside it (root, buildah, debootstrap; 10 minutes)
 	@$(activate) && python -m pytest -s tests/image $(ARGS)
 
-test-bundle: setup  ## make a bundle, install it and train without any network (root; 5 minutes)
+test-bundle: setup  ## make a bundle, install it and train without any network; Horovod's edited source (root; 8 minutes)
 	@$(activate) && python -m pytest tests/bundle $(ARGS)
 
 test-sites: setup  ## test-slurm, test-image and test-bundle, at the same time (root; 20 minutes)
-	@$(activate) && python -m pytest -n 3 tests/cluster tests/image tests/bundle $(ARGS)
+	@$(activate) && python -m pytest -n 3 $(addprefix tests/,$(SITES)) $(ARGS)
 
 test-mpi: setup  ## test the environment's MPI: two ranks, signals, exit codes, a chain of faults, srun (root; 5 minutes)
 	@$(activate) && python -m pytest -m mpi -n $(JOBS) tests/parallel tests/commands tests/cluster $(ARGS)
