@@ -27,8 +27,6 @@ EVALUATION: Final = "evaluation"  # no phase, but what is random in it has a key
 
 # The second of the numbers that key the random draws; never renumber them.
 NUMBERS: Final = {Phase.LARGE_BATCH: 1, Phase.REFINE: 2, Phase.AVERAGE: 3, EVALUATION: 4}
-
-
 EVERY_RANK = 2**32 - 1  # no rank has this number
 
 
