@@ -13,6 +13,8 @@ ARGS ?=
 FAULTS ?= 60
 MODELS ?= 300
 SEED ?= 0
+FIRST ?= 0
+SLOW ?= 1
 # Processes that run tests at the same time: tests wait for launchers and disks half of their time.
 JOBS ?= 2
 SITES ?= cluster image bundle
@@ -61,8 +63,8 @@ test-mpi: setup  ## test the environment's MPI: two ranks, signals, exit codes, 
 bench: setup  ## measure each part beside its usual alternative, and list missed targets (20 minutes, on an idle machine)
 	@$(activate) && swap-hpc bench all $(ARGS)
 
-soak: setup  ## kill, stop, break and hang runs at every place, 15 minutes (FAULTS=60 of 175; SEED=0)
-	@$(activate) && python tests/soak.py --faults $(FAULTS) --seed $(SEED)
+soak: setup  ## kill, stop, break and hang runs at every place (FAULTS=60 of 270; SEED=0 FIRST=0 SLOW=1)
+	@$(activate) && SLOW=$(SLOW) python tests/soak.py --faults $(FAULTS) --seed $(SEED) --first $(FIRST)
 
 fuzz: setup  ## train random mixtures of layers of every kind, 5 minutes (MODELS=300, SEED=0; ARGS="--only NAME")
 	@$(activate) && python tests/fuzz.py --models $(MODELS) --seed $(SEED) $(ARGS)

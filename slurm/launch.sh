@@ -20,12 +20,25 @@ fi
 # The number of threads comes from the job's cores per task and not from Slurm's binding, so that runs are repeatable.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
+# notice_lost_hosts: let mpirun ask its connections for a sign of life, so that it notices within a minute that a node is
+# cut off from the network. TCP by itself would take a quarter of an hour. PRTE is Open MPI 5's, OMPI is Open MPI 4's. What
+# the environment sets already stays.
+notice_lost_hosts() {
+  local family setting name
+  for family in PRTE OMPI; do
+    for setting in time=20 intvl=10 probes=4; do
+      name=${family}_MCA_oob_tcp_keepalive_${setting%=*}
+      export "$name=${!name:-${setting#*=}}"
+    done
+  done
+}
+
 case ${SWAP_LAUNCHER:-srun} in
   # Each rank sees all GPUs of the job on its node and takes the one at its local rank. (With --gpu-bind=none it would get
   # no list of them at all.) --kill-on-bad-exit: a lost rank ends the job step. --cpus-per-task: since Slurm 22.05 srun no
   # longer inherits it from the job.
   srun) launcher=(srun "--mpi=${SWAP_MPI:-pmix}" "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1) ;;
-  mpirun) launcher=(mpirun --bind-to none) ;;
+  mpirun) launcher=(mpirun --bind-to none); notice_lost_hosts ;;
   *) say "SWAP_LAUNCHER=$SWAP_LAUNCHER is not known: choose srun or mpirun"; exit 2 ;;
 esac
 # Split SWAP_LAUNCHER_ARGS into words; quotes hold words with spaces together.
@@ -40,7 +53,7 @@ for count in SWAP_RESTARTS SWAP_RETRIES; do
 done
 signal=${SWAP_SIGNAL:-USR1}
 
-# SWAP_HPC_STATE: the first rank writes its progress into this file ("training", "stopped", "done"), and a rank that fails
+# SWAP_HPC_STATE: the first rank writes its progress ("preparing", "training", "stopped", "done"), and a rank that fails
 # adds a line ("failed with 3"), if they can reach the file. The file .losses counts the restarts after lost ranks.
 export SWAP_HPC_STATE=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.state
 losses=$SLURM_SUBMIT_DIR/.swap-$SLURM_JOB_ID.losses
@@ -83,12 +96,13 @@ job_state() {
 #   75                        The run was asked to stop and is saved: restart.
 #   any other code            A rank, a job step or a node was lost, or the run failed (3), which may be the consequence of
 #                             a loss elsewhere: restart a few times. A first start that fails before training is not
-#                             restarted.
+#                             restarted, unless mpirun returns 0 and no rank told of a failure: a node was lost then.
 finish() {
   local code=$1 state=${2%%$'\n'*} restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID now lost
   # In an array, the number of a task's job may stand for the whole array.
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  if [ "$code" = 0 ] && [ "$state" = training ]; then code=1; fi  # mpirun may exit with 0 after it lost a node
+  # mpirun may exit with 0 after it lost a node
+  case $code$2 in 0preparing|0training) code=1 state=training ;; esac
   case $2 in
     stopped*) code=75 ;;  # srun may kill a rank that leaves later than the others, and exits with 137
     *"failed with "*) code=${2##*failed with } ;;  # srun --mpi=pmi2 exits with 137 if a rank ends the others
@@ -101,7 +115,7 @@ finish() {
   now=$(job_state "$job")
   if [ -n "$now" ] && [ "$now" != RUNNING ]; then
     say "stopped with code $code; the job is $now"
-  elif [ -z "$stop_asked" ] && [ "$state" = started ] && [ "$restarts" = 0 ]; then
+  elif [ -z "$stop_asked" ] && [[ $state = started || $state = preparing ]] && [ "$restarts" = 0 ]; then
     say "stopped with code $code before training began"
   elif [ "$restarts" -ge "${SWAP_RESTARTS:-50}" ]; then
     say "stopped with code $code; SWAP_RESTARTS=${SWAP_RESTARTS:-50} allows no further restart:" \

@@ -150,7 +150,9 @@ def _world() -> Any:
     """Return the team of all ranks; UserError if the launcher and the MPI library do not match."""
     from swap_hpc.parallel.teams import Team
 
-    return Team.world()
+    world = Team.world()
+    tell_launcher("preparing")
+    return world
 
 
 def _check_alone(command: str) -> None:
@@ -405,6 +407,12 @@ def study(
     out: StudyDir = None,
     overrides: Overrides = None,
     launcher: Launcher = "mpirun -n {ranks}",
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--seed", metavar="N", help="Run the table's runs of this seed only; repeatable."
+        ),
+    ] = None,
     page: Annotated[
         bool, typer.Option("--page", help="Explain every field of a study, as Markdown.")
     ] = False,
@@ -426,15 +434,21 @@ def study(
         return
     _check_alone("study")
     folder = out or Path("runs") / Path(name).stem
-    plan = Plan(studies.load_study(name), folder, data, tuple(overrides or ()))
+    loaded = studies.load_study(name)
+    if "{network}" in launcher and not loaded.networks:
+        raise UserError(f"--launcher {launcher}: the study compares no networks: leave it out")
+    studies.check_seeds(loaded, seeds or ())
+    networks = tuple(loaded.networks) if "{network}" in launcher else ()
+    plan = Plan(loaded, folder, data, tuple(overrides or ()), networks)
     plan.check()
     for _ in run_trials(plan.trials(), launcher, "search"):
         pass
     # The report is written again after each run, so that a study can be read while it goes on.
-    for _ in run_trials(plan.reported(), launcher, "run"):
-        written = study_report.write(plan)
-    files = ", ".join(str(written.with_suffix(suffix)) for suffix in (".md", ".json", ".png"))
-    say(f"\n{study_report.text(plan)}\nwritten: {files}")
+    for _ in run_trials(plan.reported(seeds or ()), launcher, "run"):
+        study_report.write(plan)
+    for _ in run_trials(plan.timed(seeds or ()), launcher, "timed run"):
+        study_report.write(plan)
+    say(f"\n{study_report.text(plan)}\nwritten: {', '.join(map(str, study_report.write(plan)))}")
 
 
 @app.command()
@@ -497,7 +511,10 @@ def bench(
             say(f"{known:<12} {what}")
     elif name == "scaling":
         _check_alone("bench")
-        benches.scale(launcher, out, say)
+        benches.scale(launcher, out, overrides or (), say)
+    elif name == "ranks":
+        _check_alone("bench")
+        benches.grow(launcher, out, say)
     elif name == "all" or name in benches.BENCHES:
         _check_alone("bench")
         chosen = [*benches.BENCHES] if name == "all" else [name]

@@ -3,8 +3,9 @@ r"""`swap-hpc ...` in which one rank meets a fault at one place of the run.
     python faults.py '{"kind": "kill", "place": "refine", "rank": 1, "mark": "fired.json", ...}' \
         train digits ...
 
-The fault is real: a signal, an exception, a process that stands still. This program only chooses
-the moment. It also makes ranks have a team check at every step.
+The fault is real: a signal, an exception, a process that stands still, a full disk. This program
+only chooses the moment. It also makes ranks have a team check at every step. Without a fault ({}
+in its place) it is `swap-hpc`, but for a shorter wait for an owner whose host was lost.
 """
 
 import json
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,23 @@ from mpi4py import MPI
 from swap_hpc import __main__ as cli
 from swap_hpc import swap
 from swap_hpc.parallel import atomic, launcher
-from swap_hpc.run import loop
+from swap_hpc.run import lock, loop
+from swap_hpc.run.taking import Rhythm
 from swap_hpc.train import control, team_check
 
-KINDS = ("kill", "kill_all", "sigterm", "sigusr1", "exception", "hang", "kill_in_save")
+KINDS = (
+    "kill",
+    "kill_all",
+    "sigterm",
+    "sigusr1",
+    "exception",
+    "hang",
+    "kill_in_save",
+    "disk_full",
+    "torn_file",
+    "two_owners",
+    "host_lost",
+)
 PLACES = ("large_batch", "between", "refine", "average", "batchnorm")
 PLACES_OF_STEPS = {"l": "large_batch", "r": "refine"}  # by the first letter of `Control.where`
 
@@ -40,6 +55,7 @@ class Fault:
     mark: str  # file that is written when the fault happens; holds the time
     step: str = ""  # inside an epoch: how `Control.where` ends at the step of the fault
     stopped: bool = False  # a hang: stop the whole process (SIGSTOP), not only its main thread
+    filler: str = ""  # of a full disk: the file that fills it
 
     def at(self, place: str, where: str = "") -> None:
         """Fail if this place, rank and step are the fault's, and it has not happened yet."""
@@ -90,6 +106,27 @@ class Fault:
         if self.stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(10_000)
+
+    def _disk_full(self) -> None:
+        with suppress(OSError), open(self.filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def _torn_file(self) -> None:
+        self._kill()
+
+    def _two_owners(self) -> None:
+        self._wait_for_the_other_side()
+        self._mark()
+        self._sigterm()
+
+    def _host_lost(self) -> None:
+        self._wait_for_the_other_side()
+
+    def _wait_for_the_other_side(self) -> None:
+        """Stay here until what happens outside of this run has happened."""
+        while not Path(self.mark).with_suffix(".released").exists():
+            time.sleep(0.01)
 
     def _kill_in_next_save(self) -> None:
         """Make the next save end in the middle of its file."""
@@ -142,5 +179,8 @@ def install(fault: Fault) -> None:
 
 
 if __name__ == "__main__":
-    install(Fault(**json.loads(sys.argv.pop(1))))
+    # An owner whose host was lost is dead after 3 s.
+    lock.RHYTHM = Rhythm(heartbeat=0.5, standstill=3.0)
+    if given := json.loads(sys.argv.pop(1)):
+        install(Fault(**given))
     cli.main()

@@ -305,7 +305,7 @@ def train(
     control: "Control | None" = None,
     part: "Part | None" = None,
 ) -> dict[str, Any] | None:
-    """Train as `swap-hpc train` does, without printing anything."""
+    """Train as `swap-hpc train` does, without printing anything; the result is on all ranks."""
     from rich.console import Console
 
     from swap_hpc.run import run
@@ -313,7 +313,8 @@ def train(
 
     console = Console(file=io.StringIO())
     started = time.perf_counter()
-    return run.train(recipe, out, world, console, control or Control(), started, part)
+    done = run.train(recipe, out, world, console, control or Control(), started, part)
+    return world.broadcast(done)
 
 
 def train_with_stops(

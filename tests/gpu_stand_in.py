@@ -192,16 +192,19 @@ def main(folder: Path, fields: list[str]) -> None:
 
     console = Console(quiet=True)
     with StandIn():
-        whole = train(recipe, folder / "whole", world, console, Control(), perf_counter())
-        assert whole is not None
+        # The result is the first rank's.
+        result = train(recipe, folder / "whole", world, console, Control(), perf_counter())
+        whole = world.broadcast(result)
+        assert whole
         tell("train", whole["weights_sha256"])
         stops = StopsAfter(40)
         try:
             train(recipe, folder / "again", world, console, stops, perf_counter())
         except Stopped:
             tell("stopped", stops.heartbeats)
-        again = train(recipe, folder / "again", world, console, Control(), perf_counter())
-        assert again is not None
+        result = train(recipe, folder / "again", world, console, Control(), perf_counter())
+        again = world.broadcast(result)
+        assert again
         tell("resumed", again["weights_sha256"])
         tell("average", saved.average(folder / "whole", None, None, world).weights_sha256)
         swap = folder / "whole" / "swap.safetensors"

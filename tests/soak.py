@@ -1,91 +1,40 @@
 """The fault matrix: runs that are killed, stopped, broken and hung at every place, and restarted.
 
-    python tests/soak.py [--faults 60] [--seed 0]
+    [SLOW=10] python tests/soak.py [--faults 60] [--seed 0] [--first 0]
+    python tests/soak.py --of piece-1.txt piece-2.txt
 
 Each chain is one run of a small recipe that meets a fault at every place, one after the other. At
 the end it must equal the same run left undisturbed, bit for bit: the hash of its weights and every
-logged loss and accuracy.
+logged loss and accuracy. SLOW says how many times slower the machine is than an idle one: the
+limits of time are so much longer.
+
+With --of it runs nothing, and prints one table of what earlier pieces have printed.
 """
 
 import argparse
-import json
-import os
 import random
+import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from faults import KINDS, PLACES
-from launch import BIN, Finished, command, hydra, processes_of, settings
-
-HERE = Path(__file__).parent
-HANG_SECONDS = 10  # watchdog.minutes, in seconds: longer than a first step on a busy machine
-
-RECIPE = {
-    "model.width": 4,
-    "large_batch.epochs": 3,
-    "large_batch.batch_size": 240,
-    "refine.epochs": 2,
-    "refine.cycles": 2,
-    "refine.batch_size": 60,
-    "watchdog.minutes": HANG_SECONDS / 60,
-    "checkpoint.minutes": 0.002,
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run's groups lie on its ranks."""
-
-    ranks: int
-    groups: int
-    evaluate_average: int = 0  # epochs between sync points; 0: one sync point, at the end
-
-    def __str__(self) -> str:
-        sync_points = ", sync points" if self.evaluate_average else ""
-        return f"{self.ranks} ranks, {self.groups} groups{sync_points}"
-
+from soak_faults import Outcome, fault
+from soak_starts import (
+    Layout,
+    Place,
+    differences,
+    leftovers,
+    place_for,
+    record,
+    start,
+    undisturbed,
+)
 
 LAYOUTS = (Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2), Layout(2, 4))
-
-# Exit codes of mpirun, and of a rank that was started alone. Where a signal kills a rank, the
-# launcher chooses the code.
-LOST = 9 if hydra() else 137
-CODES = {
-    "kill": (LOST, -9),
-    "kill_all": (-9, -9),
-    "kill_in_save": (LOST, -9),
-    "sigterm": (75, 75),
-    "sigusr1": (75, 75),
-    "exception": (3, 3),
-    "hang": (3, 3),
-}
-# Seconds from the fault to the end of the job, as slurm/README.md states them. They are doubled
-# where there are more ranks than cores.
-LIMITS = {
-    "kill": 2.0,
-    "kill_all": 2.0,
-    "kill_in_save": 2.0,
-    "sigterm": 5.0,
-    "sigusr1": 5.0,
-    "exception": 5.0,
-    "hang": 1.2 * HANG_SECONDS + 5.0,
-}
-
-
-@dataclass
-class Outcome:
-    """What became of one fault."""
-
-    layout: Layout
-    kind: str
-    place: str
-    seconds: float = 0.0  # from the fault to the end of the job
-    wrong: list[str] = field(default_factory=list)  # empty: the run survived the fault
 
 
 def chain(
@@ -93,7 +42,7 @@ def chain(
     kinds: list[str],
     draw: random.Random,
     expected: dict[str, Any],
-    out: Path,
+    place: Place,
     timed: bool = True,
 ) -> list[Outcome]:
     """Run one recipe through a fault at every place, then to its end.
@@ -103,134 +52,23 @@ def chain(
         kinds: the kind of fault at each place, in the order of `PLACES`.
         draw: chooses ranks and steps of the faults.
         expected: the `record` of the undisturbed run.
-        out: the run's folder.
+        place: where the run writes.
         timed: whether a fault after which the job takes longer than `LIMITS` to end is lost.
     """
-    pairs = zip(kinds, PLACES, strict=True)
-    outcomes = [fault(layout, kind, place, draw, out, timed) for kind, place in pairs]
-    done = start(layout, out)
+    outcomes: list[Outcome] = []
+    for kind, where in zip(kinds, PLACES, strict=True):
+        outcomes.append(fault(layout, kind, where, draw, place, timed))
+    done = start(layout, place.out, {})
     if done.code == 0:
-        wrong = differences(expected, record(out)) + leftovers(out)
+        wrong = differences(expected, record(place.out)) + leftovers(place.out)
     else:
         wrong = [f"the last start ended with {done.code}: {done.stderr[-1000:]}"]
+    reports = "\n".join([*(outcome.stderr for outcome in outcomes), done.stderr])
     for outcome in outcomes:
         outcome.wrong += wrong
+        if outcome.damaged and f"warning: {outcome.damaged} is " not in reports:
+            outcome.wrong.append(f"no start reported that {outcome.damaged.name} is damaged")
     return outcomes
-
-
-def leftovers(out: Path) -> list[str]:
-    """Return the files that a complete run should have removed."""
-    return [
-        f"left: {path.name}"
-        for path in out.rglob("*")
-        if path.name.startswith(".") or path.name == "checkpoints"
-    ]
-
-
-def fault(
-    layout: Layout, kind: str, place: str, draw: random.Random, out: Path, timed: bool
-) -> Outcome:
-    """Start or restart the run with one fault on its way, and judge how it ended."""
-    outcome = Outcome(layout, kind, place)
-    mark = out.with_suffix(f".{place}")
-    done = start(layout, out, drawn_fault(layout, kind, place, draw, mark))
-    ended = time.time()
-    if not mark.exists():
-        outcome.wrong.append(
-            f"the fault did not happen; exit code {done.code}: {done.stderr[-1000:]}"
-        )
-        return outcome
-    outcome.seconds = ended - json.loads(mark.read_text())["time"]
-    outcome.wrong += wrong_code(layout, kind, done)
-    cores = os.cpu_count() or 1
-    crowded = 2 if layout.ranks > cores else 1
-    if timed and outcome.seconds > LIMITS[kind] * crowded:
-        outcome.wrong.append(f"took {outcome.seconds:.1f} s to end")
-    left = processes_of(out, within=3)
-    if left:
-        outcome.wrong.append(f"left processes {left}")
-    resumed = any("goes on" in line for line in done.stdout.splitlines())
-    if place != "large_batch" and not resumed:
-        outcome.wrong.append(f"started from scratch: {done.stdout[-1000:]}")
-    return outcome
-
-
-def drawn_fault(
-    layout: Layout, kind: str, place: str, draw: random.Random, mark: Path
-) -> dict[str, Any]:
-    """Return the fields of a `faults.Fault` whose rank and step are drawn."""
-    # Only the first rank of the world or of a group saves; rank 0 is both.
-    rank = draw.randrange(layout.ranks) if kind != "kill_in_save" else 0
-    step = ""
-    if place in ("large_batch", "refine"):
-        step = draw.choice(["epoch 2, step 2", "epoch 2, step 3", "epoch 3, step 1"])
-    # Nobody watches a rank that runs alone from outside, so it is never stopped as a whole.
-    stopped = layout.ranks > 1 and draw.random() < 0.5
-    return {
-        "kind": kind,
-        "place": place,
-        "rank": rank,
-        "mark": str(mark),
-        "step": step,
-        "stopped": stopped,
-    }
-
-
-def wrong_code(layout: Layout, kind: str, done: Finished) -> list[str]:
-    """Return a complaint if the job's exit code is not that of `CODES`."""
-    code = CODES[kind][0 if layout.ranks > 1 else 1]
-    saved = "swap-hpc: stopped on request, all is saved" in done.stdout
-    # MPICH's launcher sometimes ends with 0 after a SIGUSR1, although all was saved.
-    zero_by_hydra = hydra() and layout.ranks > 1 and kind == "sigusr1" and done.code == 0
-    if done.code == code or (zero_by_hydra and saved):
-        return []
-    return [f"exit code {done.code}, not {code}: {done.stdout[-500:]} {done.stderr[-1500:]}"]
-
-
-def start(layout: Layout, out: Path, what: dict[str, Any] | None = None) -> Finished:
-    """Start the run, with the fault `what` if there is one."""
-    program: list[str | Path] = [BIN / "swap-hpc"]
-    if what:
-        program = [sys.executable, HERE / "faults.py", json.dumps(what)]
-    fields = {**RECIPE, "groups": layout.groups, "refine.evaluate_average": layout.evaluate_average}
-    options = settings(*(f"{name}={value}" for name, value in fields.items()))
-    line = [*program, "train", "digits", *options, "--out", out]
-    ranks = layout.ranks if layout.ranks > 1 else None
-    return command(*line, ranks=ranks, variables={"OMP_NUM_THREADS": "1"})
-
-
-def record(out: Path) -> dict[str, Any]:
-    """Return what must not depend on faults.
-
-    These are the result's accuracies, losses and hash, and the logged lines without their times
-    and memory.
-    """
-    result = json.loads((out / "result.json").read_text())
-    names = ("weights_sha256", "epochs", "train_accuracy", "test_accuracy", "test_loss")
-    kept = {name: result[name] for name in names}
-    for path in sorted((out / "metrics").glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept[path.name] = [
-            {k: v for k, v in line.items() if "second" not in k and not k.startswith("peak_")}
-            for line in lines
-        ]
-    return kept
-
-
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    return [
-        f"{key} differs: {found.get(key)} is not {expected.get(key)}"
-        for key in sorted(expected.keys() | found.keys())
-        if expected.get(key) != found.get(key)
-    ]
-
-
-def undisturbed(layout: Layout, folder: Path) -> dict[str, Any]:
-    """Return the `record` of a run without faults."""
-    out = folder / f"undisturbed-{layout.ranks}-{layout.groups}-{layout.evaluate_average}"
-    done = start(layout, out)
-    assert done.code == 0, done.stderr
-    return record(out)
 
 
 def chains(seed: int) -> Iterator[tuple[Layout, list[str]]]:
@@ -240,35 +78,77 @@ def chains(seed: int) -> Iterator[tuple[Layout, list[str]]]:
     are the rows of a Latin rectangle.
     """
     draw = random.Random(seed)
-    every = [(layout, first) for layout in LAYOUTS for first in range(len(KINDS))]
-    kinds = {layout: draw.sample(KINDS, len(KINDS)) for layout in LAYOUTS}
+    kinds = {layout: shuffled(kinds_in(layout), draw) for layout in LAYOUTS}
+    every = [(layout, first) for layout in LAYOUTS for first in range(len(kinds[layout]))]
     draw.shuffle(every)
     for layout, first in every:
-        row = [kinds[layout][(first + place) % len(KINDS)] for place in range(len(PLACES))]
+        own = kinds[layout]
+        row = [own[(first + place) % len(own)] for place in range(len(PLACES))]
         yield replace(layout, evaluate_average=first % 2), row
 
 
-def soak(faults: int, seed: int, folder: Path) -> list[Outcome]:
-    """Run chains until there are at least `faults` outcomes, and print each outcome."""
-    draw = random.Random(seed)
+def kinds_in(layout: Layout) -> list[str]:
+    """Return the kinds of fault that a layout can meet: a rank alone has no other host to lose."""
+    return [kind for kind in KINDS if kind != "host_lost" or layout.ranks > 1]
+
+
+def shuffled(kinds: list[str], draw: random.Random) -> list[str]:
+    return draw.sample(kinds, len(kinds))
+
+
+def soak(faults: int, seed: int, first: int, folder: Path) -> list[Outcome]:
+    """Run chains until there are at least `faults` outcomes, and print each outcome.
+
+    Args:
+        faults: how many, at least.
+        seed: of the chains' order, ranks and steps.
+        first: chains of this seed to leave out, which an earlier piece has run.
+        folder: of the runs.
+    """
     expected: dict[Layout, dict[str, Any]] = {}
     outcomes: list[Outcome] = []
     for number, (layout, kinds) in enumerate(chains(seed)):
+        if number < first:
+            continue
         if len(outcomes) >= faults:
             break
+        draw = random.Random(f"{seed} {number}")
         if layout not in expected:
             expected[layout] = undisturbed(layout, folder)
-        new = chain(layout, kinds, draw, expected[layout], folder / f"chain-{number:03d}")
+        with place_for(folder / f"chain-{number:03d}") as place:
+            new = chain(layout, kinds, draw, expected[layout], place)
         outcomes += new
         for outcome in new:
-            print(f"{len(outcomes):>4}  {line_of(outcome)}", flush=True)
+            print(f"chain {number:>3}  {line_of(outcome)}", flush=True)
     return outcomes
 
 
 def line_of(outcome: Outcome) -> str:
     judgement = "; ".join(outcome.wrong) or "survived"
+    if outcome.skipped:
+        judgement = f"skipped: {outcome.skipped}"
     fault = f"{outcome.place:<12} {outcome.kind:<13}"
     return f"{outcome.layout}  {fault} {outcome.seconds:5.1f} s  {judgement}"
+
+
+LINE = re.compile(
+    r"chain +\d+  (\d+) ranks, (\d+) groups(, sync points)?  (\w+) +(\w+) +([0-9.]+) s  (.+)"
+)
+
+
+def outcome_of(line: str) -> Outcome | None:
+    """Return what `line_of` wrote; None for any other line."""
+    found = LINE.fullmatch(line.rstrip())
+    if not found:
+        return None
+    ranks, groups, sync_points, place, kind, seconds, judgement = found.groups()
+    outcome = Outcome(Layout(int(ranks), int(groups), bool(sync_points)), kind, place)
+    outcome.seconds = float(seconds)
+    if judgement.startswith("skipped: "):
+        outcome.skipped = judgement.removeprefix("skipped: ")
+    elif judgement != "survived":
+        outcome.wrong.append(judgement)
+    return outcome
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -287,22 +167,30 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def survived(outcomes: list[Outcome]) -> str:
-    return f"{sum(not outcome.wrong for outcome in outcomes)}/{len(outcomes)}"
+    tried, good, _ = counts(outcomes)
+    return f"{good}/{tried}"
 
 
 def counts(outcomes: list[Outcome]) -> list[str]:
     """Return how many faults were tried, survived and lost."""
-    lost = sum(bool(outcome.wrong) for outcome in outcomes)
-    return [str(len(outcomes)), str(len(outcomes) - lost), str(lost)]
+    tried = [outcome for outcome in outcomes if not outcome.skipped]
+    lost = sum(bool(outcome.wrong) for outcome in tried)
+    return [str(len(tried)), str(len(tried) - lost), str(lost)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="chain to begin with")
+    parser.add_argument("--of", type=Path, nargs="+", help="what earlier pieces have printed")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = soak(given.faults, given.seed, Path(folder))
+    if given.of:
+        lines = [line for file in given.of for line in file.read_text("utf-8").splitlines()]
+        outcomes = [outcome for line in lines if (outcome := outcome_of(line))]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes = soak(given.faults, given.seed, given.first, Path(folder))
     print(f"\n{table(outcomes)}")
     sys.exit(any(outcome.wrong for outcome in outcomes))
 

@@ -49,7 +49,7 @@ def check_equal(model: nn.Module, team: Team) -> str:
         RunError: on all ranks, two ranks have different hashes.
     """
     digest = weights_sha256(model)
-    if len(set(team.allgather(digest))) > 1:
+    if team.first_unlike(digest.encode()) is not None:
         raise RunError(
             "the ranks hold different averaged weights: "
             "a fault in MPI or in memory; run swap-hpc doctor"
@@ -75,14 +75,9 @@ def check_agreement(model: nn.Module, team: Team, where: str) -> None:
     if team.size == 1:
         return
     mine = fingerprint(averaged_tensors(model).values())
-    # All fingerprints are equal if the largest equals the smallest, which is minus the largest of
-    # the negated ones. Teams compare in float64, which holds 32 bits exactly but not 64.
-    halves = (float(mine >> 32), float(mine & 0xFFFFFFFF))
-    high, low, minus_high, minus_low = team.maximum(*halves, *(-half for half in halves))
-    if (high, low) == (-minus_high, -minus_low):
+    rank = team.first_unlike(mine.to_bytes(8, "little"))
+    if rank is None:
         return
-    everyones = team.allgather(mine)
-    rank = next(rank for rank, other in enumerate(everyones) if other != everyones[0])
     raise RunError(
         f"the weights of rank {rank} differ from those of rank 0 after {where}: "
         "their gradients were not averaged; "

@@ -1,6 +1,5 @@
 """The uniform average: every group's weights, at the end of every cycle, count alike."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -107,10 +106,9 @@ def average_weights_(model: nn.Module, peers: Team, total: WeightSum | None = No
 
 
 def _check_alike(tensors: Mapping[str, Tensor], peers: Team) -> None:
-    # The ranks compare a hash: the names of a large model are not sent to everyone.
+    # The ranks compare a hash: the names and shapes of a large model are sent to nobody.
     layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
-    digests = peers.allgather(hashlib.sha256(repr(layout).encode()).digest())
-    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    other = peers.first_unlike(repr(layout).encode())
     if other is not None:
         raise ValueError(
             f"the model of rank {other} has other weights than that of rank 0: "

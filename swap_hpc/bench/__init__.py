@@ -3,12 +3,14 @@
 The alternatives are in `tests/bench/peers.py`, so that benches run in a checkout of the source.
 """
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,7 @@ BENCHES = {
 NAMES = {
     **{name: bench.what for name, bench in BENCHES.items()},
     "scaling": "seconds, bytes sent and memory of each phase against ranks, model and data",
+    "ranks": "seconds, messages, bytes and memory of the set-up, against the number of ranks",
     "checkpoint": "seconds of saving, and their share of a recipe's run, on the ranks you start",
 }
 
@@ -150,18 +153,24 @@ def _launched(name: str, ranks: int, launcher: str) -> dict[str, Any]:
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
+def scale(launcher: str, out: Path, overrides: Sequence[str], tell: Callable[[str], None]) -> None:
     """Measure the cases of `scaling`, print their table, and write it as JSON and as a figure.
 
     Args:
         launcher: the command that starts ranks; `{ranks}` in it stands for their number.
         out: the folder for `scaling.json` and `scaling.png`.
+        overrides: of the recipe that is measured, such as "precision=bf16".
         tell: prints a line.
+
+    Raises:
+        UserError: the overrides are wrong, or the launcher is not on the PATH.
+        RunError: a case failed.
     """
     from swap_hpc.bench import scaling
     from swap_hpc.bench.scaling_figure import draw_scaling
     from swap_hpc.bench.traffic import SETTINGS
 
+    scaling.check_overrides(overrides)
     os.environ.update(SETTINGS)
     # One thread on any number of ranks, unless the user chose another, keeps the cases comparable.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
@@ -169,23 +178,56 @@ def scale(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
     host: dict[str, Any] = {}
     for case in scaling.CASES:
         tell("scaling: " + ", ".join(f"{name} {value:,}" for name, value in case.items()))
-        result = _launched(f"scaling:{json.dumps(case)}", case["ranks"], launcher)
+        what = json.dumps({"case": case, "overrides": [*overrides]})
+        result = _launched(f"scaling:{what}", case["ranks"], launcher)
         cases.append(result["case"])
         host = result["machine"]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "scaling.json", {"machine": host, "cases": cases})
-    draw_scaling(cases, host["cores"], out / "scaling.png")
-    tell(
-        f"\n{scaling.table(cases)}\n\n{count(host['cores'], 'core')} of {host['cpu']}: "
-        "with more ranks than cores, several share one"
-    )
+    write_json(out / "scaling.json", {"machine": host, "overrides": [*overrides], "cases": cases})
+    where = scaling.where(cases, host["cores"])
+    draw_scaling(cases, where, out / "scaling.png")
+    tell(f"\n{scaling.table(cases)}\n\n{host['cpu']}; {where}")
+
+
+def grow(launcher: str, out: Path, tell: Callable[[str], None]) -> None:
+    """Measure the set-up on more and more ranks, print what grows, and write it as JSON.
+
+    It ends at the first number of ranks for which the host's memory is too small.
+
+    Args:
+        launcher: the command that starts ranks; `{ranks}` in it stands for their number.
+        out: the folder for `ranks.json`.
+        tell: prints a line.
+    """
+    from swap_hpc.bench import ranks as growth
+    from swap_hpc.bench.traffic import SETTINGS
+
+    os.environ.update(SETTINGS)
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
+    out.mkdir(parents=True, exist_ok=True)
+    cases: list[dict[str, Any]] = []
+    host: dict[str, Any] = {}
+    for number in growth.NUMBERS:
+        if cases and not growth.fits(number, cases[-1]):
+            tell(f"ranks: {number} need more memory than is free here")
+            break
+        tell(f"ranks: {number}")
+        case = json.dumps({"case": {"launched": time.time()}})
+        result = _launched(f"ranks:{case}", number, launcher)
+        cases.append(result["case"])
+        host = result["machine"]
+        # after each case: the next one may fail for want of memory
+        write_json(out / "ranks.json", {"machine": host, "cases": cases})
+    tell(f"\n{growth.table(cases)}\n\n{growth.laws(cases)}")
+    tell(f"\n{count(host['cores'], 'core')} of {host['cpu']}: with more ranks, several share one")
 
 
 def work(name: str, result: Path) -> None:
     """Run one bench on this rank; the first rank writes what it found.
 
     Args:
-        name: a key of `BENCHES`, or "scaling:" and a case as JSON.
+        name: a key of `BENCHES`, or "scaling:" or "ranks:" and the arguments of its `measure` as
+            JSON.
         result: the JSON file to write.
     """
     from swap_hpc.bench.measure import as_json, machine
@@ -193,11 +235,10 @@ def work(name: str, result: Path) -> None:
 
     world = Team.world()
     found: dict[str, Any]
-    if name.startswith("scaling:"):
-        from swap_hpc.bench import scaling
-
-        case = json.loads(name.removeprefix("scaling:"))
-        found = {"case": scaling.measure(world, case)}
+    if ":" in name:
+        module, _, arguments = name.partition(":")
+        measure = importlib.import_module(f"swap_hpc.bench.{module}").measure
+        found = {"case": measure(world, **json.loads(arguments))}
     else:
         module, _, function = BENCHES[name].where.partition(":")
         compare = getattr(importlib.import_module(f"swap_hpc.bench.{module}"), function)

@@ -11,7 +11,7 @@ The model:
   tree), whichever takes less time.
 - Saves go to one file system, which writes `disk` bytes per second in all.
 
-Evaluations, and sync points of the groups before the last one, are left out.
+Evaluations are left out, and so are averages on the way that are only evaluated.
 """
 
 import math
@@ -44,9 +44,8 @@ class Costs:
 
     def allreduce(self, size: float, ranks: int) -> float:
         """Return the seconds of an allreduce of `size` bytes over `ranks` ranks."""
-        ring = 2 * (ranks - 1) * (self.latency + size / ranks / self.bandwidth)
-        tree = 2 * math.ceil(math.log2(ranks)) * (self.latency + size / self.bandwidth)
-        return min(ring, tree)
+        kinds = (ring_messages(size, ranks), tree_messages(size, ranks))
+        return min(messages * self.latency + sent / self.bandwidth for messages, sent in kinds)
 
     def compute(self, samples: float, steps: float, ranks: int) -> float:
         """Return the seconds that a rank computes while all ranks of the job do.
@@ -67,6 +66,18 @@ class Costs:
         return self.sample + self.growth * math.log2(within / self.small)
 
 
+def ring_messages(size: float, ranks: int) -> tuple[float, float]:
+    """Return the messages, one after the other, of an allreduce by a ring, and their bytes."""
+    messages = 2 * (ranks - 1)
+    return messages, messages * size / ranks
+
+
+def tree_messages(size: float, ranks: int) -> tuple[float, float]:
+    """Return the messages, one after the other, of an allreduce by a tree, and their bytes."""
+    messages = 2 * math.ceil(math.log2(ranks))
+    return messages, messages * size
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run has to do, whatever machine does it."""
@@ -83,9 +94,14 @@ def predict(work: Work, costs: Costs, ranks: int) -> dict[str, float]:
     second = epoch_seconds(work, costs, recipe.refine, _ranks_per_group(recipe, ranks), ranks)
     groups_in_turn = max(1, recipe.groups // ranks)
     refine_epochs = recipe.refine.epochs * recipe.refine.cycles
-    average = batchnorm = 0.0
+    average = batchnorm = averages_on_the_way = 0.0
     if refine_epochs:  # otherwise it is plain SGD, without an average
         average = costs.allreduce(SUM * size, min(ranks, recipe.groups))
+        if recipe.refine.average_every_steps:  # post-local SGD
+            steps = refine_epochs * (work.samples // recipe.refine.batch_size)
+            # The one after the last step is the average that every run ends with.
+            on_the_way = max(0, steps - 1) // recipe.refine.average_every_steps
+            averages_on_the_way = average * on_the_way
         batchnorm = costs.compute(_batchnorm_samples(work, ranks) * FORWARD, 0, ranks)
     # Groups save at the same time, and share the file system.
     saves = recipe.checkpoint.saves(recipe.large_batch.epochs, first)
@@ -93,7 +109,7 @@ def predict(work: Work, costs: Costs, ranks: int) -> dict[str, float]:
     save = 2 * GRADIENT * size / costs.disk  # the weights and the momentum
     return {
         "large_batch": recipe.large_batch.epochs * first,
-        "refine": refine_epochs * groups_in_turn * second,
+        "refine": refine_epochs * groups_in_turn * second + averages_on_the_way,
         "average": average,
         "batchnorm": batchnorm,
         "save": save * saves,

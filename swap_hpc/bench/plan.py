@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from swap_hpc.bench import worth
 from swap_hpc.bench.calibration import parse_cost, read_calibration
 from swap_hpc.bench.cost_model import (
     Costs,
@@ -87,6 +88,8 @@ def text(
             f"{count(recipe.groups, 'group')}. Predictions, not measurements:",
             "",
             table(work, costs, ranks),
+            "",
+            *worth.lines(work, costs, ranks),
             "",
             *(_traffic(work, number) for number in ranks),
             "",

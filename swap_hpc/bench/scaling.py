@@ -8,11 +8,13 @@ from torch import nn
 
 from swap_hpc.bench.traffic import Traffic
 from swap_hpc.data import load
+from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import use_device
 from swap_hpc.parallel.grid import grid, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import load_recipe
 from swap_hpc.recipe.markdown import markdown_table
+from swap_hpc.recipe.wording import count
 from swap_hpc.swap import swap
 from swap_hpc.train import models
 from swap_hpc.train.events import Averaged, Epoch, Refreshed
@@ -39,10 +41,36 @@ FIELDS = (
 )
 
 
-def measure(world: Team, case: Case) -> dict[str, Any]:
+# The fields that a case sets.
+OF_CASES = ("groups", "model.width", "data.samples")
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for fields that cannot be measured with, before any rank starts."""
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in OF_CASES:
+            raise UserError(f"--set {name}: bench scaling varies it itself: leave it out")
+    recipe = load_recipe("cifar10-cpu", (*FIELDS, *overrides))
+    if not (recipe.large_batch.epochs and recipe.refine.epochs):
+        raise UserError("bench scaling measures both phases: give each an epoch or more")
+    small, large = recipe.refine.batch_size, recipe.large_batch.batch_size
+    if small >= large:
+        raise UserError(
+            f"refine.batch_size={small} is not below large_batch.batch_size={large}: "
+            "plan takes the cost of a step from small and large ones"
+        )
+
+
+def measure(world: Team, case: Case, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure one case, with a group per rank.
 
     It trains two epochs of phase 1, of which the second counts, and one of phase 2, and averages.
+
+    Args:
+        world: all ranks.
+        case: the number of ranks, the width of the ResNet-9, the number of images.
+        overrides: of the recipe, such as "precision=bf16".
 
     Returns:
         The case with the seconds and bytes of each phase, and the peak memory in MiB; the largest
@@ -54,12 +82,13 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
     traffic = Traffic(world)
     with node_of(world) as node:
         device = use_device(world, node, "auto")
+        on_a_host = world.maximum(node.size)[0]
     sizes = (
         f"groups={world.size}",
         f"model.width={case['width']}",
         f"data.samples={case['samples']}",
     )
-    recipe = load_recipe("cifar10-cpu", (*FIELDS, *sizes))
+    recipe = load_recipe("cifar10-cpu", (*FIELDS, *overrides, *sizes))
     job = Job(recipe, load(recipe.data, world, device.threads), device)
     model = models.build(recipe.model, 10, 3, 0).to(device.torch)
     figures, memory = _run_phases(world, job, model, traffic)
@@ -71,6 +100,7 @@ def measure(world: Team, case: Case) -> dict[str, Any]:
         **case,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cores": device.threads * world.size,
+        "ranks_on_a_host": on_a_host,
         "batch_sizes": {
             "large_batch": recipe.large_batch.batch_size,
             "refine": recipe.refine.batch_size,
@@ -100,6 +130,14 @@ def _run_phases(
                 figures["batchnorm"] = (seconds, bytes_sent)
             sent, since = traffic.sent(), perf_counter()
     return figures, memory
+
+
+def where(cases: Sequence[dict[str, Any]], cores: int) -> str:
+    """Return in words which processors the ranks have."""
+    on_a_host = max(case["ranks_on_a_host"] for case in cases)
+    if on_a_host == max(case["ranks"] for case in cases):
+        return f"all ranks share {count(cores, 'core')}"
+    return f"{count(on_a_host, 'rank')} on a host of {count(cores, 'core')}"
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:

@@ -33,16 +33,15 @@ COLUMNS = {"ranks": "ranks", "width": "parameters of the model", "samples": "tra
 BYTES = {0: "0", 1e3: "1 kB", 1e4: "10 kB", 1e5: "100 kB", 1e6: "1 MB", 1e7: "10 MB", 1e8: "100 MB"}
 
 
-def draw_scaling(cases: Sequence[dict[str, Any]], cores: int, file: Path) -> None:
+def draw_scaling(cases: Sequence[dict[str, Any]], where: str, file: Path) -> None:
     """Draw a column for each of ranks, model and data, in which the other two stay the same.
 
     Args:
         cases: the measurements, as in `scaling.json`.
-        cores: of the machine that they were made on.
+        where: the processors that the ranks had, in words.
         file: the figure to write.
     """
-    title = f"one epoch of each phase; all ranks share {cores} cores"
-    with figure_in(file, title, 6.4) as figure:
+    with figure_in(file, f"one epoch of each phase; {where}", 6.4) as figure:
         axes = figure.subplots(3, 3, sharex="col", sharey="row")
         for column, across in zip(axes.T, COLUMNS, strict=True):
             _draw_column(column, _varied(cases, across), across)

@@ -9,15 +9,9 @@ from swap_hpc.data.sampling import Picks
 from swap_hpc.data.seeding import seed_all
 from swap_hpc.data.splits import Arrays, Batches, Files, Graph
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.grid import first_then_rest
+from swap_hpc.parallel.grid import first_then_rest, node_of
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.inputs import Data
-
-# What a folder of the user's own data must hold, by the name of the data set.
-LOCAL = {
-    "folder": "train/<class>/ and test/<class>/ (or set data.test_every, which splits <class>/)",
-    "webdataset": "train/*.tar and test/*.tar (swap-hpc pack makes them)",
-}
 
 __all__ = ["Arrays", "Batches", "Dataset", "Files", "Graph", "Picks", "download", "load"]
 
@@ -25,15 +19,18 @@ __all__ = ["Arrays", "Batches", "Dataset", "Files", "Graph", "Picks", "download"
 # that imports this package must not wait for it.
 
 
-def load(data: Data, team: Team, threads: int) -> Dataset:
+def load(data: Data, team: Team, threads: int, pad: int = 0) -> Dataset:
     """Load the data set that a recipe names, on every rank of a team.
 
-    One rank downloads what is missing, while the others wait. Collective over `team`.
+    One rank downloads what is missing, while the others wait. The ranks of a node decode a part of
+    the images each, and hold one copy of them together, read-only. Collective over `team`.
 
     Args:
         data: the recipe's section `[data]`.
         team: the ranks that load it, all of the same data.
         threads: CPU threads that this rank decodes with.
+        pad: by which the training images will be padded on the host; where they are shared, they
+            are padded once.
 
     Returns:
         The data set, with the same samples in the same order on all ranks.
@@ -45,23 +42,43 @@ def load(data: Data, team: Team, threads: int) -> Dataset:
             `Batches` and `Graph` are compared only by the numbers of their samples and by the
             classes. Raised on all ranks.
     """
-    dataset = _load_on_each_rank(data, team, threads)
-    _check_alike(dataset, team)
+    with node_of(team) as node:
+        source = _from_own_function if ":" in data.name else _from_known_source
+        dataset = source(data, team, node, threads, pad)
     return team.agree(lambda: with_normalisation(dataset, data))
 
 
-def _load_on_each_rank(data: Data, team: Team, threads: int) -> Dataset:
-    if ":" in data.name:
-        # one rank first: a user's function may download, too
-        return first_then_rest(team, lambda: with_validation(_custom(data), data.validation))
+def _from_own_function(data: Data, team: Team, node: Team, threads: int, pad: int) -> Dataset:
+    """Call the user's function on every rank: it may set up more than it returns."""
+    from swap_hpc.data.one_copy import shared
 
-    from swap_hpc.data import sources
+    # one rank first: the function may download, too
+    dataset = first_then_rest(team, lambda: with_validation(_custom(data), data.validation))
+    _check_alike(dataset, team)
+    return team.agree(lambda: shared(dataset, node, pad))
+
+
+def _from_known_source(data: Data, team: Team, node: Team, threads: int, pad: int) -> Dataset:
+    from swap_hpc.data import decoded, one_copy, sources
 
     # `download` checks for train/ and test/, which a folder to be split does not have
     if not data.test_every:
         first_then_rest(team, lambda: download(data.name, data.path))
-    source = sources.SOURCES[data.name]
-    return team.agree(lambda: with_validation(source(data, threads), data.validation))
+
+    def source() -> Dataset:
+        return sources.SOURCES[data.name](data)
+
+    def made() -> Dataset:
+        return with_validation(source(), data.validation)
+
+    if team.any(sources.are_files(data)):
+        found = team.agree(source)
+        _check_alike(found, team)  # else ranks could disagree on what they decode together
+        dataset = team.agree(lambda: decoded.from_files(found, data, node, threads, pad))
+    else:
+        dataset = team.agree(lambda: one_copy.made_once(made, node, pad))
+    _check_alike(dataset, team)
+    return dataset
 
 
 def _custom(data: Data) -> Dataset:
@@ -76,14 +93,15 @@ def _check_alike(dataset: Dataset, team: Team) -> None:
     samples = {name: len(split) for name, split in dataset.splits.items()}
     contents = [split.contents for split in dataset.splits.values()]
     mine = (samples, dataset.classes, dataset.channels, contents)
-    first, *others = team.allgather(mine)
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            raise UserError(
-                f"rank {rank} has other data than rank 0 ({_counts(other[0])} samples, "
-                f"rank 0 has {' and '.join(map(str, first[0].values()))}, maybe in another order): "
-                "give all nodes the same files, and seed what is random in your own function"
-            )
+    rank = team.first_unlike(repr(mine).encode())
+    if rank is None:
+        return
+    first, other = team.broadcast(samples), team.broadcast(samples, rank)
+    raise UserError(
+        f"rank {rank} has other data than rank 0 ({_counts(other)} samples, "
+        f"rank 0 has {' and '.join(map(str, first.values()))}, maybe in another order): "
+        "give all nodes the same files, and seed what is random in your own function"
+    )
 
 
 def _counts(samples: Mapping[SplitName, int]) -> str:
@@ -109,9 +127,11 @@ def download(name: str, path: Path) -> str:
     from swap_hpc.data import sources
 
     has_train = (path / "train").is_dir()
-    if name in LOCAL and not has_train:
-        raise UserError(f"no folder {path / 'train'}: point --data at a folder with {LOCAL[name]}")
+    if name in sources.LOCAL and not has_train:
+        raise UserError(
+            f"no folder {path / 'train'}: point --data at a folder with {sources.LOCAL[name]}"
+        )
     if name in sources.TORCHVISION and not has_train:
         sources.torchvision_download(name, path)
-    has_files = name in LOCAL or name in sources.TORCHVISION
+    has_files = name in sources.LOCAL or name in sources.TORCHVISION
     return f"{name}: {path if has_files else 'comes with the package'}"

@@ -16,7 +16,7 @@ from swap_hpc.data.dataset import Dataset
 from swap_hpc.data.places import crop_places, draws
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Arrays
-from swap_hpc.data.transfer import to_device
+from swap_hpc.data.transfer import as_tensor, to_device
 from swap_hpc.recipe.augment import Augment
 
 STEPS_AT_ONCE = 16
@@ -51,7 +51,7 @@ def cropped(
     """
     settings = augment or Augment()
     images = split.on_device(settings.pad, device)  # (N, H + 2 pad, W + 2 pad, C) uint8
-    labels = torch.from_numpy(split.labels).to(device)
+    labels = as_tensor(split.labels).to(device)
     mean = torch.tensor(dataset.mean, dtype=torch.float32).to(device)
     scale = (1 / torch.tensor(dataset.std, dtype=torch.float32)).to(device)
     height, width = dataset.image_size

@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from swap_hpc.data.padding import in_parts
 from swap_hpc.data.splits import Arrays, Batches, Split
 from swap_hpc.errors import UserError
 
@@ -119,20 +120,45 @@ def with_statistics(
     train: Arrays, test: Arrays, classes: tuple[str, ...], validation: Arrays | None = None
 ) -> Dataset:
     """Return a data set in memory that is normalised by its training images' mean and deviation."""
-    _, height, width, channels = train.images.shape
-    statistics = [_mean_and_deviation(train.images[..., channel]) for channel in range(channels)]
-    mean = tuple(mean for mean, _ in statistics)
-    std = tuple(deviation for _, deviation in statistics)
-    return Dataset(
-        train, test, classes, (height, width), channels, mean, std, validation=validation
+    counts = count_levels(train.images, range(len(train)))
+    return normalised_by(counts, Dataset(train, test, classes, validation=validation))
+
+
+def count_levels(images: np.ndarray, rows: range) -> np.ndarray:
+    """Count how often each channel has each level in some rows of images (N, H, W, C) uint8.
+
+    Returns:
+        (C, 256) int64.
+    """
+    counts = np.zeros((images.shape[3], 256), np.int64)
+    # np.bincount makes 8 bytes of each pixel: a thousand images at a time bound that memory
+    for some in in_parts(rows):
+        for channel, levels in enumerate(counts):
+            levels += np.bincount(images[some, ..., channel].ravel(), minlength=256)
+    return counts
+
+
+def normalised_by(counts: np.ndarray, dataset: Dataset) -> Dataset:
+    """Return a data set in memory with the size of its images, and the statistics of its levels.
+
+    Args:
+        counts: what `count_levels` returns for the images to take the mean and deviation of.
+        dataset: its splits are `Arrays`.
+    """
+    assert isinstance(dataset.train, Arrays)
+    _, height, width, channels = dataset.train.images.shape
+    statistics = [_mean_and_deviation(levels) for levels in counts]
+    return replace(
+        dataset,
+        image_size=(height, width),
+        channels=channels,
+        mean=tuple(mean for mean, _ in statistics),
+        std=tuple(deviation for _, deviation in statistics),
     )
 
 
-def _mean_and_deviation(pixels: np.ndarray) -> tuple[float, float]:
-    """Compute the two in float64 from the histogram of one channel, (N, H, W) uint8."""
-    # np.bincount makes 8 bytes of each pixel: a thousand images at a time bound that memory
-    parts = (pixels[start : start + 1024] for start in range(0, len(pixels), 1024))
-    counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
+def _mean_and_deviation(counts: np.ndarray) -> tuple[float, float]:
+    """Compute the two in float64 from the histogram of one channel, (256,) int64."""
     values = np.arange(256.0)
     mean = float(counts @ values / counts.sum())
     deviation = float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))

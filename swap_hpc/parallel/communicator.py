@@ -30,8 +30,8 @@ class Communicator(ABC):
         """Replace a float64 array by its elements' maxima over the ranks."""
 
     @abstractmethod
-    def broadcast(self, value: Any) -> Any:
-        """Return the first rank's `value`."""
+    def broadcast(self, value: Any, root: int) -> Any:
+        """Return the `value` of the rank `root`."""
 
     @abstractmethod
     def broadcast_(self, array: np.ndarray) -> None:
@@ -46,12 +46,20 @@ class Communicator(ABC):
         """Write the ranks' arrays, (n,) uint8, into `rows`, (ranks, n); None on other ranks."""
 
     @abstractmethod
+    def scatter(self, rows: np.ndarray | None, array: np.ndarray) -> None:
+        """Write each rank's row of `rows`, (ranks, n) uint8, into `array`; None on other ranks."""
+
+    @abstractmethod
     def barrier(self) -> None:
         """Wait until all ranks are here."""
 
     @abstractmethod
     def sleeping_barrier(self) -> None:
         """Wait like `barrier`, and leave the core to others meanwhile."""
+
+    @abstractmethod
+    def part(self, members: range) -> "Communicator":
+        """Return a communicator of some ranks, this one among them, in their present order."""
 
     @abstractmethod
     def split(self, colour: int) -> "Communicator":
@@ -79,7 +87,7 @@ class Alone(Communicator):
     def maximum_(self, array: np.ndarray) -> None:
         pass
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, root: int) -> Any:
         return value
 
     def broadcast_(self, array: np.ndarray) -> None:
@@ -92,11 +100,18 @@ class Alone(Communicator):
         assert rows is not None
         rows[0] = array
 
+    def scatter(self, rows: np.ndarray | None, array: np.ndarray) -> None:
+        assert rows is not None
+        array[:] = rows[0]
+
     def barrier(self) -> None:
         pass
 
     def sleeping_barrier(self) -> None:
         pass
+
+    def part(self, members: range) -> Communicator:
+        return self
 
     def split(self, colour: int) -> Communicator:
         return self

@@ -1,5 +1,6 @@
 """Each rank's device and CPU threads, and whether torch can use that device."""
 
+import hashlib
 import os
 import platform
 import re
@@ -45,8 +46,15 @@ class Device:
 
         NCCL refuses that: the gradients of such a team go through host memory.
         """
-        uuids = [uuid for uuid in team.allgather(self.uuid) if uuid]
-        return len(set(uuids)) < len(uuids)
+        if not team.any(self.uuid is not None):
+            return False
+        # Not only within a node: containers with names of their own may share a GPU. Two GPUs are
+        # taken for one with a probability of 1 in 2^31, and then sums only take longer.
+        colour = int.from_bytes(hashlib.sha256(str(self.uuid).encode()).digest()[:4], "little") >> 1
+        same = team.split(colour)
+        is_mine_shared = self.uuid is not None and same.size > 1
+        same.free()
+        return team.any(is_mine_shared)
 
     def peak_memory(self) -> "Memory":
         """Return the most memory that this process has had since it began."""
@@ -86,10 +94,10 @@ def use_device(world: Team, node: Team, wanted: Wanted) -> Device:
             others none; or a GPU is busy.
     """
     device = world.agree(lambda: choose_device(node, wanted))
-    kinds = world.allgather(device.torch.type)
-    if len(set(kinds)) > 1:
+    without = world.first_where(device.torch.type == "cpu")
+    if without is not None and world.any(device.torch.type != "cpu"):
         raise UserError(
-            f"rank {kinds.index('cpu')} sees no GPU, others do: "
+            f"rank {without} sees no GPU, others do: "
             "ask the launcher for a GPU per rank, or --set device=cpu"
         )
     torch.set_num_threads(device.threads)
@@ -122,8 +130,8 @@ def choose_device(node: Team, wanted: Wanted) -> Device:
             use the GPU or its driver; or OMP_NUM_THREADS is not a number.
     """
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    everyones = node.allgather(cores)
-    threads = node.agree(lambda: _threads(cores, everyones))
+    sharing = _ranks_sharing(cores, node)
+    threads = node.agree(lambda: _threads(cores, sharing))
     gpu = node.agree(lambda: _gpu(node.rank, wanted, threads))
     return gpu if gpu else Device(torch.device("cpu"), threads)
 
@@ -225,17 +233,27 @@ def dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
 
 
-def _threads(mine: tuple[int, ...], everyones: list[tuple[int, ...]]) -> int:
+def _ranks_sharing(cores: tuple[int, ...], node: Team) -> int:
+    """Return the number of ranks on this node that may use the same cores as this one."""
+    mine = repr(cores).encode()
+    if node.first_unlike(mine) is None:
+        return node.size
+    return node.allgather(mine).count(mine)
+
+
+def _threads(mine: tuple[int, ...], sharing: int) -> int:
     """Return OMP_NUM_THREADS where it is set, else this rank's share of the cores that it may use.
 
-    Cores are shared with the ranks that may use the same ones.
+    Args:
+        mine: the cores that this rank may use.
+        sharing: the number of ranks that may use the same ones.
 
     Raises:
         UserError: OMP_NUM_THREADS is not a number of threads.
     """
     value = os.environ.get("OMP_NUM_THREADS", "").strip()
     if not value:
-        return max(1, len(mine) // everyones.count(mine))
+        return max(1, len(mine) // sharing)
     # OpenMP allows a list, with a number for each level of nested loops.
     outermost = value.split(",")[0].strip()
     if not re.fullmatch("0*[1-9][0-9]{0,3}", outermost):

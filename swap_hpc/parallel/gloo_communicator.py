@@ -6,9 +6,11 @@ In phase 2 ranks are alone for longer than that. So its ranks are connected once
 same store, by gloo, without a time-out.
 """
 
+import hashlib
 import pickle
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -73,17 +75,20 @@ class GlooCommunicator(Communicator):
         options.reduceOp = operation
         self._gloo.allreduce([torch.from_numpy(array)], options).wait()
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, root: int) -> Any:
         packed = _packed(value)
         size = np.array([len(packed)])
-        self.broadcast_(size)
-        if self.rank:
+        self._broadcast_(size, root)
+        if self.rank != root:
             packed = np.empty(size[0], np.uint8)
-        self.broadcast_(packed)
+        self._broadcast_(packed, root)
         return pickle.loads(packed.tobytes())
 
     def broadcast_(self, array: np.ndarray) -> None:
-        self._gloo.broadcast(torch.from_numpy(array), 0).wait()
+        self._broadcast_(array, 0)
+
+    def _broadcast_(self, array: np.ndarray, root: int) -> None:
+        self._gloo.broadcast(torch.from_numpy(array), root).wait()
 
     def allgather(self, value: Any) -> list[Any]:
         packed = _packed(value)
@@ -103,25 +108,34 @@ class GlooCommunicator(Communicator):
         received = [] if rows is None else list(torch.from_numpy(rows))
         self._gloo.gather(received, torch.from_numpy(array), 0).wait()
 
+    def scatter(self, rows: np.ndarray | None, array: np.ndarray) -> None:
+        sent = [] if rows is None else list(torch.from_numpy(rows))
+        self._gloo.scatter(torch.from_numpy(array), sent, 0).wait()
+
     def barrier(self) -> None:
         self._gloo.barrier().wait()
 
     def sleeping_barrier(self) -> None:
         self.barrier()  # gloo sleeps while it waits
 
+    def part(self, members: range) -> Communicator:
+        return self._connected(members, f"{members.start}-{members.step}")
+
     def split(self, colour: int) -> Communicator:
-        colours = self.allgather(colour)
-        same = [rank for rank, each in enumerate(colours) if each == colour]
-        name = f"{self._splits}/{colour}"
+        colours = self._allgathered(np.array([colour])).ravel()
+        return self._connected(np.flatnonzero(colours == colour).tolist(), f"{colour}")
+
+    def _connected(self, members: Sequence[int], name: str) -> Communicator:
+        """Return a communicator of some ranks, whose name is not that of another part."""
+        number = self._splits
         self._splits += 1
-        if len(same) == 1:
+        if len(members) == 1:
             return Alone()
-        store = distributed.PrefixStore(name, self._store)
-        return GlooCommunicator(store, same.index(self.rank), len(same))
+        store = distributed.PrefixStore(f"{number}/{name}", self._store)
+        return GlooCommunicator(store, members.index(self.rank), len(members))
 
     def split_by_node(self) -> Communicator:
-        nodes = self.allgather(_node())
-        return self.split(nodes.index(_node()))
+        return self.split(_node())
 
     def free(self) -> None:
         if self not in _connected.values():
@@ -132,9 +146,10 @@ def _packed(value: Any) -> np.ndarray:
     return np.frombuffer(bytearray(pickle.dumps(value)), np.uint8)
 
 
-def _node() -> tuple[str, str]:
-    """Return what the processes on this node, and in this container, have in common."""
+def _node() -> int:
+    """Return a number that the processes on this node, and in this container, have in common."""
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return socket.gethostname(), boot
+    name = f"{socket.gethostname()} {boot}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")

@@ -65,12 +65,13 @@ def _grid(world: Team, groups: int) -> Ranks:
     if world.size % groups == 0:
         per_group = world.size // groups
         row, column = divmod(world.rank, per_group)
-        # A split is collective over the world: a rank that is alone in its group must call it, too.
-        return Ranks(world, world.split(row), world.split(column), (row,))
+        group = world.part(range(row * per_group, (row + 1) * per_group))
+        peers = world.part(range(column, world.size, per_group))
+        return Ranks(world, group, peers, (row,))
     if groups % world.size == 0:
         per_rank = groups // world.size
         mine = range(world.rank * per_rank, (world.rank + 1) * per_rank)
-        return Ranks(world, Team.alone(), world.split(0), tuple(mine))
+        return Ranks(world, Team.alone(), world.part(range(world.size)), tuple(mine))
     raise UserError(
         f"{world.size} ranks cannot share {groups} groups: "
         "start a multiple or a divisor of the groups"
@@ -86,6 +87,15 @@ def single_row(world: Team, groups: tuple[int, ...]) -> Iterator[Ranks]:
         groups: the numbers of the groups that it refines.
     """
     yield Ranks(world, world, Team.alone(), groups)
+
+
+def of_groups(value: T, ranks: Ranks) -> list[T] | None:
+    """Return the `value` of each group's first rank on the world's first; None on others.
+
+    Those ranks are peers, so that the other ranks of the groups send nothing to them. Collective.
+    """
+    values = ranks.peers.gathered(value if ranks.group.rank == 0 else None)
+    return values if ranks.world.rank == 0 else None  # type: ignore[return-value]
 
 
 @contextmanager

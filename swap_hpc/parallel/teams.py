@@ -3,9 +3,11 @@
 Imports neither torch nor MPI before it knows which of them connects the ranks.
 """
 
+import hashlib
+import pickle
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -86,6 +88,19 @@ class Team:
         """Return the team of this rank alone."""
         return cls(Alone())
 
+    def part(self, members: range) -> "Team":
+        """Return the team of some ranks, this one among them, in their present order.
+
+        All ranks of this team call it, each for its own part; no rank is in two of them. Unlike
+        `split`, nothing is sent but among the members of a part.
+
+        Raises:
+            ValueError: this rank is not among `members`.
+        """
+        if self.rank not in members:
+            raise ValueError(f"rank {self.rank} is not among the ranks {[*members]} of its part")
+        return Team(self._communicator.part(members))
+
     def split(self, colour: int) -> "Team":
         """Return the team of the ranks that give the same number, in their present order."""
         return Team(self._communicator.split(colour))
@@ -116,9 +131,28 @@ class Team:
         """Tell whether `flag` is true on a rank of the team."""
         return self.maximum(float(flag))[0] > 0
 
-    def broadcast(self, value: T) -> T:
-        """Return the first rank's `value`, a small Python object."""
-        return self._communicator.broadcast(value) if self.size > 1 else value
+    def first_where(self, flag: bool) -> int | None:
+        """Return the first rank on which `flag` is true; None if it is true on none."""
+        first = -self.maximum(-self.rank if flag else -self.size)[0]
+        return int(first) if first < self.size else None
+
+    def first_unlike(self, content: bytes) -> int | None:
+        """Return the first rank whose `content` differs from the first rank's; None: all are alike.
+
+        The ranks compare a hash of 128 bits, by one small reduction. More is sent only where they
+        differ.
+        """
+        words = np.frombuffer(hashlib.sha256(content).digest()[:16], "<u4").astype(np.float64)
+        # The smallest of a word is minus the largest of the negated ones.
+        largest = self.maximum(*words, *-words)
+        if all(high == -low for high, low in zip(largest[:4], largest[4:], strict=True)):
+            return None
+        mine = words.tolist()
+        return self.first_where(self.broadcast(mine) != mine)
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """Return the `value`, a small Python object, of the first rank or of the rank `root`."""
+        return self._communicator.broadcast(value, root) if self.size > 1 else value
 
     def broadcast_(self, array: np.ndarray) -> np.ndarray:
         """Replace a contiguous uint8 array by the first rank's, and return it."""
@@ -128,7 +162,11 @@ class Team:
         return array
 
     def allgather(self, value: T) -> list[T]:
-        """Return every rank's `value`, a small Python object, in the order of the ranks."""
+        """Return every rank's `value`, a small Python object, in the order of the ranks.
+
+        What each rank receives grows with the number of ranks: often the first rank alone needs the
+        values (`gathered`), or whether they are alike (`first_unlike`).
+        """
         return self._communicator.allgather(value) if self.size > 1 else [value]
 
     def gather(self, array: np.ndarray) -> np.ndarray | None:
@@ -138,6 +176,31 @@ class Team:
         rows = np.empty((self.size, len(array)), np.uint8) if self.rank == 0 else None
         self._communicator.gather(array, rows)
         return rows
+
+    def gathered(self, value: T) -> list[T] | None:
+        """Return every rank's `value`, a small Python object, on the first rank; None on others."""
+        packed = np.frombuffer(pickle.dumps(value), np.uint8)
+        longest = int(self.maximum(len(packed))[0])
+        rows = self.gather(np.pad(packed, (0, longest - len(packed))))
+        # what follows a pickled object is not read
+        return None if rows is None else [pickle.loads(row.tobytes()) for row in rows]
+
+    def scatter(self, rows: np.ndarray | None) -> np.ndarray:
+        """Return this rank's row, (n,) uint8, of the first rank's `rows`, (ranks, n)."""
+        width = self.broadcast(0 if rows is None else rows.shape[1])
+        array = np.empty(width, np.uint8)
+        self._communicator.scatter(rows if self.rank == 0 else None, array)
+        return array
+
+    def scattered(self, values: Sequence[T] | None) -> T:
+        """Return this rank's object of the first rank's `values`, one for each rank."""
+        rows = None
+        if self.rank == 0:
+            assert values is not None and len(values) == self.size
+            packed = [np.frombuffer(pickle.dumps(value), np.uint8) for value in values]
+            longest = max(map(len, packed))
+            rows = np.stack([np.pad(each, (0, longest - len(each))) for each in packed])
+        return pickle.loads(self.scatter(rows).tobytes())
 
     def first(self, function: Callable[[], T]) -> T | None:
         """Return `function()`, called on the first rank alone, and None on the others.
@@ -164,11 +227,14 @@ class Team:
             result = function()
         except Exception as raised:
             error = raised
-        for rank, first in enumerate(self.allgather(_portable(error))):
-            if first is not None:
-                first.reported_elsewhere = rank != self.rank
-                raise first from None
-        return result  # type: ignore[return-value]
+        first = self.first_where(error is not None)
+        if first is None:
+            return result  # type: ignore[return-value]
+        # Only now is the error sent: no rank ever receives something of every rank.
+        shared = self.broadcast(_portable(error) if self.rank == first else None, first)
+        assert shared is not None
+        shared.reported_elsewhere = first != self.rank
+        raise shared from None
 
     def first_while_others_sleep(self, function: Callable[[], T]) -> T:
         """Return `function()`, called on the first rank alone, on all ranks.

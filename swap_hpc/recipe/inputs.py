@@ -97,9 +97,9 @@ class Data(Section):
     """Side of the evaluated centre square as a fraction of the image's shorter side; 1 keeps the
     largest square."""
     memory_gib: NonNegativeFloat = 4.0
-    """Memory for decoded image files, in GiB per rank. A data set that fits is decoded once and
-    kept; a larger one, or one with several image sizes, is read in every epoch. Decoding uses up
-    to an eighth of it at a time, but at least 96 MiB or one image."""
+    """Memory for decoded image files, in GiB per node, whose ranks share them. A data set that fits
+    is decoded once and kept; a larger one, or one with several image sizes, is read in every epoch.
+    On each rank decoding uses up to an eighth of it at a time, but at least 96 MiB or one image."""
     mean: Statistics | None = None
     """Mean of each channel, of pixels in [0, 1], subtracted from the images; or `"imagenet"`, which
     torchvision's and most of timm's pretrained models want. None: the training images' own mean

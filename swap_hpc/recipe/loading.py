@@ -29,6 +29,9 @@ MAY_CHANGE = ("data.path", "checkpoint.", "watchdog.", "tensorboard", "tracker")
 # Of these sections, fields that may not: files depend on them from the first epoch on.
 MUST_STAY = ("checkpoint.best",)
 
+# Fields, and sections, that do not concern phase 1.
+AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.", "checkpoint.")
+
 
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of the recipes that come with the package."""
@@ -212,6 +215,11 @@ def differing_fields(one: Recipe, other: Recipe) -> list[str]:
         if name in MUST_STAY or not name.startswith(MAY_CHANGE)
     )
     return sorted(name for name in names if left.get(name) != right.get(name))
+
+
+def differing_in_phase_1(one: Recipe, other: Recipe) -> list[str]:
+    """Return the dotted names of the fields about phase 1 that differ, sorted."""
+    return [name for name in differing_fields(one, other) if not name.startswith(AFTER_PHASE_1)]
 
 
 def check_same_recipe(recipe: Recipe, other: Recipe, found: str, remove: str) -> None:

@@ -138,7 +138,7 @@ def _plain(values: tuple[Any, ...]) -> list[Any]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.default
+    value = field.get_default(call_default_factory=True)
     if value is None or value == "" or isinstance(value, dict):
         return "none"
     if isinstance(value, bool):

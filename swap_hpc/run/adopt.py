@@ -10,7 +10,7 @@ from swap_hpc.average.state import split_state
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.teams import Team
-from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.recipe.loading import differing_in_phase_1, load_recipe
 from swap_hpc.recipe.phase import PHASE_1
 from swap_hpc.run.checkpoint import Checkpoints
 from swap_hpc.run.folder import load_result
@@ -18,9 +18,6 @@ from swap_hpc.run.lines import Line
 from swap_hpc.run.weights import Tensors, Unreadable, read_tensors
 from swap_hpc.train.events import Position, SavePoint
 from swap_hpc.train.job import Job
-
-# The fields and sections of a recipe that do not concern phase 1.
-AFTER_PHASE_1 = ("name", "groups", "refine.", "batchnorm.", "evaluate.", "checkpoint.")
 
 
 def adopt_large_batch(
@@ -76,12 +73,7 @@ class _PhaseOne(NamedTuple):
 
 def _read(run: Path, job: Job) -> _PhaseOne:
     result, recipe = load_result(run), job.recipe
-    differing = [
-        name
-        for name in differing_fields(recipe, load_recipe(str(run / "recipe.toml")))
-        if not name.startswith(AFTER_PHASE_1)
-    ]
-    if differing:
+    if differing := differing_in_phase_1(recipe, load_recipe(str(run / "recipe.toml"))):
         raise UserError(f"--from {run}: its phase 1 was another ({', '.join(differing)} differ)")
     if not recipe.large_batch.epochs:
         raise UserError(

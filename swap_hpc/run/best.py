@@ -13,7 +13,8 @@ from shutil import copyfile
 from typing import NamedTuple
 
 from swap_hpc.errors import UserError
-from swap_hpc.parallel.atomic import write_whole
+from swap_hpc.parallel.atomic import remove, write_whole
+from swap_hpc.parallel.grid import Ranks, of_groups
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.metrics import MetricChoice
 from swap_hpc.recipe.phase import Part
@@ -57,7 +58,7 @@ def best_file(out: Path, part: Part) -> Path:
 
 
 def best_of_parts(
-    out: Path, lines: Mapping[Part, Sequence[Line]], metric: MetricChoice, world: Team
+    out: Path, lines: Mapping[Part, Sequence[Line]], metric: MetricChoice, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """Return the best epochs of the parts whose best weights lie in a run's folder; collective.
 
@@ -65,14 +66,18 @@ def best_of_parts(
         out: the run's folder.
         lines: the metrics of phase 1 and of this rank's groups.
         metric: the main metric.
-        world: the ranks whose lines count.
+        ranks: whose lines count.
+
+    Returns:
+        The best epochs on the first rank; on the others nothing.
     """
     mine = {part: best_epoch(each, metric) for part, each in lines.items()}
-    found = {part: best for each in world.allgather(mine) for part, best in each.items() if best}
-    there = world.first(lambda: [part for part in found if best_file(out, part).is_file()]) or []
+    everyones = of_groups(mine, ranks) or []
+    found = {part: best for each in everyones for part, best in each.items() if best}
     return {
         part.name: {"epoch": found[part].epoch, f"validation_{metric.key}": found[part].value}
-        for part in sorted(world.broadcast(there), key=lambda part: part.group or -1)
+        for part in sorted(found, key=lambda part: part.group or -1)
+        if best_file(out, part).is_file()
     }
 
 
@@ -119,4 +124,4 @@ class BestKeeper:
         for file in self.folder.glob(f"{part.name}-best-*.safetensors"):
             found = re.fullmatch(r".*-best-(\d+)", file.stem)
             if found and is_old(int(found[1])):
-                file.unlink()
+                remove(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from swap_hpc.errors import UserError
+from swap_hpc.parallel.atomic import ask_guards
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.run.lines import Line
 
@@ -114,6 +115,7 @@ class Board:
         for name in names:
             if name in self.writers:
                 self.writers.pop(name).close()
+            ask_guards(self.folder / name)
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for line in lines:
             self.add(part, line, first)

@@ -2,32 +2,45 @@
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from swap_hpc.average.sharing import broadcast_tensors
 from swap_hpc.average.uniform import WeightSum
 from swap_hpc.errors import RunError, UserError
+from swap_hpc.parallel.atomic import ask_guards, remove
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.loading import check_same_recipe, recipe_of
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.run.buffers import mean_of, packed, unpacked
+from swap_hpc.run.buffers import unpacked
 from swap_hpc.run.own_files import CHECKPOINTS, own_files, remove_files
-from swap_hpc.run.weights import Tensors, Unreadable, read_tensors, write_tensors
+from swap_hpc.run.rank_state import (
+    gathered_buffers,
+    own_buffers,
+    running_of_ranks,
+    shared_buffers,
+)
+from swap_hpc.run.weights import (
+    Tensors,
+    Unreadable,
+    prefixed,
+    read_tensors,
+    without_prefix,
+    write_tensors,
+)
 from swap_hpc.train.events import Position, Running, SavePoint
 from swap_hpc.train.state import flatten, unflatten
-from swap_hpc.train.updates import Updates
 
 FORMAT = "3"  # of the files; others are refused
 KEPT = 2  # files of each part
+STEPS = 2**32  # more than an epoch has; positions are compared as numbers
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,17 @@ class Saved:
 
     point: SavePoint
     notes: dict[str, Any]  # as JSON can hold it
+
+
+class _Found(NamedTuple):
+    """A file that is resumed from, as the first rank has read it."""
+
+    tensors: Tensors
+    state: dict[str, Any] | None
+    own: dict[str, np.ndarray]
+    """Of each rank, by the prefix of their names: see `own_buffers`."""
+    running: list[Running] | None
+    """Of each rank."""
 
 
 class Checkpoints:
@@ -78,16 +102,16 @@ class Checkpoints:
             UserError: on all ranks, the optimizer keeps something that a file cannot hold.
         """
         rows = {
-            "ranks": _gathered(point.buffers, team),
-            "ema_ranks": _gathered(point.ema_buffers, team),
+            "ranks": gathered_buffers(point.buffers, team),
+            "ema_ranks": gathered_buffers(point.ema_buffers, team),
         }
-        running = team.allgather(astuple(point.running))
+        running = team.gathered(astuple(point.running))
         team.first(lambda: self._write(point, rows, {"running": running, "notes": notes}))
 
     def _write(
         self, point: SavePoint, rows: dict[str, np.ndarray | None], state: dict[str, Any]
     ) -> None:
-        tensors = _prefixed(
+        tensors = prefixed(
             weights=point.weights,
             buffers=point.buffers,
             sums=point.cycle_sum.sums,
@@ -98,7 +122,7 @@ class Checkpoints:
         training, training_tensors = flatten(point.training, "training")
         tensors |= training_tensors
         for name, of_ranks in rows.items():
-            if of_ranks is not None and (of_ranks != of_ranks[0]).any():
+            if of_ranks is not None:
                 tensors[name] = torch.from_numpy(of_ranks)
         state = {
             **state,
@@ -117,7 +141,7 @@ class Checkpoints:
         name = f"{point.part.name}-{point.at.epoch:05d}-{point.at.step:07d}.safetensors"
         write_tensors(self.folder / name, tensors, header)
         for old in self._files(point.part)[KEPT:]:
-            old.unlink()
+            remove(old)
 
     def common(self, parts: Sequence[Part], world: Team) -> Position | None:
         """Return the newest position at which all parts have a save that can be used.
@@ -138,9 +162,8 @@ class Checkpoints:
         def positions_of(part: Part) -> set[Position]:
             return {_position(state) for _, state in self._usable(part)}
 
-        # A rank's own parts first: sets of positions, one for each rank, are small.
         mine = world.agree(lambda: set.intersection(*map(positions_of, parts)))
-        return max(set.intersection(*world.allgather(mine)), default=None)
+        return newest_of_all(mine, world)
 
     def forget_after(self, at: Position, part: Part, team: Team) -> None:
         """Remove the saves of a part after a position, to which the run goes back.
@@ -148,13 +171,13 @@ class Checkpoints:
         They would otherwise count as the newest files, before those that are saved from there on.
         """
 
-        def remove() -> None:
+        def remove_newer() -> None:
             for path in self._files(part):
                 epoch, step = path.stem.removeprefix(f"{part.name}-").split("-")
                 if Position(int(epoch), int(step)) > at:
-                    path.unlink()
+                    remove(path)
 
-        team.first(remove)
+        team.first(remove_newer)
 
     def load(self, part: Part, team: Team, at: Position | None = None) -> Saved | None:
         """Return the newest save of a part that can be used, as each rank resumes from it.
@@ -175,33 +198,41 @@ class Checkpoints:
             UserError: on all ranks, a file is of another recipe or format.
         """
 
-        def find() -> tuple[Tensors, dict[str, Any]] | None:
+        def find() -> _Found | None:
             for tensors, state in self._usable(part):
                 if at is None or at == _position(state):
-                    return tensors, state
+                    # What each rank has of its own goes to that rank alone.
+                    own = own_buffers(tensors, state["means"], team)
+                    running = running_of_ranks(state.pop("running"), team)
+                    return _Found(tensors, state, own, running)
             return None
 
-        tensors, state = team.first(find) or ({}, None)
+        found = team.first(find)
+        tensors, state, own, running = found or _Found({}, None, {}, None)
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        state, kinds = team.broadcast((state, kinds))
+        state, kinds, prefixes = team.broadcast((state, kinds, [*own]))
         if state is None:
             return None
         for name, (dtype, shape) in kinds.items():
             mine = tensors.get(name, torch.empty(shape, dtype=dtype))
             (tensors[name],) = broadcast_tensors([mine], team)
+        for prefix in prefixes:
+            row = torch.from_numpy(team.scatter(own.get(prefix)))
+            buffers = unpacked(row, without_prefix(tensors, prefix))
+            tensors |= prefixed(**{prefix: buffers})
         point = SavePoint(
             part=Part(Phase(state["phase"]), state["group"]),
             at=_position(state),
             ended=state["ended"],
             due=False,
-            weights=_without_prefix(tensors, "weights"),
-            buffers=_own_buffers(tensors, state["means"], team),
+            weights=without_prefix(tensors, "weights"),
+            buffers=without_prefix(tensors, "buffers"),
             training=unflatten(state["training"], tensors),
             cycle_sum=sum_of(tensors, state["cycles"]),
-            running=_running_of_rank([_running(each) for each in state["running"]], team),
+            running=team.scattered(running),
             means=tuple(state["means"]),
-            ema_weights=_without_prefix(tensors, "ema_weights"),
-            ema_buffers=_own_buffers(tensors, state["means"], team, "ema_buffers", "ema_ranks"),
+            ema_weights=without_prefix(tensors, "ema_weights"),
+            ema_buffers=without_prefix(tensors, "ema_buffers"),
         )
         return Saved(point, state["notes"])
 
@@ -225,6 +256,7 @@ class Checkpoints:
             for damaged, reason in bad.items():
                 warning = f"{damaged} is {reason}; going on from {path.name}"
                 print(f"swap-hpc: warning: {warning}", file=sys.stderr, flush=True)
+                ask_guards(damaged)
                 with suppress(OSError):
                     damaged.rename(damaged.with_suffix(".damaged"))
             bad, found = {}, True
@@ -273,7 +305,7 @@ def _position(state: Mapping[str, Any]) -> Position:
 
 def sum_of(tensors: Tensors, count: int) -> WeightSum:
     """Return the sum of weights in the tensors of a checkpoint, or of a group's cycles."""
-    return WeightSum(count, _without_prefix(tensors, "sums"), _without_prefix(tensors, "kept"))
+    return WeightSum(count, without_prefix(tensors, "sums"), without_prefix(tensors, "kept"))
 
 
 def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
@@ -281,73 +313,20 @@ def model_state(tensors: Tensors, header: Mapping[str, str]) -> Tensors:
 
     Where running statistics differ between the ranks, it has their mean.
     """
-    return _without_prefix(tensors, "weights") | _shared_buffers(
+    return without_prefix(tensors, "weights") | shared_buffers(
         tensors, json.loads(header["state"])["means"]
     )
 
 
-def _gathered(buffers: Tensors, team: Team) -> np.ndarray | None:
-    """Return the bytes of all ranks' buffers, (ranks, n) uint8, on the first rank; collective."""
-    mine = packed(buffers)
-    longest = int(team.maximum(len(mine))[0])  # extra states need not be of one length
-    return team.gather(np.pad(mine, (0, longest - len(mine))))
+def newest_of_all(mine: set[Position], world: Team) -> Position | None:
+    """Return the newest position that all ranks have; None where there is none. Collective.
 
-
-def _shared_buffers(
-    tensors: Tensors, means: Collection[str], prefix: str = "buffers", ranks: str = "ranks"
-) -> Tensors:
-    """Return the buffers in a checkpoint for ranks that did not save it."""
-    buffers = _without_prefix(tensors, prefix)
-    if ranks not in tensors:
-        return buffers
-    rows = [unpacked(row, buffers) for row in tensors[ranks]]
-    return mean_of(rows, [name for name in means if name in buffers])
-
-
-def _own_buffers(
-    tensors: Tensors,
-    means: Collection[str],
-    team: Team,
-    prefix: str = "buffers",
-    ranks: str = "ranks",
-) -> Tensors:
-    """Return the buffers in a checkpoint for this rank: its own where the team has its old size.
-
-    Args:
-        tensors: those of the file.
-        means: the names of the buffers whose mean another number of ranks takes.
-        team: the ranks that resume.
-        prefix: of the buffers' names in the file.
-        ranks: the name of the tensor with all ranks' buffers, where they differ.
+    Each round rules out what is newer than the newest position of the rank that is furthest behind.
     """
-    if ranks in tensors and len(tensors[ranks]) == team.size:
-        return unpacked(tensors[ranks][team.rank], _without_prefix(tensors, prefix))
-    return _shared_buffers(tensors, means, prefix, ranks)
-
-
-def _prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
-    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def _without_prefix(tensors: Tensors, part: str) -> Tensors:
-    prefix = f"{part}/"
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _running(saved: Sequence[Any]) -> Running:
-    loss, sums, samples, seconds, *more = saved
-    # Saves of earlier versions hold the sum of the one metric as a number, and no updates.
-    sums = tuple(sums) if isinstance(sums, list) else (sums,)
-    return Running(loss, sums, samples, seconds, *(Updates(*each) for each in more))
-
-
-def _running_of_rank(running: list[Running], team: Team) -> Running:
-    """Return a rank's sums of the epoch so far; the first rank has all where the team changed."""
-    if len(running) == team.size:
-        return running[team.rank]
-    total = Running(updates=running[0].updates)  # the same on all ranks
-    if team.rank > 0:
-        return total
-    for each in running:
-        total = total.plus(each.loss, each.sums, each.samples)
-    return replace(total, seconds=max(each.seconds for each in running))
+    numbers = {each.epoch * STEPS + each.step for each in mine}
+    while True:
+        newest = max(numbers, default=-1)
+        highest, lowest = world.maximum(newest, -newest)
+        if highest == -lowest:
+            return None if newest < 0 else Position(*divmod(newest, STEPS))
+        numbers = {each for each in numbers if each <= -lowest}

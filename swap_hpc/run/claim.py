@@ -8,7 +8,7 @@ from typing import Any
 
 from swap_hpc.data.identity import Identity
 from swap_hpc.errors import Diverged, RunError, UserError
-from swap_hpc.parallel.atomic import write_json, write_text
+from swap_hpc.parallel.atomic import remove, write_json, write_text
 from swap_hpc.recipe.loading import check_same_recipe, differing_fields, load_recipe
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.recipe.schema import Recipe
@@ -150,7 +150,7 @@ def claim(recipe: Recipe, out: Path, chosen: Part | None, facts: Mapping[str, An
     own = "*" if chosen is None else f"*{chosen.name}*"
     for folder in (out, out / "checkpoints", out / "metrics"):
         for path in folder.glob(f".{own}.*.[0-9]*"):
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def environment_name(chosen: Part | None) -> str:
@@ -169,7 +169,7 @@ def noting_divergence(out: Path, chosen: Part | None) -> Iterator[None]:
     """
     file = out / Diverged.FILE
     if not refines_one_group(chosen):  # otherwise another group's job may have left it
-        file.unlink(missing_ok=True)
+        remove(file)
     try:
         yield
     except Diverged as error:

@@ -9,7 +9,6 @@ from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import Device, use_device
 from swap_hpc.parallel.grid import grid, node_of
 from swap_hpc.parallel.launcher import launched
-from swap_hpc.parallel.mpi import host
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.wording import count
 from swap_hpc.run.environment import environment
@@ -25,9 +24,9 @@ from swap_hpc.run.problems import (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What all ranks found out together; the same on all of them."""
+    """What all ranks found out together; the same on all of them, but for the facts."""
 
-    facts: dict[str, Any]  # what `environment.json` holds
+    facts: dict[str, Any]  # what `environment.json` holds; the places of all ranks on the first
     ranks: int
     nodes: int
     groups: int
@@ -44,7 +43,8 @@ def report(world: Team, groups: int) -> list[str]:
         groups: to divide them into.
 
     Returns:
-        The lines, the same on all ranks; the last ones are the problems, if there are any.
+        The lines; the last ones are the problems, if there are any. Those that name each rank's
+        place are there on the first rank alone.
 
     Raises:
         UserError: on all ranks, they cannot share the groups.
@@ -56,7 +56,7 @@ def _examine(world: Team, groups: int) -> Diagnosis:
     with node_of(world) as node, grid(world, groups) as ranks:
         device, device_problem = _device(world, node)
         facts = environment(world, node, device)
-        nodes = len(set(world.allgather(host())))
+        nodes = round(world.sums(1 / node.size)[0])
         teams = {"world": world, "group": ranks.group, "peers": ranks.peers}
         seconds = {name: allreduce_seconds(team) for name, team in teams.items()}
         shared = device.is_shared(world)

@@ -2,14 +2,19 @@
 
 import os
 import select
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal, NoReturn
 
-from swap_hpc.parallel.launcher import certain_rank, mpi_is_started
+from swap_hpc.parallel.launcher import PARENT, certain_rank, mpi_is_started
 from swap_hpc.train.control import ignore_stops
+
+LAUNCHER_SECONDS = 15  # for a launcher to end after it was told to end all ranks
 
 
 def say(text: str) -> None:
@@ -18,7 +23,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def tell_launcher(state: Literal["training", "stopped", "done"]) -> None:
+def tell_launcher(state: Literal["preparing", "training", "stopped", "done"]) -> None:
     """Write how far the job has come into the file that the variable SWAP_HPC_STATE names.
 
     Batch scripts set it, because some launchers do not pass the ranks' exit code on.
@@ -85,6 +90,52 @@ def fail(
         mpi.abort(code)
     ignore_stops()
     sys.exit(code)
+
+
+def fail_in_thread(text: str, details: Callable[[], object] | None = None) -> NoReturn:
+    """End all ranks with exit code 3, as `fail` does, from a thread that is not the main one.
+
+    Other ranks may be on a host that is lost. Open MPI's launcher would wait for that host until
+    TCP gives it up, which takes a quarter of an hour: it is ended, too.
+    """
+    late = threading.Timer(15, os._exit, [3])  # where MPI cannot end the job any more
+    late.daemon = True
+    late.start()
+    _end_launcher_later()
+    try:
+        fail(3, text, details=details)
+    finally:
+        os._exit(3)
+
+
+# Kills a process, unless it has ended by then and its number belongs to another.
+_KILL_LATER = """
+sleep {seconds}
+if [ "$(cut -d ' ' -f 22 /proc/{process}/stat)" = {start} ]; then kill -KILL {process}; fi
+"""
+
+
+def _end_launcher_later() -> None:
+    """Start a process that kills the `mpirun` of this rank, where it does not end by itself."""
+    with suppress(OSError, IndexError):
+        name, start = _name_and_start(PARENT)
+        if name in ("prterun", "mpirun", "mpiexec", "orterun"):
+            script = _KILL_LATER.format(seconds=LAUNCHER_SECONDS, process=PARENT, start=start)
+            # In a session of its own it outlives this rank, which the launcher kills.
+            subprocess.Popen(
+                ["sh", "-c", script],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
+def _name_and_start(process: int) -> tuple[str, str]:
+    """Return a process's name, and when it started, in clock ticks since the boot."""
+    text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    before, _, after = text.rpartition(") ")
+    return before.partition("(")[2], after.split()[19]
 
 
 def nobody_reads() -> bool:

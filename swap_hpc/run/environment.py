@@ -38,7 +38,10 @@ class _Place(NamedTuple):
 
 
 def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
-    """Return the versions, builds, hosts and devices of a run, the same on all ranks; collective.
+    """Return the versions, builds, hosts and devices of a run; collective.
+
+    Those of all ranks are in it on the first rank alone, which writes them: on others, `ranks` is
+    empty.
 
     Args:
         world: all ranks of the job.
@@ -47,6 +50,7 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     here = _Place(host(), node.rank, _describe(device), visible, device.threads)
+    places = world.gathered(tuple(here)) or []  # a plain tuple takes fewer bytes
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "swap_hpc": __version__,
@@ -62,7 +66,8 @@ def environment(world: Team, node: Team, device: Device) -> dict[str, Any]:
         "nccl": _nccl_version(),
         "cpu": cpu_model(),
         "ranks": [
-            {"rank": rank, **place._asdict()} for rank, place in enumerate(world.allgather(here))
+            {"rank": rank, **dict(zip(_Place._fields, place, strict=True))}
+            for rank, place in enumerate(places)
         ],
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.parallel.atomic import write_text
+from swap_hpc.parallel.atomic import ask_guards, remove, write_text
 from swap_hpc.recipe.loading import differing_fields, load_recipe, recipe_of
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase, refinement_of
 from swap_hpc.recipe.schema import Recipe
@@ -165,7 +165,7 @@ def extend(saves: Mapping[Part, Path], before: Recipe, after: Recipe, out: Path)
         _rename(path)
     for part in _groups(before):
         for path in out.glob(f"{part.name}*.safetensors"):
-            path.unlink()
+            remove(path)
     _rename(out / "result.json")
     write_text(out / "recipe.toml", after.to_toml())
 
@@ -269,4 +269,5 @@ def _is_renamed(path: Path) -> bool:
 def _rename(path: Path) -> None:
     """Rename a file, if it is there, to what a reader takes for one of the shorter run."""
     if path.is_file():
+        ask_guards(path)
         path.replace(path.with_name(f"{path.stem}{BEFORE}{path.suffix}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from swap_hpc.data.dataset import SplitName
 from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.errors import RunError
-from swap_hpc.parallel.atomic import write_text
+from swap_hpc.parallel.atomic import append_text, write_text
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part
 from swap_hpc.run.board import Curves
@@ -138,10 +138,8 @@ class Journal:
         self.lines[part].append(line)
         if not self.writes[part]:
             return
+        append_text(self._path(part), _json_line(line))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._path(part), "a", encoding="utf-8") as file:
-                file.write(_json_line(line))
             for each in self.curves:
                 each.add(metrics_name(part), line, self._phase_1_epochs())
         except OSError as error:

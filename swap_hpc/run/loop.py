@@ -25,7 +25,8 @@ def train_and_record(
         recorder: writes what happens.
 
     Returns:
-        What `result.json` holds; None where this job's part does not complete the run.
+        What `result.json` holds, on the first rank, and nothing on the others; None where this
+        job's part does not complete the run.
 
     Raises:
         Diverged: as `swap` does.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from swap_hpc.parallel.atomic import remove
+
 _PARTS = ("large_batch", "group-[0-9][0-9][0-9]*")
 _JOURNALS = ("world", "group-[0-9][0-9][0-9]*")
 
@@ -30,11 +32,15 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def remove_files(files: Iterable[Path]) -> None:
-    """Remove files as far as possible, and the folders that this leaves empty."""
+    """Remove files as far as possible, and the folders that this leaves empty.
+
+    Raises:
+        RunError: a file's folder is another job's by now.
+    """
     files = list(files)
     for file in files:
         with suppress(OSError):
-            file.unlink()
+            remove(file)
     for folder in {file.parent for file in files}:
         remove_if_empty(folder)
 

@@ -12,6 +12,7 @@ from swap_hpc.average.kinds import batchnorm_layers
 from swap_hpc.data import Dataset, load
 from swap_hpc.data.fields import check_fields
 from swap_hpc.data.labels import check_labels
+from swap_hpc.data.loader import padding_on_host
 from swap_hpc.errors import UserError
 from swap_hpc.parallel.devices import BF16, FP16, Device, dotted, use_device
 from swap_hpc.parallel.horovod import check_horovod
@@ -42,7 +43,8 @@ def prepare(recipe: Recipe, world: Team, node: Team) -> tuple[Job, nn.Module]:
         world.agree(lambda: check_horovod(device, shared))
     choose_algorithms(recipe)
     world.agree(lambda: optimizer_class(recipe.optimizer))
-    dataset = load(recipe.data, world, device.threads)
+    pad = padding_on_host(recipe.augment, device)
+    dataset = load(recipe.data, world, device.threads, pad)
     world.agree(lambda: check_fields(recipe.data, recipe.augment, dataset))
     world.agree(lambda: check_labels(recipe.data.name, dataset, recipe.loss))
     job = Job(recipe, dataset, device)

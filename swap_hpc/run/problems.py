@@ -17,6 +17,7 @@ from swap_hpc.parallel.grid import Ranks
 from swap_hpc.parallel.launcher import advice
 from swap_hpc.parallel.mpi import host, launcher_mismatch, mpi_library
 from swap_hpc.parallel.teams import Team
+from swap_hpc.recipe.wording import first_few
 
 ALLREDUCE_BYTES = 4 * 2**20  # of the allreduce that is timed
 
@@ -65,11 +66,12 @@ def averaging_problem(world: Team, device: Device) -> str | None:
         return str(error)
     moved = before - layer.weight.detach()
     error_here = (moved - (world.size + 1) / 2).abs().max().item()
-    errors = world.allgather(error_here)
-    wrong = [rank for rank, each in enumerate(errors) if not each < 1e-3]  # NaN is wrong, too
-    if not wrong:
+    is_wrong = not error_here < 1e-3  # NaN is wrong, too
+    if not world.any(is_wrong):
         return None
-    ranks = ", ".join(map(str, wrong))
+    everyones = world.gathered(is_wrong) or []
+    wrong = [str(rank) for rank, each in enumerate(everyones) if each]
+    ranks = world.broadcast(first_few(wrong, 16))
     return (
         f"gradients are not averaged on the devices of ranks {ranks}: a fault of Horovod, NCCL "
         "or the network; NCCL_DEBUG=INFO shows more"
@@ -112,8 +114,7 @@ def installation_problems(facts: dict[str, Any], world: Team, shared: bool) -> l
 
 def placement_problem(world: Team, ranks: Ranks, node: Team) -> str | None:
     """Check that no group spans nodes although it would fit on one; collective."""
-    is_spread = len(set(ranks.group.allgather(host()))) > 1
-    any_is_spread = world.any(is_spread)
+    any_is_spread = world.any(ranks.group.first_unlike(host().encode()) is not None)
     largest_node = world.maximum(node.size)[0]
     if not any_is_spread or largest_node < ranks.group.size:
         return None
@@ -126,10 +127,10 @@ def placement_problem(world: Team, ranks: Ranks, node: Team) -> str | None:
 def core_problem(world: Team, device: Device) -> str | None:
     """Check that no rank with a GPU is bound to one core, which its threads share; collective."""
     has_one_core = device.torch.type == "cuda" and len(os.sched_getaffinity(0)) == 1
-    bound = world.allgather(has_one_core)
-    if not any(bound):
+    rank = world.first_where(has_one_core)
+    if rank is None:
         return None
     return (
-        f"rank {bound.index(True)} has a GPU and one core: "
+        f"rank {rank} has a GPU and one core: "
         "mpirun --bind-to none, or srun --cpus-per-task, gives it more"
     )

@@ -66,6 +66,7 @@ class Recorder:
             Stopped: on all ranks, one of them was asked to stop meanwhile.
         """
         self.watch.own["setup"] = perf_counter() - self.watch.started
+        self.assignment.job.control.heartbeat("the set-up")
         self._agree_on_stop(self.assignment.job.control.stop)
         # A phase without epochs is never resumed, which would begin its lines anew.
         if not self.assignment.job.recipe.large_batch.epochs and PHASE_1 in self.journal.lines:
@@ -132,15 +133,17 @@ class Recorder:
     def result(self, model: nn.Module) -> dict[str, Any]:
         """Return what `result.json` holds of a run that is complete; collective.
 
+        On the first rank, which writes it: on the others it is empty.
+
         Raises:
             RunError: on all ranks, their models differ.
         """
         self.journal.end()
-        world = self.assignment.ranks.world
+        ranks, world = self.assignment.ranks, self.assignment.ranks.world
         digest = check_equal(model, world)
-        numbers = world.allgather(set(self.refine_ranks.values()))
-        refine_ranks = {number for mine in numbers for number in mine}
-        is_one_number = len(refine_ranks) == 1 and self.assignment.chosen is None
+        refine_ranks = set(self.refine_ranks.values())
+        is_alike = world.first_unlike(repr(sorted(map(str, refine_ranks))).encode()) is None
+        is_one_number = is_alike and len(refine_ranks) == 1 and self.assignment.chosen is None
         result = result_of(
             self.assignment.job.recipe,
             self.journal.lines,
@@ -148,12 +151,13 @@ class Recorder:
             self.assignment.job.device.peak_memory(),
             (self.phase_1_ranks, refine_ranks.pop() if is_one_number else None),
             digest,
-            world,
+            ranks,
         )
         if self.best:
             lines = self.journal.lines
             out, metric = self.assignment.out, self.assignment.job.recipe.metrics[0]
-            result["best"] = best_of_parts(out, lines, metric, world)
+            best = best_of_parts(out, lines, metric, ranks)
+            result |= {"best": best} if result else {}
         return result
 
     def _epoch(self, epoch: Epoch) -> None:

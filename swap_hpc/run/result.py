@@ -6,6 +6,7 @@ from typing import Any
 
 from swap_hpc.data.sampling import EVALUATION
 from swap_hpc.parallel.devices import Memory
+from swap_hpc.parallel.grid import Ranks, of_groups
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, Phase
 from swap_hpc.recipe.schema import Recipe
@@ -18,31 +19,35 @@ def result_of(
     lines: Mapping[Part, list[Line]],
     seconds: Mapping[str, float],
     memory: Memory,
-    ranks: tuple[int, int | None],
+    numbers: tuple[int, int | None],
     digest: str,
-    world: Team,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return the content of `result.json`, the same on all ranks of `world`; collective.
+    """Return the content of `result.json` on the first rank; empty on others. Collective.
 
     Args:
         recipe: the run's.
         lines: the metrics of phase 1 and of this rank's groups.
         seconds: of the slowest rank, by phase.
         memory: the peak of this rank.
-        ranks: the number of ranks in phase 1, and in phase 2; None where a job refined each group,
-            or where jobs on other numbers of ranks did.
+        numbers: the number of ranks in phase 1, and in phase 2; None where a job refined each
+            group, or where jobs on other numbers of ranks did.
         digest: the hash of the final weights.
-        world: the ranks whose lines and memory count.
+        ranks: whose lines and memory count.
     """
+    peak = peak_memory(lines, memory, ranks.world)
+    parts = of_groups(_ends_and_images(lines), ranks)
+    if parts is None:
+        return {}
     first = [line for line in lines[PHASE_1] if line["phase"] == Phase.LARGE_BATCH]
     finals = {line["model"]: line for line in lines[PHASE_1] if line["phase"] == EVALUATION}
-    ends, images = _over_groups(world.allgather(_ends_and_images(lines)))
+    ends, images = _over_groups(parts)
     trained = {"large_batch": sum(line["images"] for line in first), "refine": images}
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "ranks": ranks[0],
-        "refine_ranks": ranks[1] if recipe.refine.epochs else None,
+        "ranks": numbers[0],
+        "refine_ranks": numbers[1] if recipe.refine.epochs else None,
         "groups": recipe.groups,
         "cycles": recipe.refine.cycles,
         "epochs": {
@@ -64,7 +69,7 @@ def result_of(
             phase: count / seconds[phase] if seconds[phase] else None
             for phase, count in trained.items()
         },
-        "peak_memory_mib": peak_memory(lines, memory, world),
+        "peak_memory_mib": peak,
         "weights_sha256": digest,
     }
 
@@ -102,10 +107,7 @@ def _ends_and_images(lines: Mapping[Part, list[Line]]) -> tuple[_Ends, dict[int,
 
 
 def _over_groups(parts: list[tuple[_Ends, dict[int, int]]]) -> tuple[list[Line], int]:
-    """Merge what all ranks found: the ends in order, and the number of all images.
-
-    Several ranks may have found the same of one group.
-    """
+    """Merge what the groups' first ranks found: the ends in order, and the number of all images."""
     ends = {key: line for part, _ in parts for key, line in part.items()}
     images = {group: count for _, part in parts for group, count in part.items()}
     return [ends[key] for key in sorted(ends)], sum(images.values())

@@ -41,12 +41,13 @@ from swap_hpc.run.idle_fields import idle_fields
 from swap_hpc.run.initial import begin_with_weights_
 from swap_hpc.run.introduction import introduction
 from swap_hpc.run.job_facts import job_facts
-from swap_hpc.run.lock import owning
+from swap_hpc.run.lock import is_owned, owning
 from swap_hpc.run.loop import train_and_record
 from swap_hpc.run.own_files import remove_files
 from swap_hpc.run.prepare import prepare
 from swap_hpc.run.record import recorder_of
 from swap_hpc.run.resume import resume, saved_averages
+from swap_hpc.run.taking import AT_ONCE
 from swap_hpc.run.tracker import check_tracker
 from swap_hpc.run.watchdog import watching
 from swap_hpc.train.control import Control
@@ -81,7 +82,8 @@ def train(
             `check_extension`.
 
     Returns:
-        What `result.json` holds; None where this job's part does not complete the run.
+        What `result.json` holds, on the first rank, and nothing on the others; None where this
+        job's part does not complete the run.
 
     Raises:
         UserError: before any training, the input is wrong.
@@ -90,21 +92,23 @@ def train(
     """
     with node_of(world) as node, _ranks(world, recipe, chosen) as ranks:
         display = Display(recipe, ranks, console)
-        if not _is_to_extend(extends, recipe, out, world) and (
-            result := _complete(recipe, out, world, display)
-        ):
-            _remove_leftovers(out, world)
-            return result
+        if not _is_to_extend(extends, recipe, out, world):
+            result = _complete(recipe, out, world, display)
+            if result is not None:
+                _remove_leftovers(out, world)
+                return result
         job, model = prepare(recipe, world, node)
         world.agree(partial(check_best, job))
         job = replace(job, control=control)
         display.noun = job.dataset.noun
         control.save_as(recipe.checkpoint)
-        with owning(out, chosen, world):
+        with owning(out, chosen, world, display.say, stop=lambda: control.stop):
             # again: a job that had the folder until now may have extended or completed the run
             before = extends if _is_to_extend(extends, recipe, out, world) else None
-            if before is None and (result := _complete(recipe, out, world, display)):
-                return result
+            if before is None:
+                result = _complete(recipe, out, world, display)
+                if result is not None:
+                    return result
             checkpoints = Checkpoints(out / "checkpoints", recipe, job.header["data"])
             assignment = Assignment(job, ranks, out, chosen, checkpoints, display)
             notes = idle_fields(recipe, model)
@@ -200,7 +204,8 @@ def _train_watched(
         begin: the last act before training, once nothing else can refuse the run; collective.
 
     Returns:
-        What `result.json` holds; None where this job's part does not complete the run.
+        What `result.json` holds, on the first rank, and nothing on the others; None where this
+        job's part does not complete the run.
     """
     job, ranks, out, chosen = assignment.job, assignment.ranks, assignment.out, assignment.chosen
     checkpoints, display = assignment.checkpoints, assignment.display
@@ -223,24 +228,28 @@ def _train_watched(
 
 
 def _complete(recipe: Recipe, out: Path, world: Team, display: Display) -> dict[str, Any] | None:
-    """Return what a complete run in `out` ended with, None where there is none; collective.
+    """Return what a complete run in `out` ended with; collective.
+
+    Returns:
+        The result on the first rank, nothing on the others; None where there is no complete run.
 
     Raises:
         UserError: on all ranks, the folder holds another recipe's run.
     """
-    result = world.broadcast(world.agree(lambda: finished(recipe, out)))
-    if result:
-        display.say(f"{out} holds this run, complete: nothing to do")
-    return result
+    result = world.first(lambda: finished(recipe, out))
+    if not world.any(bool(result)):
+        return None
+    display.say(f"{out} holds this run, complete: nothing to do")
+    return result or {}
 
 
 def _remove_leftovers(out: Path, world: Team) -> None:
-    """Remove the saves that a killed job left in a complete run's folder; collective.
+    """Remove what a killed job left in a complete run's folder: saves, and its name; collective.
 
-    Where another job owns the folder, or it cannot be written, they stay.
+    Where another job may own the folder, or it cannot be written, they stay.
     """
-    if world.broadcast(world.first(lambda: bool(leftovers(out)))):
-        with suppress(UserError), owning(out, None, world):
+    if world.broadcast(world.first(lambda: bool(leftovers(out)) or is_owned(out))):
+        with suppress(UserError), owning(out, None, world, rhythm=AT_ONCE):
             world.first(lambda: remove_files(leftovers(out)))
 
 

@@ -192,3 +192,14 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     except Unreadable as why:
         raise UserError(f"cannot read the weights {path}: {why}") from None
     fill_(model, tensors, str(path))
+
+
+def prefixed(**parts: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors of several parts under one name each, PART/NAME, as a file holds them."""
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def without_prefix(tensors: Tensors, part: str) -> Tensors:
+    """Return the tensors of one part, as they were before `prefixed`."""
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

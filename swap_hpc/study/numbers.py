@@ -8,8 +8,9 @@ from typing import Any
 
 from swap_hpc.recipe.metrics import scale
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.study.plan import Plan, Trial
+from swap_hpc.study.plan import Plan
 from swap_hpc.study.study import OF_PHASE_1, Model, Row
+from swap_hpc.study.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Line:
     values: dict[int, float] = field(default_factory=dict)
     """The main metric on the test split, by seed; accuracies are fractions."""
     seconds: dict[int, float] = field(default_factory=dict)
-    """Of training, as run on `ranks` ranks, by seed."""
+    """Of training, as run on `ranks` ranks, by seed; of timed seeds only."""
     parallel_seconds: dict[int, float] = field(default_factory=dict)
-    """Of training, computed for one rank per group, by seed."""
+    """Of training, computed for one rank per group, by seed; of timed seeds only."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ def _line(plan: Plan, row: Row, trials: Sequence[Trial]) -> Line:
     )
     for trial, result in complete:
         seed = trial.recipe.seed
+        line.values[seed] = result[f"test_{plan.metric.key}"][row.model]
+        if not trial.is_timed:
+            continue
         # groups that a rank refined one after the other
         in_turn = max(1, recipe.groups // trial.ranks)
-        line.values[seed] = result[f"test_{plan.metric.key}"][row.model]
         line.seconds[seed] = _seconds(result, row.model, 1)
         line.parallel_seconds[seed] = _seconds(result, row.model, in_turn)
     return line
@@ -103,9 +106,18 @@ def _seconds(result: dict[str, Any], model: Model, in_turn: int) -> float:
         model: the model that was made.
         in_turn: the number by which the seconds of phase 2 are divided.
     """
-    seconds = result["seconds"]
     shares = {"refine": in_turn}
-    return sum(seconds[phase] / shares.get(phase, 1) for phase in _PHASES[model])
+    return sum(seconds_of(result, phase) / shares.get(phase, 1) for phase in _PHASES[model])
+
+
+def seconds_of(result: dict[str, Any], phase: str) -> float:
+    """Return the seconds of a phase, without evaluation and saving."""
+    return float(result["seconds"][phase])
+
+
+def shown_phases(model: Model) -> tuple[str, ...]:
+    """Return the phases that it takes to make a model."""
+    return _PHASES[model]
 
 
 def differences(plan: Plan, table: Sequence[Line]) -> Iterator[Difference]:

@@ -1,76 +1,37 @@
 """The plan of a study: which runs it takes, and what they found. Imports neither torch nor MPI."""
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
-from swap_hpc.errors import Diverged, RunError, UserError
-from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.errors import RunError, UserError
+from swap_hpc.recipe.loading import differing_in_phase_1, load_recipe
 from swap_hpc.recipe.metrics import MetricChoice
 from swap_hpc.recipe.schema import Recipe
 from swap_hpc.recipe.values import on_disk
-from swap_hpc.run.checks import check_ranks
-from swap_hpc.run.folder import holds_weights
 from swap_hpc.study.study import OF_PHASE_1, Search, Study
+from swap_hpc.study.trial import Network, Trial, check_ranks_of, check_validation, value_for_choice
+
+TIMED = "timed"  # the folder of runs that are only timed
+TIMED_RATE = 0.001  # the learning rate of runs that are only timed
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run of a study."""
+class Which(NamedTuple):
+    """Which run of a study: one of its table, a trial of its search, or one that is timed."""
 
-    folder: Path
-    name: str
+    run: str
     """The key in the study's `runs`."""
-    recipe: Recipe
-    ranks: int
-    line: tuple[str, ...]
-    """Arguments for `swap-hpc`."""
-    rate: float | None = None
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What `result.json` holds; None before the run is complete.
-
-        Raises:
-            UserError: the folder holds a run of another recipe or on another number of ranks.
-        """
-        if holds_weights(self.folder) and (differing := self._differing()):
-            raise UserError(
-                f"{self.folder} holds a run of another recipe ({', '.join(differing)} differ): "
-                "choose another --out, or remove the folder"
-            )
-        try:
-            result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        ranks = self._ranks_in(result)
-        if ranks != self.ranks:
-            raise UserError(
-                f"{self.folder} holds a run on {ranks} rank{'s' * (ranks != 1)}, "
-                f"not {self.ranks}: choose another --out, or remove it"
-            )
-        return result
-
-    def _differing(self) -> list[str]:
-        """Return the fields of the recipe in the folder that differ from those of the trial's."""
-        file = self.folder / "recipe.toml"
-        return differing_fields(self.recipe, load_recipe(str(file))) if file.is_file() else []
-
-    def _ranks_in(self, result: dict[str, Any]) -> int:
-        """Return the ranks that trained the run; those of this trial where none are recorded."""
-        # `ranks` is about phase 1, which a run with --from takes from another one
-        refined_here = self.recipe.refine.epochs or "--from" in self.line
-        return result.get("refine_ranks" if refined_here else "ranks") or self.ranks
-
-    @property
-    def diverged(self) -> bool:
-        """True if this run, and not one of another recipe, ended at a loss that is not finite."""
-        return (self.folder / Diverged.FILE).is_file() and not self._differing()
+    seed: int
+    rate: float | None
+    """What stands for `{rate}`."""
+    search: Search | None = None
+    """None for a run of the table."""
+    timed_over: str | None = None
+    """A network over which the run is only timed; None: it is complete."""
 
 
 @dataclass(frozen=True)
@@ -82,28 +43,74 @@ class Plan:
     data: Path | None = None
     overrides: tuple[str, ...] = ()
     """The user's, which come after all others."""
+    networks: tuple[str, ...] = ()
+    """Those of the study, where the launcher takes one; over the first, all runs are complete."""
+
+    @property
+    def timed_seeds(self) -> tuple[int, ...]:
+        """The seeds whose runs' seconds are told."""
+        return self.study.timed_seeds or self.study.seeds
+
+    def for_report(self) -> "Plan":
+        """Return the plan of what is told: with all networks as soon as runs were timed over them.
+
+        So a call whose launcher takes no network does not leave out what earlier calls found.
+        """
+        if not (self.out / TIMED).is_dir():
+            return self
+        return replace(self, networks=tuple(self.study.networks))
 
     def trials(self) -> list[Trial]:
         """Return the search: runs with several rates at each of them, and what they begin with."""
+        return [self._trial(which) for which in self._searched()]
+
+    def _searched(self) -> list[Which]:
         search = self.study.search
         if not search:
             return []
         searched = {name for name, run in self.study.runs.items() if len(run.rates) > 1}
         needed = searched | {self.study.runs[name].phase_1_of for name in searched}
         return [
-            self._trial(name, seed, rate, search)
+            Which(name, seed, rate, search)
             for seed in search.seeds
             for name, run in self.study.runs.items()
             for rate in (run.rates or (None,))
             if name in needed
         ]
 
-    def reported(self) -> list[Trial]:
-        """Return the runs of the table, seed by seed; needs the search's results."""
+    def reported(self, seeds: Collection[int] = ()) -> list[Trial]:
+        """Return the runs of the table, seed by seed; needs the search's results.
+
+        Args:
+            seeds: some of the study's; empty: all of them.
+        """
         return [
-            self._trial(name, seed, self.rate(name), None)
+            self._trial(Which(name, seed, self.rate(name)))
             for seed in self.study.seeds
+            if not seeds or seed in seeds
             for name in self.study.runs
+        ]
+
+    def reported_recipe(self, name: str) -> Recipe:
+        """Return the recipe of a run of the table, with the first seed."""
+        return self._trial(Which(name, self.study.seeds[0], self.rate(name))).recipe
+
+    def timed(self, seeds: Collection[int] = ()) -> list[Trial]:
+        """Return the short runs over all networks but the first; needs the search's results.
+
+        A run on one rank takes as long over any network.
+
+        Args:
+            seeds: some of the study's, without whose first timed one there is none; empty: all.
+        """
+        seed = self.timed_seeds[0]
+        if seeds and seed not in seeds:
+            return []
+        return [
+            self._trial(Which(name, seed, self.rate(name), timed_over=network))
+            for network in self.networks[1:]
+            for name, run in self.study.runs.items()
+            if (run.ranks or self.study.ranks) > 1
         ]
 
     def rate(self, name: str) -> float | None:
@@ -133,7 +140,7 @@ class Plan:
         """
         seed = self.study.seeds[0]
         found = {
-            row.run: self._trial(row.run, seed, self._any_rate(row.run), None).recipe.metrics[0]
+            row.run: self._trial(Which(row.run, seed, self._any_rate(row.run))).recipe.metrics[0]
             for row in self.study.rows
         }
         first, *others = found.values()
@@ -166,18 +173,47 @@ class Plan:
             if result is None and not trial.diverged:
                 raise RunError(f"{trial.folder}: this trial of the search has not ended")
             worst = math.inf if self.metric.smaller_is_better else -math.inf
-            yield _value_for_choice(trial, result, self.metric.key) if result else worst
+            yield value_for_choice(trial, result, self.metric.key) if result else worst
 
     def check(self) -> None:
         """Raise UserError for whatever in the study cannot run, before anything does."""
         _ = self.metric
         for name in self.study.runs:
-            trial = self._trial(name, self.study.seeds[0], self._any_rate(name), None)
-            _check_ranks(trial)
+            which = Which(name, self.study.seeds[0], self._any_rate(name))
+            trial = self._trial(which)
+            check_ranks_of(trial)
             self._check_rows(trial)
-        for trial in self.trials():
-            _check_ranks(trial)
-            _check_validation(trial)
+            self._check_phase_1(which, "differ: put them into the first set, for all runs")
+        self._check_timed()
+        for which in self._searched():
+            trial = self._trial(which)
+            check_ranks_of(trial)
+            check_validation(trial)
+            self._check_phase_1(which, "differ in the search: put them into search.set")
+
+    def _check_phase_1(self, which: Which, complaint: str) -> None:
+        """Raise UserError for a run that begins with a phase 1 that is not its own."""
+        other = self.study.runs[which.run].phase_1_of
+        if not other:
+            return
+        first = self._trial(which._replace(run=other, rate=None))
+        if differing := differing_in_phase_1(self._trial(which).recipe, first.recipe):
+            raise UserError(
+                f"runs.{which.run} begins with phase 1 of {other}, but "
+                f"{', '.join(differing)} {complaint}"
+            )
+
+    def _check_timed(self) -> None:
+        """Raise UserError for what cannot be compared over several networks."""
+        for name, run in self.study.runs.items() if len(self.networks) > 1 else ():
+            which = Which(name, self.timed_seeds[0], self._any_rate(name))
+            self._trial(which._replace(timed_over=self.networks[1]))
+            first = self.study.runs[run.phase_1_of] if run.phase_1_of else run
+            if (first.ranks or self.study.ranks) != (run.ranks or self.study.ranks):
+                raise UserError(
+                    f"runs.{name} begins with phase 1 of {run.phase_1_of}, on another number of "
+                    "ranks: give both the same, since networks are compared"
+                )
 
     def _check_rows(self, trial: Trial) -> None:
         """Raise UserError for a row that shows a model which its run does not make."""
@@ -195,74 +231,67 @@ class Plan:
                     'which has no refinement: write model = "large_batch"'
                 )
 
-    def _trial(self, name: str, seed: int, rate: float | None, search: Search | None) -> Trial:
-        """Return one run; `search` is None for a run of the table."""
-        run = self.study.runs[name]
-        overrides = self._overrides(name, seed, rate, search)
+    def _trial(self, which: Which) -> Trial:
+        run = self.study.runs[which.run]
+        overrides = self._overrides(which)
         source = run.recipe or self.study.recipe
-        folder = self._folder(name, seed, rate, search)
+        if which.timed_over is not None:
+            overrides += self._shorter(load_recipe(source, overrides, self.data))
+        folder = self._folder(which)
         line = ["train", source, "--out", str(folder)]
         for override in overrides:
             line += ["--set", override]
         if self.data:
             line += ["--data", str(self.data)]
         if run.phase_1_of:
-            line += ["--from", str(self._folder(run.phase_1_of, seed, None, search))]
-        recipe = load_recipe(source, overrides, self.data)
-        return Trial(folder, name, recipe, run.ranks or self.study.ranks, tuple(line), rate)
+            phase_1 = which._replace(run=run.phase_1_of, rate=None)
+            line += ["--from", str(self._folder(phase_1))]
+        network = which.timed_over or next(iter(self.networks), None)
+        return Trial(
+            folder,
+            which.run,
+            load_recipe(source, overrides, self.data),
+            run.ranks or self.study.ranks,
+            tuple(line),
+            which.rate,
+            Network(network, self.study.networks[network]) if network is not None else None,
+            is_timed=not which.search and which.seed in self.timed_seeds,
+        )
 
-    def _overrides(
-        self, name: str, seed: int, rate: float | None, search: Search | None
-    ) -> list[str]:
+    def _overrides(self, which: Which) -> list[str]:
         """Return the overrides of a run, the strongest last."""
-        run = self.study.runs[name]
-        filled = [override.replace("{rate}", str(rate)) for override in run.overrides]
-        overrides = [*self.study.overrides, *filled, f"seed={seed}"]
-        if search:
-            overrides += [*search.overrides, *run.search_overrides]
+        run = self.study.runs[which.run]
+        filled = [override.replace("{rate}", str(which.rate)) for override in run.overrides]
+        overrides = [*self.study.overrides, *filled, f"seed={which.seed}"]
+        if which.search:
+            overrides += [*which.search.overrides, *run.search_overrides]
         return [*overrides, *self.overrides]
 
-    def _folder(self, name: str, seed: int, rate: float | None, search: Search | None) -> Path:
-        if not search:
-            return self.out / on_disk(name) / f"seed-{seed}"
-        trial = f"seed-{seed}" if rate is None else f"rate-{rate:g}-seed-{seed}"
-        return self.out / "search" / on_disk(name) / trial
+    def _shorter(self, recipe: Recipe) -> list[str]:
+        """Return the overrides that let each phase of a run end after `timed_epochs`.
 
+        The rates are constant: a schedule need not fit so few epochs, and seconds do not depend on
+        them.
+        """
+        first, refine = recipe.large_batch.epochs, recipe.refine
+        fields: dict[str, float] = {"large_batch.epochs": min(first, self.study.timed_epochs)}
+        if first:
+            fields["large_batch.learning_rate"] = TIMED_RATE
+        if refine.epochs:
+            epochs = min(refine.epochs * refine.cycles, self.study.timed_epochs)
+            fields |= {
+                "refine.epochs": epochs,
+                "refine.cycles": 1,
+                "refine.evaluate_average": min(refine.evaluate_average, epochs),
+                "refine.learning_rate": TIMED_RATE,
+            }
+        return [f"{name}={value}" for name, value in fields.items()]
 
-def _check_ranks(trial: Trial) -> None:
-    check_ranks(trial.recipe, trial.ranks, phase_1_is_over="--from" in trial.line)
-
-
-def _check_validation(trial: Trial) -> None:
-    """Raise UserError for a trial whose data have no validation split to choose a rate by.
-
-    Shards, a folder and the data of a user's function may have one of their own.
-    """
-    data = trial.recipe.data
-    has_own = ":" in data.name or (data.name in ("folder", "webdataset") and _has_val(data.path))
-    if not data.validation and not has_own:
-        raise UserError(
-            "the search would choose rates on test samples: "
-            "put data.validation=5000, say, into search.set"
-        )
-
-
-def _has_val(path: Path) -> bool:
-    return (path / "val").is_dir() and (path / "test").is_dir()
-
-
-def _value_for_choice(trial: Trial, result: dict[str, Any], metric: str) -> float:
-    """Return a metric on validation samples of the model that a trial ends with.
-
-    Raises:
-        UserError: its data have no validation split.
-    """
-    found = result.get(f"validation_{metric}")
-    if found is None and not trial.recipe.data.validation:
-        raise UserError(
-            f"{trial.folder}: the data have no validation split, and the search would choose on "
-            "test samples: put data.validation=5000, say, into search.set"
-        )
-    # Runs of earlier versions report data.validation as their test split.
-    found = found or result[f"test_{metric}"]
-    return found["averaged"] if found["averaged"] is not None else found["large_batch"]
+    def _folder(self, which: Which) -> Path:
+        name = on_disk(which.run)
+        if which.timed_over is not None:
+            return self.out / TIMED / on_disk(which.timed_over) / name
+        if not which.search:
+            return self.out / name / f"seed-{which.seed}"
+        rate = f"rate-{which.rate:g}-" if which.rate is not None else ""
+        return self.out / "search" / name / f"{rate}seed-{which.seed}"

@@ -11,9 +11,11 @@ from typing import Literal
 
 from swap_hpc.errors import RunError, Stopped, UserError
 from swap_hpc.parallel.launcher import launch_line
-from swap_hpc.study.plan import Trial
+from swap_hpc.study.trial import Trial
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+Kind = Literal["search", "run", "timed run"]
 
 STOPPED = "the study was stopped on request, all is saved: start it again to go on"
 
@@ -45,16 +47,15 @@ def _stops() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def run_trials(
-    trials: Sequence[Trial], launcher: str, kind: Literal["search", "run"]
-) -> Iterator[Trial]:
+def run_trials(trials: Sequence[Trial], launcher: str, kind: Kind) -> Iterator[Trial]:
     """Run the trials that are not complete yet, and yield every trial at its end.
 
     In a search, a trial with a rate may diverge. Any other trial that does ends the study.
 
     Args:
         trials: in the order in which they run.
-        launcher: the command line that starts the ranks, with `{ranks}` for their number.
+        launcher: the command line that starts the ranks, with `{ranks}` for their number, and
+            `{network}` for the name of a network where the trials have one.
         kind: what the trials are for, which is shown.
 
     Raises:
@@ -76,10 +77,11 @@ def run_trials(
 
 def _described(trial: Trial) -> str:
     rate = f", rate {trial.rate:g}" if trial.rate is not None else ""
-    return f"{trial.name}, seed {trial.recipe.seed}{rate}"
+    network = f", network {trial.network.name}" if trial.network else ""
+    return f"{trial.name}, seed {trial.recipe.seed}{rate}{network}"
 
 
-def _check_end(trial: Trial, code: int, kind: Literal["search", "run"]) -> None:
+def _check_end(trial: Trial, code: int, kind: Kind) -> None:
     """Raise the error with which the study ends after a trial that failed."""
     if code == 0:
         # a launcher that lost a node may return 0 all the same
@@ -105,7 +107,9 @@ def _launch(trial: Trial, launcher: str, stop: _Stop) -> int:
         Stopped: the trial was stopped before its end.
         UserError: the launcher cannot be started.
     """
-    start = launch_line(launcher, trial.ranks)
+    network = trial.network.name if trial.network else ""
+    start = launch_line(launcher.replace("{network}", network), trial.ranks)
+    trial.record_network()
     line = [*start, sys.executable, "-m", "swap_hpc", *trial.line]
     # A session of its own keeps a terminal's Ctrl-C from the trial, which would end without
     # saving: `_Stop.ask` sends it the signal that lets it save.

@@ -25,6 +25,7 @@ OF_PHASE_1 = ("large_batch", "large_batch_ema")
 Argument = Annotated[str, AfterValidator(on_disk)]
 
 Arguments = tuple[Argument, ...]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Run(Section, populate_by_name=True):
@@ -76,8 +77,17 @@ class Study(Section, populate_by_name=True):
     """Ranks of all runs."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     """Seeds with which each run is repeated."""
+    timed_seeds: tuple[int, ...] = ()
+    """Seeds whose runs' seconds are told: these run on one machine that nothing else uses. Runs of
+    the others show their metrics only, and may run anywhere. Empty: all seeds."""
     overrides: Annotated[Arguments, Field(alias="set")] = ()
     """Fields of all runs, as `train --set` takes them."""
+    networks: Annotated[dict[Argument, Rate], Field(default_factory=dict)]
+    """Networks that are compared: the text for `{network}` in `--launcher`, and the rate of a
+    rank's link, Mbit/s. Over the first one all runs are complete. Over the others a run lasts for
+    `timed_epochs` in each phase, which tells what the seconds of all epochs would be."""
+    timed_epochs: Annotated[int, Field(ge=2)] = 4
+    """Epochs of each phase that are timed over a further network; the first one does not count."""
     note: str = ""
     """A text below the table."""
     search: Search | None = None
@@ -125,6 +135,12 @@ class Study(Section, populate_by_name=True):
         return self
 
     @model_validator(mode="after")
+    def _timed_seeds_are_seeds(self) -> "Study":
+        if not set(self.timed_seeds) <= set(self.seeds):
+            raise ValueError("timed_seeds must be among seeds")
+        return self
+
+    @model_validator(mode="after")
     def _search_has_other_seeds(self) -> "Study":
         if self.search and set(self.search.seeds) & set(self.seeds):
             raise ValueError("search.seeds and seeds must not share a seed")
@@ -134,6 +150,13 @@ class Study(Section, populate_by_name=True):
 def _check_known(names: Iterable[str], known: list[str]) -> None:
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+
+
+def check_seeds(study: Study, seeds: Iterable[int]) -> None:
+    """Raise UserError for a seed that is not among those of a study's table."""
+    if unknown := sorted(set(seeds) - set(study.seeds)):
+        known = ", ".join(map(str, study.seeds))
+        raise UserError(f"--seed {unknown[0]}: the study's seeds are {known}: choose of them")
 
 
 def shipped_studies() -> dict[str, Path]:

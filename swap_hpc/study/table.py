@@ -4,7 +4,7 @@ Imports neither torch nor MPI.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,6 +14,8 @@ from swap_hpc.parallel.atomic import write_json, write_text
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.metrics import SHARES, heading, scale, shown
 from swap_hpc.study.figures.methods import draw_methods
+from swap_hpc.study.figures.networks import draw_over_networks, draw_rates
+from swap_hpc.study.networks import Crossing, Timing, crossings, timings
 from swap_hpc.study.numbers import Difference, Line, differences, lines
 from swap_hpc.study.plan import Plan
 
@@ -23,25 +25,54 @@ ABOUT_SECONDS = (
 )
 
 
-def write(plan: Plan) -> Path:
+NETWORKS_FIGURE = "networks.png"
+
+
+ABOUT_NETWORKS = (
+    "Seconds are of training, with the standard error of their mean. Over {first} all epochs ran. "
+    "*In italics*: {epochs} epochs of each phase ran, with one seed; the seconds are those of all "
+    "epochs at the mean of these but the first. A row on one rank sends nothing."
+)
+
+
+def write(plan: Plan) -> list[Path]:
     """Write `study.md`, `study.json` and `study.png` into the study's folder.
 
+    Where networks are compared, `networks.png` too.
+
     Returns:
-        The path of `study.md`.
+        The paths of the files.
     """
+    plan = plan.for_report()
     study, table = plan.study, lines(plan)
-    figure = f"\n![{plan.metric.key} of every row](study.png)\n"
-    write_text(plan.out / "study.md", text(plan) + figure)
+    over = timings(plan, table)
+    figures = f"\n![{plan.metric.key} of every row](study.png)\n"
+    if plan.networks:
+        figures += f"\n![seconds against the network's rate]({NETWORKS_FIGURE})\n"
+    write_text(plan.out / "study.md", text(plan) + figures)
     content: dict[str, Any] = {
         "title": study.title,
         "rows": [_named(asdict(line), plan.metric.key) for line in table],
         "differences": [asdict(gap) for gap in differences(plan, table)],
         "rates": {name: plan.rate(name) for name in study.runs},
     }
+    if plan.networks:
+        content["networks"] = {name: study.networks[name] for name in plan.networks}
+        content["seconds_over"] = {
+            method: {network: asdict(timing) for network, timing in by_network.items()}
+            for method, by_network in over.items()
+        }
+        content["crossings"] = [asdict(each) for each in crossings(plan, over)]
     write_json(plan.out / "study.json", content)
     before = {row.method for row in study.rows if row.model == "mean_of_groups"}
-    draw_methods(study.title, table, before, plan.metric.key, plan.out / "study.png")
-    return plan.out / "study.md"
+    written = [plan.out / f"study.{suffix}" for suffix in ("md", "json", "png")]
+    if not plan.networks:
+        draw_methods(study.title, table, before, plan.metric.key, written[-1])
+        return written
+    draw_over_networks(study.title, table, over, plan.metric.key, written[-1])
+    written.append(plan.out / NETWORKS_FIGURE)
+    draw_rates(study.title, study.networks, over, [*crossings(plan, over)], written[-1])
+    return written
 
 
 def _named(line: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -51,11 +82,22 @@ def _named(line: dict[str, Any], metric: str) -> dict[str, Any]:
 
 def text(plan: Plan) -> str:
     """Return the study as Markdown: its table, the differences, the search, the note."""
+    plan = plan.for_report()
     study, table = plan.study, lines(plan)
     computed = any(line.workers > line.ranks for line in table)
-    parts = [f"# {study.title}", _seeds(table), _rows(table, plan.metric.key, computed)]
+    parts = [
+        f"# {study.title}",
+        _seeds(table, study.timed_seeds),
+        _rows(table, plan.metric.key, computed),
+    ]
     if computed:
         parts.append(ABOUT_SECONDS)
+    if plan.networks:
+        over = timings(plan, table)
+        parts += ["## Seconds over each network", _seconds_over(plan, over)]
+        parts.append(ABOUT_NETWORKS.format(first=plan.networks[0], epochs=study.timed_epochs))
+        if crossed := [*crossings(plan, over)]:
+            parts.append(_crossings(crossed))
     if gaps := [*differences(plan, table)]:
         parts += ["## Differences", _differences(gaps, plan.metric.key)]
     if study.search:
@@ -65,10 +107,13 @@ def text(plan: Plan) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _seeds(table: Sequence[Line]) -> str:
+def _seeds(table: Sequence[Line], timed: Sequence[int]) -> str:
     counts = sorted({len(line.values) for line in table})
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Mean and standard deviation over {number} seed{'s' * (counts[-1] != 1)}."
+    told = f"Mean and standard deviation over {number} seed{'s' * (counts[-1] != 1)}."
+    if timed:
+        told += f" Seconds are those of seed{'s' * (len(timed) > 1)} {', '.join(map(str, timed))}."
+    return told
 
 
 def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
@@ -88,6 +133,35 @@ def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
             cells.append(spread([*line.parallel_seconds.values()], ",.0f") + note)
         rows.append(cells)
     return markdown_table(head, rows)
+
+
+def _seconds_over(plan: Plan, over: Mapping[str, Mapping[str, Timing]]) -> str:
+    head = ("method", *(f"{name} ({plan.study.networks[name]:g} Mbit/s)" for name in plan.networks))
+    rows = [
+        (method, *(_timing(by_network.get(network)) for network in plan.networks))
+        for method, by_network in over.items()
+    ]
+    return markdown_table(head, rows)
+
+
+def _timing(timing: Timing | None) -> str:
+    """Return seconds and their standard error in percent, in italics unless all epochs ran."""
+    if timing is None:
+        return "-"
+    error = f" (± {100 * timing.error:.1f} %)" if timing.error is not None else ""
+    seconds = f"{timing.seconds:,.0f}{error}"
+    return seconds if timing.complete else f"*{seconds}*"
+
+
+def _crossings(crossed: Sequence[Crossing]) -> str:
+    head = ("rows", "which takes less time")
+    return markdown_table(head, [(f"{c.first}, {c.second}", _faster(c)) for c in crossed])
+
+
+def _faster(crossing: Crossing) -> str:
+    if crossing.megabits is None:
+        return f"{crossing.faster_below}, over each network"
+    return f"{crossing.faster_below}, below {crossing.megabits:,.3g} Mbit/s"
 
 
 def _ranks(table: Sequence[Line]) -> str:

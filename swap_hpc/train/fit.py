@@ -105,6 +105,7 @@ def fit(
         if start:
             training.restore_(start)
         yield training.savepoint(due=False)
+        job.control.heartbeat(f"the start of {part.name}")
         yield from training.epochs()
 
 

@@ -125,6 +125,7 @@ def test_a_job_survives_everything_one_after_the_other(
         assert printed.count(f"swap-hpc: stopped on request, all is saved in {out}") >= 2
     # The script requeued its job after the killed rank and after the cancelled step.
     assert printed.count(": back into the queue\n") >= 2
+    assert "waiting for a sign of life" not in printed  # of itself, before it was requeued
     assert processes_of(out, 10) == [] and not list(home.glob(".swap-*"))
 
 

@@ -19,6 +19,7 @@ COUNTED(Allgather, (const void *a, int n, MPI_Datatype t, void *b, int m, MPI_Da
 COUNTED(Allgatherv, (const void *a, int n, MPI_Datatype t, void *b, const int m[], const int d[], MPI_Datatype u, MPI_Comm c), (a, n, t, b, m, d, u, c))
 COUNTED(Gather, (const void *a, int n, MPI_Datatype t, void *b, int m, MPI_Datatype u, int d, MPI_Comm c), (a, n, t, b, m, u, d, c))
 COUNTED(Gatherv, (const void *a, int n, MPI_Datatype t, void *b, const int m[], const int o[], MPI_Datatype u, int d, MPI_Comm c), (a, n, t, b, m, o, u, d, c))
+COUNTED(Scatter, (const void *a, int n, MPI_Datatype t, void *b, int m, MPI_Datatype u, int d, MPI_Comm c), (a, n, t, b, m, u, d, c))
 COUNTED(Send, (const void *a, int n, MPI_Datatype t, int d, int g, MPI_Comm c), (a, n, t, d, g, c))
 COUNTED(Isend, (const void *a, int n, MPI_Datatype t, int d, int g, MPI_Comm c, MPI_Request *r), (a, n, t, d, g, c, r))
 COUNTED(Recv, (void *a, int n, MPI_Datatype t, int d, int g, MPI_Comm c, MPI_Status *s), (a, n, t, d, g, c, s))
@@ -26,4 +27,5 @@ COUNTED(Irecv, (void *a, int n, MPI_Datatype t, int d, int g, MPI_Comm c, MPI_Re
 COUNTED(Probe, (int d, int g, MPI_Comm c, MPI_Status *s), (d, g, c, s))
 COUNTED(Iprobe, (int d, int g, MPI_Comm c, int *f, MPI_Status *s), (d, g, c, f, s))
 COUNTED(Comm_split, (MPI_Comm c, int o, int k, MPI_Comm *n), (c, o, k, n))
+COUNTED(Comm_create_group, (MPI_Comm c, MPI_Group g, int t, MPI_Comm *n), (c, g, t, n))
 COUNTED(Comm_dup, (MPI_Comm c, MPI_Comm *n), (c, n))

@@ -17,6 +17,7 @@ from launch import (
     processes_of,
     ranks_of,
     settings,
+    swap_hpc,
     wait_for,
 )
 
@@ -91,6 +92,16 @@ def checkpoints(out: Path) -> list[Path]:
 def groups_of(files: list[Path]) -> set[str]:
     """Return the groups ("group-000" ...) that have saved."""
     return {path.name[: len("group-000")] for path in files}
+
+
+def test_a_job_that_ends_before_training_has_told_that_it_prepared(tmp_path: Path) -> None:
+    """By this `launch.sh` knows a node that was lost in set-up, where mpirun returns 0."""
+    state = tmp_path / "state"
+    line = ("train", "no-such-recipe", "--out", tmp_path / "out")
+    done = swap_hpc(*line, ranks=2, variables={"SWAP_HPC_STATE": str(state)})
+    assert done.code == 2, done.stderr
+    first, *then = state.read_text().splitlines()
+    assert first == "preparing" and set(then) == {"failed with 2"}
 
 
 def test_the_table_is_read() -> None:

@@ -16,7 +16,8 @@ import pytest
 import soak
 from launch import BIN, HANG, Finished, command, launch, settings, swap_hpc, wait_for
 from safetensors.torch import load_file
-from soak import HERE, Layout
+from soak_faults import LOST, Outcome
+from soak_starts import HERE, Layout, place_for
 
 from swap_hpc.average.agreement import hashed
 
@@ -27,6 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CHAINS = {
     Layout(4, 2, evaluate_average=1): ("sigterm", "kill_in_save", "kill", "hang", "kill_all"),
     Layout(2, 4): ("exception", "sigusr1", "hang", "kill_in_save", "sigterm"),
+    Layout(2, 2): ("torn_file", "disk_full", "two_owners", "host_lost", "torn_file"),
 }
 
 
@@ -56,15 +58,32 @@ def parameter(layout: Layout) -> Any:
     return pytest.param(layout, marks=marks, id=str(layout))
 
 
+def test_pieces_of_the_matrix_make_one_table(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome(Layout(4, 2, 1), "kill", "refine", 0.5),
+        Outcome(Layout(1, 1), "kill", "between", 1.5, wrong=["left: a", "left: b"]),
+        Outcome(Layout(2, 2), "host_lost", "average", skipped="not root"),
+    ]
+    for number, outcome in enumerate(outcomes):
+        line = f"chain {number:>3}  {soak.line_of(outcome)}"
+        (tmp_path / f"{number}.txt").write_text(f"{line}\n\n| a table |\n")
+    files = sorted(tmp_path.iterdir())
+    program = [sys.executable, str(HERE / "soak.py"), "--of", *map(str, files)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.stdout == f"\n{soak.table(outcomes)}\n" and done.returncode == 1, done.stderr
+    assert "| all |  |  |  |  |  | 2 | 1 | 1 |  |" in done.stdout
+
+
 @pytest.mark.parametrize("layout", [parameter(layout) for layout in CHAINS])
 def test_a_run_with_a_fault_at_every_place_ends_like_an_undisturbed_one(
     layout: Layout, tmp_path: Path
 ) -> None:
     expected = soak.undisturbed(layout, tmp_path)
-    kinds, out = list(CHAINS[layout]), tmp_path / "run"
-    outcomes = soak.chain(layout, kinds, random.Random(0), expected, out, timed=False)
-    assert [f"{o.place}, {o.kind}: {o.wrong}" for o in outcomes if o.wrong] == []
-    assert soak.record(out) == expected
+    kinds = list(CHAINS[layout])
+    with place_for(tmp_path / "run") as place:
+        outcomes = soak.chain(layout, kinds, random.Random(0), expected, place, timed=False)
+        assert [f"{o.place}, {o.kind}: {o.wrong}" for o in outcomes if o.wrong] == []
+        assert soak.record(place.out) == expected
 
 
 def weights(out: Path) -> dict[str, str]:
@@ -124,7 +143,7 @@ def test_post_local_sgd_that_is_stopped_and_killed_ends_the_same(tmp_path: Path)
         "mark": str(tmp_path / "kill.mark"),
         "step": "group 2, epoch 2, step 3",
     }
-    assert train_into_fault(fault, parts, *fields, ranks=2).code == soak.LOST
+    assert train_into_fault(fault, parts, *fields, ranks=2).code == LOST
     done = train(parts, *fields, ranks=2)
     assert done.code == 0 and "group 0 goes on after epoch" in done.stdout, done.stderr
     assert weights(parts) == weights(whole)
@@ -271,3 +290,26 @@ def test_a_folder_that_turns_read_only_ends_the_run(small_disk: Path) -> None:
         job.terminate()
     (line,) = [line for line in errors.splitlines() if line.startswith("swap-hpc: ")]
     assert job.returncode == 3 and line.endswith("Read-only file system"), errors
+
+
+ALL_WAIT = """
+import sys, time
+from pathlib import Path
+from swap_hpc.train.control import Control
+from swap_hpc.parallel.grid import grid
+from swap_hpc.parallel.teams import Team
+from swap_hpc.run.watchdog import watching
+
+control = Control()
+with grid(Team.world(), 2) as ranks, watching(control, 2 / 60, Path(sys.argv[1]), ranks):
+    with control.waiting():
+        time.sleep(600)
+"""
+
+
+def test_groups_that_all_wait_for_each_other_end(tmp_path: Path) -> None:
+    """So it is where their hosts are cut off from each other, and share a folder still."""
+    done = command(sys.executable, "-c", ALL_WAIT, tmp_path, ranks=2)
+    assert done.code == 3, done.stderr
+    lost = "swap-hpc: all groups have waited for each other for 2.4 s: a host, or the network"
+    assert len(done.ours) == 1 and done.ours[0].startswith(lost)

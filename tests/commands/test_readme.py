@@ -51,6 +51,10 @@ ELSEWHERE = {
     "make test-bundle": (".ci/run", "cluster bundle"),
     "make test-sites": (".ci/run", "part test-sites"),
     "make test-mpi": (".ci/run", "part test-mpi"),
+    "python tests/hosts.py --hosts 4 --cores 0.25 --rate 100mbit -n 4 swap-hpc train digits": (
+        "tests/cluster/test_hosts.py",
+        '"train", "digits"',
+    ),
     "make setup": ("Makefile", "run: setup"),
     "make lint": ("Makefile", "$(activate) && $(linters) &&"),
     "make pages": ("tests/unit/test_pages.py", "with_section"),

@@ -2,13 +2,17 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import BIN, Finished, command, hydra, swap_hpc
+from launch import BIN, Finished, command, hydra, swap_hpc, wait_for
+from owners import ENDLESS, end_of, saves, start, suspend
 from PIL import Image
+
+from swap_hpc.run.owner import Owner
 
 ROOT = Path(__file__).parents[2]
 ON_CORES = {
@@ -80,6 +84,25 @@ def split_by_chance(tmp: Path) -> Finished:
     return train("data.name=mine:load", ranks=2, cwd=tmp)
 
 
+def in_use(tmp: Path) -> Finished:
+    owner = start(tmp / "out", *ENDLESS)
+    wait_for(lambda: saves(tmp / "out"), "save of the refinement")
+    second = end_of(start(tmp / "out", *ENDLESS))
+    owner.terminate()
+    end_of(owner)
+    return second
+
+
+def taken_over(tmp: Path) -> Finished:
+    """Suspend a job, and let one of another host own its folder meanwhile."""
+    job = start(tmp / "out", *ENDLESS)
+    wait_for(lambda: saves(tmp / "out"), "save of the refinement")
+    suspend(job)
+    (tmp / "out" / ".owner").write_text(Owner(host="n1", process=1).to_json())
+    job.send_signal(signal.SIGCONT)
+    return end_of(job)
+
+
 def on_gpu(tmp: Path, properties: str) -> Finished:
     """Start a run that seems to see a GPU of these properties."""
     (tmp / "sitecustomize.py").write_text(
@@ -124,6 +147,8 @@ PRODUCE: dict[str, Callable[[Path], Finished]] = {
     "too old for": lambda tmp: on_gpu(tmp, "old()"),
     "bf16": lambda tmp: on_gpu(tmp, T4),
     "cannot be imported": lambda tmp: train("model.name=nets:build", cwd=tmp),
+    "is in use by": in_use,
+    "was taken over": taken_over,
     "no calibration": lambda tmp: swap_hpc("plan", "digits", cwd=tmp),
 }
 

@@ -50,6 +50,26 @@ def float64(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+@pytest.mark.ranks(2, 4)
+def test_nothing_of_the_layout_is_sent_but_a_hash(
+    world: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tensors a model has, and however long their names are."""
+    numbers = []
+    maximum = Team.maximum
+
+    def counted(team: Team, *values: float) -> list[float]:
+        numbers.append(len(values))
+        return maximum(team, *values)
+
+    monkeypatch.setattr(Team, "maximum", counted)
+    for name in ("allgather", "gathered", "broadcast", "scatter"):
+        monkeypatch.setattr(Team, name, lambda *arguments: pytest.fail("more than a hash is sent"))
+    model = nn.ModuleDict({f"{number}-{'long' * 1000}": nn.Linear(2, 2) for number in range(100)})
+    average_weights_(model, world)
+    assert numbers == [8]
+
+
 @pytest.mark.ranks(3)
 def test_another_model_on_a_rank_is_refused_on_all(world: Team) -> None:
     model = nn.Linear(3, 2 + (world.rank == 1))

@@ -51,6 +51,56 @@ def test_an_error_on_one_rank_is_raised_on_all(world: Team) -> None:
     world.barrier()  # no rank is left behind in a collective
 
 
+def test_of_several_errors_the_first_ranks_is_raised(world: Team) -> None:
+    def fails_on_all_but_the_first() -> None:
+        if world.rank or world.size == 1:
+            raise UserError(f"rank {world.rank} says no")
+
+    rank = min(1, world.size - 1)
+    with pytest.raises(UserError, match=f"rank {rank} says no") as error:
+        world.agree(fails_on_all_but_the_first)
+    assert error.value.reported_elsewhere == (world.rank != rank)
+
+
+def test_ranks_agree_by_a_number(world: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no rank fails, and where all hold the same, no object is sent to anybody."""
+    for name in ("allgather", "gathered", "broadcast"):
+        monkeypatch.setattr(Team, name, lambda *arguments: pytest.fail("grows with the ranks"))
+    assert world.agree(lambda: world.rank) == world.rank
+    assert world.first(lambda: "first") == (None if world.rank else "first")
+    assert world.first_unlike(b"what all hold" * 10**6) is None
+
+
+def test_the_first_rank_that_differs_is_found(world: Team) -> None:
+    n = world.size
+    assert world.first_where(False) is None
+    assert world.first_where(world.rank >= n - 2) == max(0, n - 2)
+    assert world.first_unlike(b"") is None
+    for other in range(1, n):
+        assert world.first_unlike(b"other" if world.rank >= other else b"") == other
+    assert world.broadcast(world.rank, n - 1) == n - 1
+
+
+def test_objects_go_to_and_come_from_the_first_rank(world: Team) -> None:
+    values = [(rank, rank * "long") for rank in range(world.size)]
+    assert world.gathered(values[world.rank]) == (None if world.rank else values)
+    assert world.scattered(None if world.rank else values) == values[world.rank]
+    rows = np.arange(3 * world.size, dtype=np.uint8).reshape(world.size, 3)
+    row = world.scatter(None if world.rank else rows)
+    assert row.tolist() == rows[world.rank].tolist()
+
+
+def test_parts_of_a_team_are_made_by_a_rule(world: Team) -> None:
+    odd = range(world.rank % 2, world.size, 2)
+    part = world.part(odd)
+    assert (part.rank, part.size) == (world.rank // 2, len(odd))
+    assert part.sums(world.rank) == [sum(odd)]
+    again = part.part(range(part.size))
+    assert again.allgather(world.rank) == [*odd]
+    again.free()
+    part.free()
+
+
 def test_collectives_return_what_their_names_say(world: Team) -> None:
     n = world.size
     assert world.sums(1.0, world.rank) == [n, n * (n - 1) / 2]

@@ -16,7 +16,7 @@ from swap_hpc.errors import RunError
 from swap_hpc.parallel.grid import Ranks, grid
 from swap_hpc.parallel.teams import Team
 from swap_hpc.recipe.phase import PHASE_1, Part, refinement_of
-from swap_hpc.run.checkpoint import Checkpoints
+from swap_hpc.run.checkpoint import Checkpoints, newest_of_all
 from swap_hpc.swap import swap
 from swap_hpc.train import precision, team_check
 from swap_hpc.train.control import Control
@@ -408,3 +408,16 @@ def test_weights_that_are_not_finite_are_never_saved(world: Team, every_step: No
         r"at a learning rate of 0.0",
     ):
         next(events)
+
+
+def test_the_newest_position_that_all_ranks_have(world: Team) -> None:
+    def found(*positions: Position) -> Position | None:
+        return newest_of_all({*positions}, world)
+
+    assert found() is None
+    assert found(Position(0, world.rank)) == (Position(0, 0) if world.size == 1 else None)
+    mine = [Position(2, world.rank)] * (world.rank > 0)  # newer ones, each of one rank alone
+    assert found(Position(1, 2**31), Position(1, 7), *mine) == Position(1, 2**31)
+    behind = world.rank == world.size - 1
+    later = [] if behind else [Position(3, 0), Position(2, 9)]
+    assert found(Position(1, 5), *later) == (Position(1, 5))

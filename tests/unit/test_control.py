@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launch import HANG
 
-from swap_hpc.run.watchdog import _Standstill
+from swap_hpc.run.standstill import Standstill
 from swap_hpc.train.control import STOPPING, Control
 
 
@@ -63,7 +63,7 @@ def test_a_save_is_due_when_its_time_has_come() -> None:
 
 
 def test_a_standstill_counts_from_the_last_change() -> None:
-    standstill = _Standstill()
+    standstill = Standstill()
     seconds = [standstill.update(value, passed=2.0) for value in (1, 1, 1, 2, 2)]
     assert seconds == [0.0, 2.0, 4.0, 0.0, 2.0]
 

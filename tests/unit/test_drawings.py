@@ -182,7 +182,7 @@ def test_train_and_test_error_share_one_scale(tmp_path: Path, figures: list[Figu
 
 def test_the_zero_bytes_of_phase_2_are_seen(tmp_path: Path, figures: list[Figure]) -> None:
     content = json.loads(SCALING.read_text())
-    draw_scaling(content["cases"], 2, tmp_path / "scaling.png")
+    draw_scaling(content["cases"], "two cores", tmp_path / "scaling.png")
     for axis in figures[0].axes[3:6]:
         refine = next(line for line in axis.lines if line.get_label() == "phase 2: refinement")
         pixels = refine.get_transform().transform(np.asarray(refine.get_xydata()))
@@ -218,7 +218,7 @@ def draw_committed(file: Path) -> dict[str, Callable[[], object]]:
         "table": lambda: drawn_study("cifar10-cpu-table", file),
         "time": lambda: drawn_study("cifar10-cpu-time", file),
         "landscape": lambda: draw_landscape(landscape, file),
-        "scaling": lambda: draw_scaling(scaling["cases"], 2, file),
+        "scaling": lambda: draw_scaling(scaling["cases"], "all ranks share 2 cores", file),
         "trajectory": lambda: draw_trajectory(TRAJECTORY, file),
     }
 

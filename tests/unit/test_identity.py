@@ -25,7 +25,7 @@ def images(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), number:
 
 
 def identity(path: Path) -> Identity:
-    return Identity.of(folder(Data(name="folder", path=path), 1))
+    return Identity.of(folder(Data(name="folder", path=path)))
 
 
 def test_the_same_data_elsewhere_are_the_same(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ MAY_BRANCH = {
     "__main__",
     "parallel.gloo_communicator.GlooCommunicator",
     "parallel.grid.first_then_rest",
+    "parallel.grid.of_groups",
     "parallel.teams.Team",
     "run.checkpoint",
     "run.display",
     "run.ending",
     "run.journal",
+    "run.watchdog.watching",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_hpc.bench import BENCHES, NAMES
+from swap_hpc.bench import BENCHES, NAMES, ranks
 from swap_hpc.bench.measure import Comparison, alternately, as_json, from_json, table
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +75,12 @@ def test_the_pages_table_is_that_of_the_committed_run() -> None:
     assert {each.bench for each in committed} == {*BENCHES}
     rows, _, _ = table(committed).partition("\n\n")  # without the notes
     assert rows in (ROOT / "swap_hpc" / "bench" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_tables_of_ranks_are_those_of_the_committed_run() -> None:
+    file = ROOT / "tests" / "runs" / "bench" / "ranks.json"
+    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    assert [case["ranks"] for case in cases] == [*ranks.NUMBERS]
+    page = (ROOT / "swap_hpc" / "bench" / "README.md").read_text(encoding="utf-8")
+    assert ranks.table(cases) in page
+    assert ranks.laws(cases) in page

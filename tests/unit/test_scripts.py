@@ -70,6 +70,50 @@ def test_further_launcher_arguments_may_be_quoted(
     assert done.stdout.splitlines()[3:] == [*words, "true", "it's data"]  # after srun's own three
 
 
+def test_mpirun_is_told_to_notice_lost_hosts_as_the_page_says(tmp_path: Path) -> None:
+    """`make setup` writes the same into the parameters of its own Open MPI."""
+    (tmp_path / "mpirun").write_text("#!/bin/sh\nenv | grep keepalive\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    done = launched(tmp_path, SWAP_LAUNCHER="mpirun")
+    page = (ROOT / "slurm" / "README.md").read_text(encoding="utf-8")
+    told = re.findall(r"PRTE_MCA_(oob_tcp_keepalive_\w+)=(\d+)", page)
+    assert len(told) == 3
+    families = ("OMPI", "PRTE")
+    expected = [f"{family}_MCA_{name}={seconds}" for family in families for name, seconds in told]
+    assert sorted(done.stdout.splitlines()) == sorted(expected), done.stderr
+    setup = (ROOT / "swap_hpc" / "install" / "setup.sh").read_text(encoding="utf-8")
+    assert all(f'"{name} = {seconds}"' in setup for name, seconds in told)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "restarts"),
+    [
+        ("done", 0, False),
+        ("started", 0, False),  # a program that tells nothing
+        ("preparing", 0, True),
+        ("training", 0, True),
+        ("preparing", 1, False),
+        ("training", 1, True),
+        # A rank that says why it ends is no lost node.
+        (r"preparing\nfailed with 3", 0, False),
+        (r"preparing\nfailed with 3", 3, False),
+        (r"training\nfailed with 3", 0, True),
+    ],
+)
+def test_a_launcher_that_ends_without_an_error_does_not_hide_a_lost_node(
+    state: str, code: int, restarts: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\nprintf '{state}' >$SWAP_HPC_STATE\nexit {code}\n")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $*\n")
+    for name in ("mpirun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "squeue").symlink_to("/bin/true")
+    done = launched(tmp_path, SWAP_LAUNCHER="mpirun")
+    failed = "failed" in state or code or restarts
+    assert bool(done.returncode) == bool(failed), done.stderr
+    assert done.stdout == "scontrol requeue 7\n" * restarts, done.stderr
+
+
 def test_an_unmatched_quote_starts_nothing(tmp_path: Path) -> None:
     done = launched(tmp_path, SWAP_LAUNCHER_ARGS="--image=x --comment=it's --workdir=/a")
     assert done.returncode == 2 and "has an unmatched quote" in done.stderr

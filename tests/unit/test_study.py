@@ -1,19 +1,25 @@
 """Studies: the shipped ones, what a file may say, and the table that is made of results."""
 
 import json
+import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swap_hpc.errors import RunError, UserError
-from swap_hpc.study import numbers
+from swap_hpc.recipe.loading import differing_fields, load_recipe
+from swap_hpc.study import networks, numbers
 from swap_hpc.study import page as study_page
 from swap_hpc.study import table as study_report
-from swap_hpc.study.plan import Plan, Trial
+from swap_hpc.study.plan import Plan, Which
 from swap_hpc.study.runner import run_trials
-from swap_hpc.study.study import SHIPPED, load_study, shipped_studies
+from swap_hpc.study.study import SHIPPED, check_seeds, load_study, shipped_studies
+from swap_hpc.study.trial import Network, Trial
+
+RUNS = Path(__file__).parents[1] / "runs"
 
 TINY = """
 title = "tiny"
@@ -52,7 +58,7 @@ def plan(tmp_path: Path, text: str = TINY) -> Plan:
 def complete(
     trial: Trial, averaged: float | None, groups: tuple[float, ...] = (), **seconds: float
 ) -> None:
-    trial.folder.mkdir(parents=True)
+    trial.folder.mkdir(parents=True, exist_ok=True)
     (trial.folder / "recipe.toml").write_text(trial.recipe.to_toml())
     result: dict[str, Any] = {
         "ranks": 1 if "--from" in trial.line else trial.ranks,
@@ -85,9 +91,19 @@ def test_the_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
         assert trial.recipe.data.validation == 5000 and trial.recipe.seed not in made.study.seeds
 
 
+def test_the_header_of_the_study_of_hosts_starts_its_own_run() -> None:
+    """On one host, while others are busy, which `swap-hpc study` does not start."""
+    header = (SHIPPED / "cifar10-hosts.toml").read_text(encoding="utf-8").partition("title")[0]
+    words = shlex.split(header.partition("--each swap-hpc train cifar10-cpu")[2].replace("#", ""))
+    given = [after for word, after in pairwise(words) if word == "--set"]
+    by_hand = load_recipe("cifar10-cpu", [field.replace("{host}", "0") for field in given])
+    made = Plan(load_study("cifar10-hosts"), RUNS / "cifar10-hosts")
+    assert differing_fields(by_hand, made.reported_recipe("one-host")) == []
+
+
 def test_the_papers_rows_have_its_epochs_and_batches() -> None:
     def recipe(name: str, run: str) -> Any:
-        return Plan(load_study(name), Path("out"))._trial(run, 0, 0.1, None)
+        return Plan(load_study(name), Path("out"))._trial(Which(run, 0, 0.1))
 
     small, large, swap = (
         recipe("cifar10-table", run) for run in ("small-batch", "large-batch", "swap")
@@ -124,6 +140,7 @@ WRONG = [
         "",
         r"runs.swap has several rates: a \[search\] with other seeds chooses one",
     ),
+    ('title = "tiny"', 'title = "tiny"\ntimed_seeds = [0, 7]', "timed_seeds must be among seeds"),
     ("seeds = [5]", "seeds = [2]", "search.seeds and seeds must not share a seed"),
     ('from = "first"', 'from = "later"', "later: not among first, swap"),
     ("refine.epochs=0", "refine.epoch=0", "unknown field refine.epoch"),
@@ -137,6 +154,16 @@ WRONG = [
         'from = "first"',
         'from = "swap"',
         "swap begins with phase 1 of swap, which must be listed before it",
+    ),
+    (
+        'from = "first"\nset = [',
+        'from = "first"\nset = ["large_batch.epochs=3", ',
+        "swap begins with phase 1 of first, but large_batch.epochs differ: put them into the first",
+    ),
+    (
+        "rates = [0.05, 0.1]",
+        'rates = [0.05, 0.1]\nsearch_set = ["large_batch.epochs=3"]',
+        "large_batch.epochs differ in the search: put them into search.set",
     ),
     ("title", "titel", "unknown field titel; valid here: title, recipe, ranks"),
     (
@@ -200,7 +227,7 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
     # Student's t with 2 degrees of freedom; the differences are 5, 6 and 7 points
     assert gap.points == pytest.approx(6)
     assert gap.half_width == pytest.approx(4.303 * 1 / 3**0.5, rel=1e-3)
-    written = study_report.write(made)
+    written, *_ = study_report.write(made)
     text = written.read_text()
     for cell in (
         "| after ",
@@ -214,6 +241,150 @@ def test_the_table_holds_what_the_runs_gave(tmp_path: Path) -> None:
     content = json.loads(written.with_suffix(".json").read_text())
     assert content["rates"] == {"first": None, "swap": 0.1}
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+NETWORKS = """
+networks = { fast = 1000, slow = 10 }
+timed_epochs = 3
+differences = [["after", "phase 1"]]
+"""
+
+
+def times(trial: Trial, **epochs: list[float]) -> None:
+    """Write the lines of epochs that took so many seconds, by the names of their files."""
+    (trial.folder / "metrics").mkdir()
+    for name, seconds in epochs.items():
+        phase, group = ("large_batch", None) if name == "world" else ("refine", int(name[-1]))
+        lines = [{"phase": phase, "group": group, "train_seconds": each} for each in seconds]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (trial.folder / "metrics" / f"{name}.jsonl").write_text(text)
+
+
+def test_networks_are_compared_by_a_few_epochs(tmp_path: Path) -> None:
+    text = TINY.replace('differences = [["after", "before"]]', NETWORKS)
+    made = replace(plan(tmp_path, text), networks=("fast", "slow"))
+    made.check()
+    for trial, accuracy in zip(made.trials(), (None, 0.7, 0.9), strict=True):
+        complete(trial, accuracy, (0.5,) if accuracy else ())
+    for trial in made.reported():
+        assert trial.network and trial.network.name == "fast"
+        trial.record_network()
+        complete(trial, *((0.8, (0.7, 0.8)) if trial.name == "swap" else (None,)))
+    first, swap = made.timed()
+    assert {first.network, swap.network} == {Network("slow", 10)}
+    assert (first.recipe.large_batch.epochs, first.recipe.refine.epochs) == (3, 0)
+    assert (swap.recipe.large_batch.epochs, swap.recipe.refine.epochs) == (3, 3)
+    assert str(first.folder) in swap.line  # whose phase 1 it begins with
+    first.record_network()
+    swap.record_network()
+    complete(first, None)
+    times(first, world=[99.0, 20.0, 22.0])
+    complete(swap, 0.8, (0.7, 0.8), average=3.0)
+    times(swap, world=[99.0, 20.0, 22.0], group0=[9.0, 1.0, 1.0], group1=[9.0, 2.0, 2.0])
+    over = networks.timings(made, numbers.lines(made))
+    assert over["phase 1"]["fast"] == networks.Timing(100.0, 0.0, complete=True)
+    epochs = 7  # that the complete runs took, of the 20 that are allowed
+    slow = over["phase 1"]["slow"]
+    assert (slow.seconds, slow.complete) == (pytest.approx(21 * epochs), False)
+    assert slow.error == pytest.approx(1 / 21)  # of a mean of 20 and 22
+    # two groups in turn on each rank, four epochs at the slower group's 2 seconds
+    assert over["after"]["slow"].seconds == pytest.approx(21 * epochs + 2 * 4 * 2 + 3 + 2)
+    written = study_report.write(made)
+    assert [file.name for file in written][-1] == "networks.png" and written[-1].is_file()
+    assert f"| *{21 * epochs:,} (± 4.8 %)*" in written[0].read_text()
+    # A call whose launcher takes no network tells what the others found.
+    assert study_report.write(replace(made, networks=())) == written
+    # Seeds that are not timed may need other numbers of epochs.
+    untimed = made.reported([2])[0].folder / "result.json"
+    result = json.loads(untimed.read_text(encoding="utf-8"))
+    untimed.write_text(json.dumps(result | {"epochs": {"large_batch": 70}}), encoding="utf-8")
+    chosen = replace(made, study=made.study.model_copy(update={"timed_seeds": (0, 1)}))
+    over = networks.timings(chosen, numbers.lines(chosen))
+    assert over["phase 1"]["slow"].seconds == pytest.approx(21 * epochs)
+
+    other_rate = made.study.model_copy(update={"networks": {"fast": 1000, "slow": 20}})
+    with pytest.raises(UserError, match=r"over slow \(10 Mbit/s\), not over slow \(20 Mbit/s\)"):
+        _ = replace(made, study=other_rate).timed()[0].result
+    # What began over a network does not go on over an unknown one.
+    (swap.folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="was begun over slow: let it go on over that network"):
+        replace(swap, network=None).record_network()
+    (swap.folder / "checkpoints").rmdir()
+    (swap.folder / "network.json").unlink()
+    with pytest.raises(UserError, match="holds a run over one network, not over slow"):
+        _ = swap.result
+
+
+def test_seeds_that_are_not_timed_show_metrics_only(tmp_path: Path) -> None:
+    text = TINY.replace('differences = [["after", "before"]]', NETWORKS)
+    text = text.replace("seeds = [0, 1, 2]", "seeds = [0, 1, 2]\ntimed_seeds = [1]")
+    text = text.replace("rates = [0.05, 0.1]", "rates = [0.05]")
+    made = replace(plan(tmp_path, text), networks=("fast", "slow"))
+    for trial in made.reported():
+        if trial.recipe.seed == 1:
+            trial.record_network()
+        complete(trial, *((0.8, (0.7, 0.8)) if trial.name == "swap" else (None,)))
+    (_, _, after) = numbers.lines(made)  # which takes runs of any network where nothing is timed
+    assert sorted(after.values) == [0, 1, 2] and after.seconds == {1: 143.0}
+    assert {trial.recipe.seed for trial in made.timed()} == {1}
+    assert "over 3 seeds. Seconds are those of seed 1." in study_report.text(made)
+    plain = replace(made, networks=())  # a launcher without {network}
+    for shown in (made, plain):
+        assert all(file.is_file() for file in study_report.write(shown))
+    (made.reported([1])[0].folder / "result.json").unlink()  # a row without seconds
+    assert len(study_report.write(plain)) == 3
+    # a part of the seeds
+    assert {trial.recipe.seed for trial in made.reported([2, 0])} == {0, 2}
+    assert made.timed([2, 0]) == [] and made.timed([1]) == made.timed()
+    with pytest.raises(UserError, match="--seed 7: the study's seeds are 0, 1, 2"):
+        check_seeds(made.study, [2, 7])
+
+
+def test_sync_points_count_in_each_epoch(tmp_path: Path) -> None:
+    text = TINY.replace('differences = [["after", "before"]]', NETWORKS)
+    text = text.replace("rates = [0.05, 0.1]", "rates = [0.05]")
+    text = text.replace(
+        'set = ["refine.learning', 'set = ["refine.average_every_steps=2", "refine.learning'
+    )
+    made = replace(plan(tmp_path, text), networks=("fast", "slow"))
+    first, swap = made.timed()
+    for trial in (first, swap):
+        trial.record_network()
+        complete(trial, 0.8 if trial is swap else None, (0.7,), average=6.0)
+        times(trial, world=[99.0, 20.0, 20.0], group0=[9.0, 1.0, 1.0])
+    after = networks.timings(made, numbers.lines(made))["after"]["slow"]
+    # 3 of 4 epochs were timed: 40 seconds of refinement with its waits, and 6 of averages
+    assert after.seconds == pytest.approx(20 * 20 + (40 + 6) * 4 / 3 + 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('from = "first"', 'from = "first"\nranks = 4'),
+        ('title = "tiny"', 'title = "tiny"\nset = ["refine.evaluate_average=4"]'),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_anything_runs(
+    change: tuple[str, str], tmp_path: Path
+) -> None:
+    text = TINY.replace('differences = [["after", "before"]]', NETWORKS).replace(*change)
+    made = replace(plan(tmp_path, text), networks=("fast", "slow"))
+    if "ranks" not in change[1]:
+        made.check()  # the average is evaluated at the end of what is timed
+        return
+    with pytest.raises(UserError, match="on another number of ranks: give both the same"):
+        made.check()
+
+
+def test_rows_cross_where_their_seconds_are_equal() -> None:
+    # a row takes 1 second and 100 / rate, the other one 2 seconds and 10 / rate: equal at 90
+    points = [(1 / rate, 100 / rate + 1 - (2 + 10 / rate)) for rate in (1000, 10)]
+    (found,) = networks._crossings("one", "other", points)
+    assert found.megabits == pytest.approx(90) and found.faster_below == "other"
+    (never,) = networks._crossings("one", "other", [(0.1, 1.0), (0.2, 2.0)])
+    assert never == networks.Crossing("one", "other", None, "other")
+    both = [*networks._crossings("one", "other", [(0.01, 5.0), (0.1, -1.0), (1.0, 3.0)])]
+    assert [each.faster_below for each in both] == ["one", "other"]
 
 
 def test_an_interval_of_equal_differences_has_no_width_and_warns_of_nothing() -> None:

@@ -25,7 +25,7 @@ def draw_methods(
 
     Args:
         title: the study's.
-        lines: the rows; one without results, or whose mean is not finite, is left out.
+        lines: the rows; one without results or seconds, or whose mean is not finite, is left out.
         before: the methods that are a mean over models before averaging; their markers are hollow.
         metric: the main metric's name.
         file: the figure to write.
@@ -37,9 +37,7 @@ def draw_methods(
         axis = figure.subplots()
         colours = method_colours(line.method for line in lines)
         pairs = zip(lines, colours, strict=True)
-        shown = [
-            pair for pair in pairs if pair[0].values and isfinite(mean(pair[0].values.values()))
-        ]
+        shown = [pair for pair in pairs if _can_be_drawn(pair[0])]
         for line, colour in shown:
             face = "white" if line.method in before else colour
             _draw(axis, line, factor, colour, face)
@@ -52,14 +50,19 @@ def draw_methods(
         place_labels(axis, [_label(line, factor, colour) for line, colour in shown])
 
 
+def _can_be_drawn(line: Line) -> bool:
+    return bool(line.parallel_seconds) and isfinite(mean(line.values.values()))
+
+
 def _draw(axis: "Axes", line: Line, factor: float, colour: str, face: str) -> None:
     x, y = _means(line, factor)
-    if len(line.values) > 1:
+    # Plain lines instead of `errorbar`, because labels keep clear of lines. They are above the
+    # labels, which must not hide the end of one.
+    if len(line.parallel_seconds) > 1:
         wide = stdev(line.parallel_seconds.values())
-        high = stdev(factor * value for value in line.values.values())
-        # Plain lines instead of `errorbar`, because labels keep clear of lines. They are above
-        # the labels, which must not hide the end of one.
         axis.plot((x - wide, x + wide), (y, y), color=colour, lw=1.1, zorder=2.5)
+    if len(line.values) > 1:
+        high = stdev(factor * value for value in line.values.values())
         axis.plot((x, x), (y - high, y + high), color=colour, lw=1.1, zorder=2.5)
     axis.plot(x, y, "o", ms=7, mfc=face, mec=colour, mew=1.4, zorder=3)
 
@@ -73,5 +76,5 @@ def _label(line: Line, factor: float, colour: str) -> Label:
 
 
 def _means(line: Line, factor: float) -> tuple[float, float]:
-    """Return seconds and the metric as it is shown, over all seeds."""
+    """Return the mean seconds, and the mean metric as it is shown."""
     return mean(line.parallel_seconds.values()), factor * mean(line.values.values())
