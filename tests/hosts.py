@@ -389,10 +389,10 @@ def main() -> None:
     given = parser.parse_args()
     if not given.command:
         parser.error("no command to start on the hosts")
-    if given.each and given.ranks:
-        parser.error("--each starts one process on every host: leave out -n")
     cores = given.cores or len(os.sched_getaffinity(0)) / max(1, given.hosts)
     try:
+        if given.each and given.ranks:
+            raise Refused("--each starts one process on every host: leave out -n")
         with Cluster(given.hosts, cores, given.rate) as cluster:
             if given.each:
                 starts = [

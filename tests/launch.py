@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 BIN = Path(sys.executable).parent
 
 HANG = 900  # seconds after which a command hangs: long, since no test may depend on a host's speed
+# Open MPI does not start where a killed mpirun of the same process number left its files.
+FRESH = 'rm -rf "${TMPDIR:-/tmp}/ompi.$$"; exec "$@"'
 T = TypeVar("T")
 
 
@@ -71,7 +73,7 @@ def launch(
     """Start a command in a new session."""
     line = [str(a) for a in arguments]
     if ranks is not None:
-        line = [_mpirun(), "-n", str(ranks), *line]
+        line = ["sh", "-c", FRESH, "sh", _mpirun(), "-n", str(ranks), *line]
     pipe, env = subprocess.PIPE, _environment() | dict(variables)
     return subprocess.Popen(
         line, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True

@@ -158,6 +158,7 @@ def test_equal_shares_are_all_of_the_processors_whatever_their_rounding() -> Non
             "--rate 10mbit/s: a number with kbit, mbit, gbit",
         ),
         (("--hosts", "2", "--cores", "0.001"), "--cores 0.001: at least 0.01"),
+        (("--hosts", "2", "--each", "-n", "2"), "--each starts one process on every host"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: tuple[str, ...], why: str) -> None:
