@@ -10,7 +10,7 @@ import numpy as np
 from swap_hpc.bench.cost_model import Costs, Work, baselines, predict
 from swap_hpc.errors import UserError
 from swap_hpc.recipe.schema import Recipe
-from swap_hpc.recipe.wording import count
+from swap_hpc.recipe.wording import bit_rate, count
 from swap_hpc.run.checks import check_ranks
 
 SLOWEST, FASTEST = 1e3, 1e15  # bytes per second that are considered
@@ -36,7 +36,7 @@ def lines(work: Work, costs: Costs, ranks: Sequence[int]) -> list[str]:
     for number in ranks:
         if runs(work.recipe, number):
             found.append(f"- on {count(number, 'rank')}: {_rate_in_words(work, costs, number)}")
-    found.append(f"- at {gigabits(costs.bandwidth)} a rank: {_ranks_in_words(work, costs)}")
+    found.append(f"- at {bit_rate(8 * costs.bandwidth)} a rank: {_ranks_in_words(work, costs)}")
     return found
 
 
@@ -126,7 +126,7 @@ def _rate_in_words(work: Work, costs: Costs, ranks: int) -> str:
 
 
 def _range_in_words(low: float, high: float) -> str:
-    more, less = f"more than {gigabits(low)}", f"less than {gigabits(high)}"
+    more, less = f"more than {bit_rate(8 * low)}", f"less than {bit_rate(8 * high)}"
     if high == inf:
         return more
     return f"{less} and {more}" if low else less
@@ -138,9 +138,3 @@ def _ranks_in_words(work: Work, costs: Costs) -> str:
         return "on no number of ranks"
     fewest, most = found
     return f"from {fewest:,} to {most:,} ranks" if most else f"from {count(fewest, 'rank')} on"
-
-
-def gigabits(rate: float) -> str:
-    """Return bytes per second as text in Gbit/s, or Mbit/s where they are few."""
-    number, unit = (rate / 125e6, "Gbit/s") if rate >= 125e6 else (rate / 125e3, "Mbit/s")
-    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"

@@ -9,6 +9,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def bit_rate(rate: float) -> str:
+    """Return bits per second as text of three digits in Gbit/s, or in Mbit/s where they are few."""
+    number, unit = (rate / 1e9, "Gbit/s") if rate >= 1e9 else (rate / 1e6, "Mbit/s")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
 def shortened(text: str, limit: int) -> str:
     """Return text in one line of at most `limit` characters, cut at the end of a word if longer.
 

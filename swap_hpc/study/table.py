@@ -13,6 +13,7 @@ from typing import Any
 from swap_hpc.parallel.atomic import write_json, write_text
 from swap_hpc.recipe.markdown import markdown_table
 from swap_hpc.recipe.metrics import SHARES, heading, scale, shown
+from swap_hpc.recipe.wording import bit_rate
 from swap_hpc.study.figures.methods import draw_methods
 from swap_hpc.study.figures.networks import draw_over_networks, draw_rates
 from swap_hpc.study.networks import Crossing, Timing, crossings, timings
@@ -136,7 +137,8 @@ def _rows(table: Sequence[Line], metric: str, computed: bool) -> str:
 
 
 def _seconds_over(plan: Plan, over: Mapping[str, Mapping[str, Timing]]) -> str:
-    head = ("method", *(f"{name} ({plan.study.networks[name]:g} Mbit/s)" for name in plan.networks))
+    rates = plan.study.networks
+    head = ("method", *(f"{name} ({bit_rate(1e6 * rates[name])})" for name in plan.networks))
     rows = [
         (method, *(_timing(by_network.get(network)) for network in plan.networks))
         for method, by_network in over.items()
@@ -161,7 +163,7 @@ def _crossings(crossed: Sequence[Crossing]) -> str:
 def _faster(crossing: Crossing) -> str:
     if crossing.megabits is None:
         return f"{crossing.faster_below}, over each network"
-    return f"{crossing.faster_below}, below {crossing.megabits:,.3g} Mbit/s"
+    return f"{crossing.faster_below}, below {bit_rate(1e6 * crossing.megabits)}"
 
 
 def _ranks(table: Sequence[Line]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swap_hpc.recipe.wording import first_few, shortened, without_middle
+from swap_hpc.recipe.wording import bit_rate, first_few, shortened, without_middle
 
 
 @pytest.mark.parametrize("limit", range(12, 60))
@@ -29,3 +29,18 @@ def test_a_list_tells_how_many_more_there_are() -> None:
     assert first_few(["a", "b", "c"]) == "a, b, c"
     assert first_few(list("abcde")) == "a, b, c and 2 more"
     assert first_few([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (8e4, "0.08 Mbit/s"),
+        (35e6, "35 Mbit/s"),
+        (123.4e6, "123 Mbit/s"),
+        (10e9, "10 Gbit/s"),
+        (1.2345e9, "1.23 Gbit/s"),
+        (2e12, "2,000 Gbit/s"),
+    ],
+)
+def test_rates_of_a_network_have_three_digits(rate: float, text: str) -> None:
+    assert bit_rate(rate) == text

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swap_hpc.recipe.metrics import axis_label, scale
+from swap_hpc.recipe.wording import bit_rate
 from swap_hpc.study.figures.labels import Label, label_right, place_labels
 from swap_hpc.study.figures.style import INK, figure_in, method_colours
 from swap_hpc.study.networks import Crossing, Timing
@@ -154,7 +155,7 @@ def _mark(
     (height,) = seconds_at(np.array([crossing.megabits]), measured, seconds)
     axis.plot(crossing.megabits, height, "x", color=INK, ms=7, mew=1.6, zorder=4)
     axis.annotate(
-        f"{crossing.megabits:,.3g} Mbit/s",
+        bit_rate(1e6 * crossing.megabits),
         (crossing.megabits, height),
         xytext=(0, -12),
         textcoords="offset points",
