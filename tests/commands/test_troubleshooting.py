@@ -107,8 +107,9 @@ def same_number(tmp: Path) -> Finished:
     """Kill an mpirun, and start another of its process number, as a restarted container does."""
     first = ("unshare", "--pid", "--fork", "--kill-child", BIN / "mpirun", "-n", "1")
     variables = {"TMPDIR": str(tmp)}
-    killed = launch(*first, "sleep", "infinity", variables=variables)
-    wait_for(lambda: [*tmp.glob("ompi.1/pmix.*")], "files of mpirun")
+    rank = ("sh", "-c", "touch started; exec sleep infinity")
+    killed = launch(*first, *rank, cwd=tmp, variables=variables)
+    wait_for((tmp / "started").exists, "rank, after all files of its mpirun")
     killed.kill()
     killed.communicate()
     return command(*first, "true", variables=variables)
